@@ -1,0 +1,123 @@
+"""Mixup, angular margin, mixed loss and anomaly score: what each mode makes of the class similarities.
+
+One formula serves all modes. With `margin(y)` the logits that carry the margin on class y,
+
+    loss = lam * CE(margin(a), a) + (1 - lam) * CE(margin(b'), b)
+
+for a clip of class a mixed with a partner of class b: ArcMix has b' = b, Noisy-ArcMix b' = a (the deliberately
+inconsistent margin), ArcFace does not mix (lam = 1). Choi & Choi, ICASSP 2024, section 2.2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A training objective: the head it trains, whether it mixes, and whose margin the partner's term carries."""
+
+    head: str
+    mixes: bool = False
+    margin_on_partner: bool = False
+
+
+MODES = {
+    "noisy_arcmix": Mode(head="arcface", mixes=True),
+    "arcmix": Mode(head="arcface", mixes=True, margin_on_partner=True),
+    "arcface": Mode(head="arcface"),
+    "cross_entropy": Mode(head="fc_out"),
+}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One mixup of a batch: the share `lam` of each clip itself and `partner` `(B,)`, the row it is mixed with.
+
+    Without a partner nothing is mixed.
+    """
+
+    lam: float = 1.0
+    partner: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`lam * x + (1 - lam) * x[partner]` along the batch."""
+        return x if self.partner is None else self.lam * x + (1.0 - self.lam) * x[self.partner]
+
+
+def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
+    """ArcFace logits `s * cos(theta)`, with `s * cos(theta + m)` for the labelled class. `m` in radians.
+
+    Where `theta + m` would pass pi, the margin goes on linearly as `cos(theta) - m * sin(m)` (the literal of the
+    ArcFace code: `sin(pi - m) * m`). `cosine` `(B, C)` in float32 or float64, `labels` `(B,)`.
+    """
+    assert cosine.dtype in (torch.float32, torch.float64), cosine.dtype
+    target = cosine.gather(1, labels.unsqueeze(1))  # (B, 1)
+    # sqrt has an infinite gradient at 0. The floor lies below the spacing of float32 numbers at 1, so it acts
+    # (and stops the gradient) at cosine +-1 only.
+    sine = (1.0 - target.square()).clamp(min=1e-12).sqrt()
+    with_margin = torch.where(
+        target > math.cos(math.pi - m),
+        target * math.cos(m) - sine * math.sin(m),
+        target - math.sin(math.pi - m) * m,
+    )
+    return s * cosine.scatter(1, labels.unsqueeze(1), with_margin)
+
+
+class Objective:
+    """The mode of a configuration: logits, training loss and anomaly score from the similarity `(B, C)`."""
+
+    def __init__(self, mode: str, alpha: float, m: float, s: float):
+        self.mode, self.alpha, self.m, self.s = MODES[mode], alpha, m, s
+
+    @classmethod
+    def of(cls, config) -> "Objective":
+        """The objective of a configuration."""
+        return cls(config.mode, config.alpha, config.m, config.s)
+
+    @property
+    def head(self) -> str:
+        """The head of the model that this objective trains."""
+        return self.mode.head
+
+    def draw_mix(self, shared: np.random.Generator, own: np.random.Generator, size: int, device) -> Mix:
+        """Draw lambda ~ Beta(alpha, alpha) from `shared`, the same on every rank, and partners from `own`."""
+        if not self.mode.mixes:
+            return Mix()
+        partner = torch.from_numpy(own.permutation(size)).to(device, non_blocking=True)
+        return Mix(float(shared.beta(self.alpha, self.alpha)), partner)
+
+    def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
+        """Class logits `(B, C)`; on the cosine head with the margin on `margin_labels` `(B,)`."""
+        if self.mode.head == "fc_out":
+            return similarity
+        return margin_logits(similarity, margin_labels, self.m, self.s)
+
+    def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
+        """Mean training loss of a batch whose inputs went through `mix`; without one the validation loss."""
+        loss = F.cross_entropy(self.logits(similarity, labels), labels)
+        if mix is None or mix.partner is None:
+            return loss
+        partner_labels = labels[mix.partner]
+        margin_labels = partner_labels if self.mode.margin_on_partner else labels
+        partner_loss = F.cross_entropy(self.logits(similarity, margin_labels), partner_labels)
+        return mix.lam * loss + (1.0 - mix.lam) * partner_loss
+
+    def accuracy(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
+        """Share of clips whose most similar class is their own; a partner's class counts with its share."""
+        predicted = similarity.argmax(dim=1)
+        own = (predicted == labels).float().mean()
+        if mix is None or mix.partner is None:
+            return own
+        return mix.lam * own + (1.0 - mix.lam) * (predicted == labels[mix.partner]).float().mean()
+
+    def anomaly_score(self, similarity: Tensor, labels: Tensor, dtype=torch.float32) -> Tensor:
+        """Cross-entropy of each clip against its own machine ID `(B,)`; higher is more anomalous.
+
+        In float32, as published, very normal clips tie at exactly 0; float64 orders them.
+        """
+        return F.cross_entropy(self.logits(similarity.to(dtype), labels), labels, reduction="none")

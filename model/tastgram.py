@@ -1,0 +1,81 @@
+"""The three channels of the TASTgram: Tgram, log-mel spectrogram (Sgram) and temporally attended log-mel (TAgram).
+
+Choi & Choi, "Noisy-ArcMix: Additive Noisy Angular Margin Loss Combined With Mixup for Anomalous Sound
+Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F frames.
+"""
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16_000  # Hz
+SECONDS = 10  # of every clip, from its start
+N_SAMPLES = SAMPLE_RATE * SECONDS
+N_FFT = 2048  # samples, and the length of the window
+HOP_LENGTH = 512  # samples
+N_MELS = 128
+N_FRAMES = N_SAMPLES // HOP_LENGTH + 1  # 313
+POWER_FLOOR = 2.220446049250313e-16  # added to the mel power before the logarithm, as published
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram in dB: waveform `(B, T)` -> `(B, 1, M, F)`, always in float32.
+
+    Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor statistics
+    are normalised. It has no weights and stands outside the model, whose state dict it must not enter.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.mel_power = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLE_RATE,
+            n_fft=N_FFT,
+            hop_length=HOP_LENGTH,
+            n_mels=N_MELS,
+            power=2.0,
+            center=True,
+            pad_mode="constant",
+            norm="slaney",
+            mel_scale="slaney",
+        )
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor) -> Tensor:
+        with torch.autocast(waveform.device.type, enabled=False):  # half precision is off by up to 0.3 dB
+            power = self.mel_power(waveform.float())  # (B, M, F)
+            return 10.0 * torch.log10(power + POWER_FLOOR).unsqueeze(1)
+
+
+class TgramNet(nn.Module):
+    """Tgram, a learned temporal representation: waveform `(B, T)` -> `(B, M, F)`.
+
+    A strided convolution with the hop and as many filters as the log-mel has bins, so that both align frame by
+    frame, then three blocks of layer norm over the frames, leaky ReLU and convolution. The attribute names,
+    spelling included, are those of the published weight files.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv_extrctor = nn.Conv1d(1, N_MELS, kernel_size=1024, stride=HOP_LENGTH, padding=512, bias=False)
+        self.conv_encoder = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.LayerNorm(N_FRAMES),
+                    nn.LeakyReLU(0.2),
+                    nn.Conv1d(N_MELS, N_MELS, kernel_size=3, padding=1, bias=False),
+                )
+                for _ in range(3)
+            )
+        )
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return self.conv_encoder(self.conv_extrctor(waveform.unsqueeze(1)))
+
+
+def temporal_attention(log_mel: Tensor) -> Tensor:
+    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by `sigmoid(max over mels + mean over mels)`.
+
+    The gate works on dB values, so that it is all but shut on quiet recordings; this is the published formula.
+    """
+    gate = torch.sigmoid(log_mel.amax(dim=-2, keepdim=True) + log_mel.mean(dim=-2, keepdim=True))  # (..., 1, F)
+    return gate * log_mel

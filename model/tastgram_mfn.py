@@ -1,0 +1,78 @@
+"""TASTgram-MFN: TASTgram input, MobileFaceNet backbone, one similarity per machine ID."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
+from model.tastgram import TgramNet, temporal_attention
+
+CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
+HEADS = ("arcface", "fc_out")
+
+
+class CosineHead(nn.Module):
+    """Cosine of the angle between an embedding and the centre of each class: `(B, E)` -> `(B, C)`.
+
+    With `sub_centers` > 1 (sub-centre ArcFace, Deng et al., ECCV 2020) a class has several centres, neighbouring
+    rows of `weight`, of which the closest counts. The angular margin is added by the loss, which knows the labels.
+    """
+
+    def __init__(self, num_classes: int, sub_centers: int = 1):
+        super().__init__()
+        self.sub_centers = sub_centers
+        self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, EMBEDDING_SIZE))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        cosine = F.linear(F.normalize(embedding), F.normalize(self.weight))  # (B, C * sub_centers)
+        return cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
+
+
+class TASTgramMFN(nn.Module):
+    """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)`, embedding `(B, E)`.
+
+    The similarity is the cosine to each class centre with `head="arcface"`, and the output of the plain linear
+    layer with `head="fc_out"`. Both heads are always built, as in the published weight files; the one that is not
+    used is frozen. Of the input channels only those named in `channels` are built, stacked in the order `CHANNELS`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: Sequence[str] = CHANNELS,
+        head: str = "arcface",
+        sub_centers: int = 1,
+    ):
+        super().__init__()
+        assert channels
+        assert set(channels) <= set(CHANNELS), channels
+        assert head in HEADS, head
+        self.channels = tuple(channel for channel in CHANNELS if channel in channels)
+        self.head = head
+        if "tgram" in self.channels:
+            self.tgramnet = TgramNet()
+        self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
+        self.arcface = CosineHead(num_classes, sub_centers)
+        unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
+        unused.requires_grad_(False)  # parameters without gradient would stop DistributedDataParallel
+
+    def features(self, waveform: Tensor, log_mel: Tensor) -> Tensor:
+        """The TASTgram `(B, channels, M, F)`."""
+        stack = []
+        if "tgram" in self.channels:
+            stack.append(self.tgramnet(waveform).unsqueeze(1))
+        if "sgram" in self.channels:
+            stack.append(log_mel)
+        if "tagram" in self.channels:
+            stack.append(temporal_attention(log_mel))
+        return torch.cat(stack, dim=1)
+
+    def forward(self, waveform: Tensor, log_mel: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.mobilefacenet(self.features(waveform, log_mel))
+        head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
+        with torch.autocast(embedding.device.type, enabled=False):  # angles need float32
+            embedding = embedding.float()
+            return head(embedding), embedding

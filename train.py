@@ -1,0 +1,94 @@
+"""Train TASTgram-MFN on the normal sounds of machines.
+
+    python train.py                                     # config.yaml: the published recipe, all 41 machine IDs
+    python train.py --mode arcface --epoch 100 --lr 5e-4 --machines '{slider: [0, 2, 4, 6]}'
+    python train.py --config my.yaml --seed 7           # my.yaml holds the keys that differ from config.yaml
+    python train.py --resume                            # go on after the last finished epoch
+
+Writes, for save_path NAME.pth: NAME.pth (weights of the lowest validation loss), NAME.last.pth (for --resume) and
+the folder NAME with history.csv and TensorBoard logs. `python eval.py` scores the test clips with the weights.
+Several GPUs: see train_ddp.py.
+"""
+
+import shutil
+from typing import Any
+
+from dataloader import ClipSet
+from trainer import Trainer
+from utils import (
+    Config,
+    OneLineParser,
+    RunFiles,
+    UserError,
+    barrier,
+    choose_device,
+    is_main,
+    load_checkpoint,
+    notice,
+    parse_command_line,
+    run_script,
+)
+
+
+def run(config: Config, resume: bool = False, overwrite: bool = False) -> None:
+    """Train as configured, from the start or, with `resume`, from the last finished epoch."""
+    files = RunFiles(config.checkpoint)
+    state = find_run(files, resume, overwrite)
+    device = choose_device(config.device)
+    train_clips, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
+    trainer = Trainer(config, device)
+    if state:
+        trainer.resume(state)
+    elif is_main():
+        clear(files)
+    barrier()
+    if is_main():
+        print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
+    trainer.fit(train_clips, valid_clips)
+    if is_main():
+        print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
+
+
+def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The checkpoint to resume from, if any; a `UserError` rather than harm to a run that is already there."""
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    if resume and files.last.exists():
+        return load_checkpoint(files.last)
+    if resume and not files.best.exists():
+        notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
+    elif files.best.exists() or files.last.exists():
+        if resume:
+            raise UserError(f"{files.last} is missing, so {files.best} cannot be resumed; --overwrite replaces it")
+        if not overwrite:
+            found = files.best if files.best.exists() else files.last
+            raise UserError(
+                f"{found} is there: --resume goes on with that run, --overwrite replaces it, --save_path names another"
+            )
+    return None
+
+
+def clear(files: RunFiles) -> None:
+    """Remove what an earlier run under this name has written, and nothing else."""
+    for file in (files.best, files.last, files.history):
+        file.unlink(missing_ok=True)
+    for folder in (files.tensorboard, files.evaluation):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse_options(manual: str) -> tuple[Config, dict[str, bool]]:
+    """The configuration and the options of a training script whose docstring is `manual`."""
+    parser = OneLineParser(description=manual)
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch of save_path")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run under save_path")
+    config, options, _ = parse_command_line(parser)
+    return config, {"resume": options.resume, "overwrite": options.overwrite}
+
+
+def main() -> None:
+    config, options = parse_options(__doc__)
+    run(config, **options)
+
+
+if __name__ == "__main__":
+    run_script(main)

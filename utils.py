@@ -1,0 +1,495 @@
+"""What every script shares: errors and exit status, configuration, seeding, processes, checkpoint files."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import os
+import platform
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from losses import MODES
+from model.tastgram_mfn import CHANNELS
+
+DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Errors, notices, exit status
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that never abbreviates options and reports a mistake as a `UserError`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and end the process: status 0, 2 after an error the user can put right (one line
+    on standard error), 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        fail("the GPU is out of memory: lower batch_size, or give precision bf16")
+    except (UserError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def notice(message: str) -> None:
+    """Tell the user something worth knowing, once, on standard error."""
+    if is_main():
+        print(f"notice: {message}", file=sys.stderr)
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """`; did you mean ...?` where one of the words is close, else nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML with the plain scalars of YAML 1.2: 1e-4 is a number, 08 is 8, 010 is 10, `on` and `no` are words.
+
+    A key that is given twice is an error instead of the last one counting.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (replaces the table of the parent class)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for tag, pattern, first, construct in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true"),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789"), int),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789"), float),
+):
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
+    YamlLoader.add_constructor(
+        f"tag:yaml.org,2002:{tag}",
+        lambda loader, node, construct=construct: construct(loader.construct_scalar(node)),
+    )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; a `UserError` that names `source` and the line if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=YamlLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+class Rule:
+    """What a key takes: `convert` turns the YAML value into the field's, or raises ValueError; `allowed` in words."""
+
+    def __init__(self, convert: Callable[[Any], Any], allowed: str, choices: Sequence[str] = ()):
+        self.convert, self.allowed, self.choices = convert, allowed, choices
+
+
+def key(convert: Callable[[Any], Any], allowed: str, choices: Sequence[str] = ()) -> Any:
+    return dataclasses.field(metadata={"rule": Rule(convert, allowed, choices)})
+
+
+def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Any:
+    def convert(value):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            raise ValueError(value)
+        value = kind(value)
+        if not math.isfinite(value) or not is_allowed(value):
+            raise ValueError(value)
+        return value
+
+    return key(convert, allowed)
+
+
+def choice(*choices: str) -> Any:
+    def convert(value):
+        if value not in choices:
+            raise ValueError(value)
+        return value
+
+    return key(convert, f"one of {', '.join(choices)}", choices)
+
+
+def text(allowed: str, pattern: str = r"(?s).*\S.*") -> Any:
+    def convert(value):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(value)
+        return value
+
+    return key(convert, allowed)
+
+
+def flag() -> Any:
+    def convert(value):
+        if not isinstance(value, bool):
+            raise ValueError(value)
+        return value
+
+    return key(convert, "true or false")
+
+
+def to_channels(value: Any) -> list[str]:
+    """The input channels in the order in which they are stacked."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or any(names.count(n) > 1 or n not in CHANNELS for n in names):
+        raise ValueError(value)
+    return [channel for channel in CHANNELS if channel in names]
+
+
+def to_machines(value: Any) -> dict[str, list[int]]:
+    """The class table with machine types as str and IDs as int (an ID may be written 2, "02" or 08)."""
+    if not isinstance(value, dict):
+        raise ValueError(value)
+    machines = {}
+    for machine_type, ids in value.items():
+        folder = str(machine_type)
+        if not isinstance(ids, list) or folder in ("", ".", "..") or "/" in folder or "\\" in folder:
+            raise ValueError(value)
+        if any(not re.fullmatch("[0-9]+", str(machine_id)) for machine_id in ids):
+            raise ValueError(value)
+        machines[folder] = [int(machine_id) for machine_id in ids]
+        if not ids or len(set(machines[folder])) < len(ids):
+            raise ValueError(value)
+    if sum(map(len, machines.values())) < 2:
+        raise ValueError(value)
+    return machines
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of a run: the keys of config.yaml, where each is explained, and what each takes."""
+
+    data_root: str = text("a folder")
+    machines: dict = key(
+        to_machines,
+        "a table of machine types with lists of different IDs, at least two in all, such as {fan: [0, 2], pump: [0]}",
+    )
+    split_ratio: float = number(float, "a number above 0 and below 1", lambda x: 0 < x < 1)
+    store_path: str = text("a folder")
+    mode: str = choice(*MODES)
+    input: list = key(to_channels, f"a list of different channels out of {', '.join(CHANNELS)}", CHANNELS)
+    alpha: float = number(float, "a number above 0", lambda x: x > 0)
+    m: float = number(float, "an angle from 0 to 3.14 radians", lambda x: 0 <= x <= math.pi)
+    s: float = number(float, "a number above 0", lambda x: x > 0)
+    sub_centers: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
+    epoch: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
+    batch_size: int = number(int, "a whole number of at least 2 (batch norm)", lambda x: x >= 2)
+    lr: float = number(float, "a number above 0", lambda x: x > 0)
+    weight_decay: float = number(float, "a number of at least 0", lambda x: x >= 0)
+    seed: int = number(int, "a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
+    save_path: str = text("a file name that ends in .pth", r".*[^/]\.pth")
+    device: str = text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:[0-9]+)?")
+    precision: str = choice("auto", "fp32", "bf16", "fp16")
+    num_workers: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
+    tensorboard: bool = flag()
+    score_dtype: str = choice("float32", "float64")
+
+    @property
+    def checkpoint(self) -> Path:
+        """`save_path` with its placeholders filled in."""
+        return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# Keys that say where things lie and how they are computed: a resumed run may have others.
+COMPUTATION_KEYS = (
+    "data_root", "store_path", "save_path", "device", "precision", "num_workers", "tensorboard", "score_dtype",
+)  # fmt: skip
+# Keys that make the model and its score: they come from the checkpoint.
+MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+
+
+def check_value(name: str, value: Any, source: str) -> Any:
+    """The value of a key as its field holds it; a `UserError` that says what is allowed if it may not be that."""
+    if name not in FIELDS:
+        known = ", ".join(FIELDS)
+        raise UserError(f"{source}: unknown key {name!r}{nearest(name, list(FIELDS))} (the keys are {known})")
+    rule = FIELDS[name].metadata["rule"]
+    try:
+        return rule.convert(value)
+    except (ValueError, TypeError, OverflowError):
+        hint = nearest(str(value), rule.choices)
+        raise UserError(f"{source}: {name}: {value!r} is not {rule.allowed}{hint}") from None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The keys that a YAML file holds, checked."""
+    try:
+        content = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such configuration file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a text file in UTF-8") from None
+    values = parse_yaml(content, str(file))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a configuration is lines of `key: value`")
+    return {name: check_value(str(name), value, str(file)) for name, value in values.items()}
+
+
+def load_config(file: Path = DEFAULT_CONFIG, **overrides: Any) -> Config:
+    """The configuration of config.yaml, replaced by the keys of `file`, replaced by `overrides`.
+
+    Raises `UserError` for an unknown key, a wrong type or a value out of range.
+    """
+    values = read_config(DEFAULT_CONFIG) | (read_config(file) if file != DEFAULT_CONFIG else {})
+    values |= {name: check_value(name, value, "command line") for name, value in overrides.items()}
+    missing = [name for name in FIELDS if name not in values]
+    if missing:
+        raise UserError(f"{DEFAULT_CONFIG}: {', '.join(missing)} is missing")
+    return Config(**values)
+
+
+def describe_keys(file: Path = DEFAULT_CONFIG) -> dict[str, str]:
+    """The meaning of each key: the comment above or behind it in config.yaml, on one line."""
+    meaning, above = {}, []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            above.append(line.strip("# "))
+        elif match := re.match(r"(\w+):[^#]*(?:#(.*))?", line):
+            meaning[match[1]] = " ".join([*above, (match[2] or "").strip()]).strip()
+            above = []
+        elif not line.strip():
+            above = []
+    return meaning
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """`--config` and an option for each key."""
+    parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
+    meaning, values = describe_keys(), read_config(DEFAULT_CONFIG)
+    keys = parser.add_argument_group("keys of the configuration")
+    for name in FIELDS:
+        default = yaml.safe_dump(values.get(name), default_flow_style=True, width=math.inf, sort_keys=False)
+        default = default.removesuffix("\n").removesuffix("\n...")
+        help_text = f"{meaning.get(name, '')} (default: {default})"
+        keys.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=help_text.replace("%", "%%"))
+
+
+def parse_command_line(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[Config, argparse.Namespace, set[str]]:
+    """The configuration, the options that are not keys of it, and which keys stood on the command line."""
+    add_config_options(parser)
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        word = unknown[0].split("=")[0]
+        raise UserError(f"command line: unknown option {word}{nearest(word, options)} (see --help)")
+    given = {name: vars(namespace).pop(name) for name in FIELDS if name in namespace}
+    typed = {
+        name: value if FIELDS[name].type is str else parse_yaml(value, f"command line: {name}")
+        for name, value in given.items()
+    }
+    return load_config(namespace.config, **typed), namespace, set(given)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Randomness and devices
+# ---------------------------------------------------------------------------------------------------------------
+
+SPLIT, ORDER, MIXING, PARTNERS = range(4)  # purposes, so that no two share a stream
+
+
+def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
+    """The random numbers of one purpose at one position (epoch, step, rank): they depend on nothing else."""
+    return np.random.default_rng([seed, purpose, *position])
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda, cuda:N) stands for here; under torchrun this process's own GPU.
+
+    Raises `UserError` if it is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device: {name} asks for a GPU, and PyTorch finds none; use auto or cpu")
+    index = int(name.partition(":")[2] or local_rank())
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"device: cuda:{index} is not there; PyTorch finds cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the training's autocast; float32 means none."""
+    if name == "auto":
+        if device.type != "cuda":
+            name = "fp32"
+        else:
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def set_up_numerics() -> None:
+    """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to 10 bits."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes: every helper also works, as a no-op, in a single process
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of each element over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def share_buffers(module: torch.nn.Module) -> None:
+    """Give every process the buffers (batch norm statistics) of rank 0."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of a run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps its files: `best` is `save_path`, everything else derives from it."""
+
+    best: Path
+
+    @property
+    def last(self) -> Path:
+        """State after the last epoch, for resuming."""
+        return self.best.with_name(f"{self.best.stem}.last.pth")
+
+    @property
+    def folder(self) -> Path:
+        return self.best.with_suffix("")
+
+    @property
+    def history(self) -> Path:
+        return self.folder / "history.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "eval"
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once it is written, so that no reader sees a half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all. An `OSError` (a full disk) leaves the one before in place."""
+    buffer = io.BytesIO()  # torch reports a full disk as a bug of its own, Python as an OSError
+    torch.save(dict(state), buffer)
+    with replace_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, or a bare state dict, onto the CPU.
+
+    A bare state dict comes back as `{"model": state_dict}`. Raises `UserError` for a file that is missing, is not
+    a checkpoint, or holds more than tensors and plain values (such a pickle could run code).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        return {"model": state}
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
+    return state
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run were computed with."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
