@@ -379,4 +379,4 @@ def batches(order: np.ndarray, batch_size: int, least: int = 1) -> list[np.ndarr
     starts = list(range(0, len(order), batch_size))
     if len(starts) > 1 and len(order) - starts[-1] < least:
         starts.pop()
-    return np.split(order, starts[1:])
+    return np.split(order, starts[1:]) if starts else []

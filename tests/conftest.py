@@ -1,0 +1,106 @@
+"""Small recordings, a small trained model, and a way to call the scripts as a user would."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import train
+import utils
+
+MACHINES = {"fan": [0, 2], "valve": [1]}
+
+
+def tone(seed: int, seconds: float = 10.0, rate: int = 16_000) -> np.ndarray:
+    """A tone with harmonics and noise at the level of real recordings, float64."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    pitch = rng.uniform(60, 600)
+    return 0.005 * sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3)) + rng.normal(0, 0.003, len(time))
+
+
+def write_clip(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate, subtype=subtype)
+    return path
+
+
+def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: int = 2) -> Path:
+    """A data folder in the published layout; clips of one second, which the loader repeats."""
+    seed = 0
+    for machine_type, ids in machines.items():
+        for machine_id in ids:
+            for split, condition, count in (
+                ("train", "normal", train_clips),
+                ("test", "normal", test_clips),
+                ("test", "anomaly", test_clips),
+            ):
+                for index in range(count):
+                    name = f"{condition}_id_{machine_id:02d}_{index:08d}.wav"
+                    write_clip(root / machine_type / split / name, tone(seed, seconds=1.0))
+                    seed += 1
+    return root
+
+
+def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
+    """Options of a tiny run that keeps all its files in `folder`."""
+    options = {
+        "data_root": data_root,
+        "store_path": folder / "store",
+        "save_path": folder / "run.pth",
+        "machines": MACHINES,
+        "epoch": 1,
+        "batch_size": 4,
+        "device": "cpu",
+        "tensorboard": "false",
+    } | overrides
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Call a script's `main` with options in this process; returns exit status, standard output and error."""
+
+    def call_script(main, *words: str):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            utils.run_script(main)
+        output, errors = capfd.readouterr()
+        return end.value.code, output, errors
+
+    return call_script
+
+
+@pytest.fixture
+def fails(call):
+    """Call a script that must end in one line on standard error that matches, and status 2."""
+
+    def call_failing(main, *words: str, match: str) -> str:
+        status, _, errors = call(main, *words)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert status == 2
+        assert len(lines) == 1, errors
+        assert errors.splitlines()[-1] == lines[0], "the error is the last thing said"
+        assert "Traceback" not in errors
+        assert re.search(match, lines[0]), lines[0]
+        return errors
+
+    return call_failing
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_root) -> Path:
+    """Folder of a finished tiny run: `run.pth`, `run.last.pth`, `run/`."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = dict(zip(*[iter(word.removeprefix("--") for word in arguments(folder, data_root))] * 2, strict=True))
+    options = {n: v if utils.FIELDS[n].type is str else utils.parse_yaml(v, n) for n, v in options.items()}
+    train.run(utils.load_config(**options))
+    return folder

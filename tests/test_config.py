@@ -1,0 +1,198 @@
+"""config.yaml, the command line, and the one-line errors they end in."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import eval as evaluation
+import train
+from utils import (
+    DEFAULT_CONFIG,
+    FIELDS,
+    OneLineParser,
+    UserError,
+    describe_keys,
+    load_config,
+    parse_command_line,
+    parse_yaml,
+    read_config,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*words: str):
+    return parse_command_line(OneLineParser(), words)[0]
+
+
+def test_config_yaml_holds_each_key_once_with_its_meaning():
+    assert list(read_config(DEFAULT_CONFIG)) == list(FIELDS)
+    assert list(describe_keys()) == list(FIELDS)
+    assert all(describe_keys().values())
+
+
+def test_defaults_are_the_published_recipe():
+    config = load_config()
+    published = {
+        "alpha": 0.5, "m": 0.7, "s": 30.0, "epoch": 300, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.01,
+        "split_ratio": 0.95, "seed": 2023, "mode": "noisy_arcmix", "input": ["tgram", "sgram", "tagram"],
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in published} == published
+    assert list(config.machines) == ["fan", "pump", "slider", "ToyCar", "ToyConveyor", "valve"]
+    assert sum(map(len, config.machines.values())) == 41
+    assert config.checkpoint == Path("check_points/noisy_arcmix.pth")
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4", ".0001", "'1e-4'"])
+def test_a_number_is_a_number_wherever_it_is_written(written, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"lr: {written}\n")
+    assert load_config(file).lr == 1e-4
+    assert parse("--lr", written).lr == 1e-4
+
+
+@pytest.mark.parametrize("ids", ["[2, 8]", '["02", "08"]', "[02, 08]", "['2', 08]"])
+def test_an_id_may_be_written_with_zeros(ids, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"machines: {{fan: {ids}}}\n")
+    assert load_config(file).machines == {"fan": [2, 8]}
+    assert parse("--machines", f"{{fan: {ids}}}").machines == {"fan": [2, 8]}
+
+
+def test_yaml_scalars_are_those_of_yaml_1_2():
+    text = "[010, 08, 1e3, on, no, true, ~, 12:30, 0x1F, 2020-01-01]"
+    assert parse_yaml(text, "x") == [10, 8, 1000.0, "on", "no", True, None, "12:30", "0x1F", "2020-01-01"]
+
+
+def test_machine_types_may_look_like_numbers():
+    assert parse("--machines", "{3018: [0], no: [1]}").machines == {"3018": [0], "no": [1]}
+
+
+def test_every_key_is_typed_on_the_command_line():
+    values = {
+        "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9, "store_path": "1", "mode": "arcmix",
+        "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
+        "lr": 5e-4, "weight_decay": 0.0, "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
+        "num_workers": 2, "tensorboard": False, "score_dtype": "float64",
+    }  # fmt: skip
+    assert set(values) == set(FIELDS)
+    words = [word for name, value in values.items() for word in (f"--{name}", yaml.safe_dump(value).strip("\n."))]
+    words = [word.replace("\n...", "").strip("'") for word in words]
+    assert dataclasses.asdict(parse(*words)) == values
+
+
+def test_the_input_order_is_fixed_and_one_channel_needs_no_brackets():
+    assert parse("--input", "[tagram, tgram]").input == ["tgram", "tagram"]
+    assert parse("--input", "sgram").input == ["sgram"]
+
+
+def test_a_file_replaces_config_yaml_and_the_command_line_both(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("epoch: 5\nlr: 2e-4\n")
+    config = parse("--config", str(file), "--lr", "3e-4")
+    assert (config.epoch, config.lr, config.batch_size) == (5, 3e-4, 64)
+
+
+def test_save_path_holds_mode_and_seed():
+    assert parse("--save_path", "x/{mode}_{seed}.pth", "--mode", "arcface").checkpoint == Path("x/arcface_2023.pth")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "arcmx"], r"command line: mode: 'arcmx' is not one of noisy_arcmix, .*did you mean arcmix\?"),
+        (["--batchsize", "3"], r"unknown option --batchsize; did you mean --batch_size\?"),
+        (["--epo", "3"], r"unknown option --epo; did you mean --epoch\?"),  # never abbreviated
+        (["--lr", "fast"], r"lr: 'fast' is not a number above 0"),
+        (["--lr", "-1"], r"lr: -1 is not a number above 0"),
+        (["--lr", "nan"], r"lr: 'nan' is not a number above 0"),
+        (["--lr"], r"argument --lr: expected one argument"),
+        (["--epoch", "1.5"], r"epoch: 1.5 is not a whole number of at least 1"),
+        (["--epoch", "true"], r"epoch: True is not a whole number"),
+        (["--epoch", "0"], r"epoch: 0 is not a whole number of at least 1"),
+        (["--batch_size", "1"], r"batch_size: 1 is not a whole number of at least 2 \(batch norm\)"),
+        (["--split_ratio", "1"], r"split_ratio: 1 is not a number above 0 and below 1"),
+        (["--m", "4"], r"m: 4 is not an angle from 0 to 3.14 radians"),
+        (["--seed", "-3"], r"seed: -3 is not a whole number from 0"),
+        (["--input", "[sgram, melgram]"], r"input: \['sgram', 'melgram'\] is not a list of .*tgram, sgram, tagram"),
+        (["--input", "[]"], r"input: \[\] is not a list"),
+        (["--input", "[sgram, sgram]"], r"input: .* is not a list of different channels"),
+        (["--machines", "fan"], r"machines: 'fan' is not a table"),
+        (["--machines", "{fan: 0}"], r"machines: .* is not a table of machine types with lists"),
+        (["--machines", "{fan: [0, '00']}"], r"machines: .* is not a table .* different IDs"),
+        (["--machines", "{fan: [x, 1]}"], r"machines: .* is not a table"),
+        (["--machines", "{fan: [0]}"], r"machines: .* at least two in all"),
+        (["--machines", "{../fan: [0, 1]}"], r"machines: .* is not a table"),
+        (["--machines", "{fan: [0, 1], fan: [2]}"], r"machines.*fan is given twice"),
+        (["--machines", "{fan: [0"], r"command line: machines, line 1: not valid YAML"),
+        (["--device", "gpu"], r"device: 'gpu' is not auto, cpu, cuda or cuda:N"),
+        (["--precision", "fp8"], r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
+        (["--save_path", "weights"], r"save_path: 'weights' is not a file name that ends in .pth"),
+        (["--tensorboard", "maybe"], r"tensorboard: 'maybe' is not true or false"),
+        (["--config", "none.yaml"], r"none.yaml: no such configuration file"),
+        (["--resume", "--overwrite"], r"--resume goes on with a run, --overwrite replaces it"),
+    ],
+)
+def test_errors_on_the_command_line(fails, words, message):
+    fails(train.main, *words, match=message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1\n", r"my.yaml: unknown key 'learning_rate'"),
+        ("batch_sise: 1\n", r"my.yaml: unknown key 'batch_sise'; did you mean batch_size\?"),
+        ("lr: [1]\n", r"my.yaml: lr: \[1\] is not a number above 0"),
+        ("lr:\n", r"my.yaml: lr: None is not a number above 0"),
+        ("mode: noisy_arcmx\n", r"my.yaml: mode: .* did you mean noisy_arcmix\?"),
+        ("lr: 1\nlr: 2\n", r"my.yaml, line 1: not valid YAML: lr is given twice"),
+        ("lr: 1\n  m: 2\n", r"my.yaml, line 2: not valid YAML"),
+        ("- lr\n", r"my.yaml: a configuration is lines of `key: value`"),
+        ("a\x00b", r"my.yaml: not valid YAML"),
+    ],
+)
+def test_errors_in_a_file(fails, tmp_path, text, message):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    fails(train.main, "--config", str(file), match=message)
+
+
+def test_a_file_that_is_not_text(fails, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    fails(train.main, "--config", str(file), match="not a text file in UTF-8")
+
+
+def test_a_config_yaml_without_a_key_is_an_error(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text(re.sub(r"(?m)^seed:.*$", "", DEFAULT_CONFIG.read_text()))
+    monkeypatch.setattr("utils.DEFAULT_CONFIG", file)
+    with pytest.raises(UserError, match="seed is missing"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("main", [train.main, evaluation.main])
+def test_help_lists_every_key_with_meaning_and_default(call, main):
+    status, output, _ = call(main, "--help")
+    words = " ".join(output.split())
+    assert status == 0
+    for name, meaning in describe_keys().items():
+        assert f"--{name} VALUE" in words
+        assert meaning in words
+    assert "(default: 0.0001)" in words
+
+
+def test_train_ddp_takes_the_same_options_and_says_how_it_is_started():
+    script = [sys.executable, ROOT / "train_ddp.py"]
+    result = subprocess.run([*script, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(f"--{name} VALUE" in result.stdout for name in FIELDS)
+    result = subprocess.run([*script, "--lr", "1"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "torchrun --standalone --nproc_per_node=N train_ddp.py" in result.stderr

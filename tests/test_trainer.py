@@ -1,0 +1,346 @@
+"""The training step against the reference values; epochs, checkpoints, resume, and how a run may end."""
+
+import csv
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import MACHINES, arguments, write_set
+
+import train
+from losses import MODES, Mix
+from trainer import HISTORY_COLUMNS, Trainer, build_model
+from utils import RunFiles, UserError, load_checkpoint, load_config
+
+ROOT = Path(__file__).parent.parent
+VALUES = reference.VALUES
+CPU = torch.device("cpu")
+
+
+def reference_trainer(mode: str, **overrides) -> Trainer:
+    """A trainer in the published configuration with the reference weights."""
+    trainer = Trainer(load_config(mode=mode, device="cpu", **overrides), CPU)
+    trainer.network.load_state_dict(reference.parameters())
+    return trainer
+
+
+def mixes(mode: str) -> list[Mix]:
+    return [Mix(lam, partner) if MODES[mode].mixes else Mix() for lam, partner in reference.mixing()]
+
+
+# ---- The step ----
+
+
+@pytest.mark.parametrize("mode", ["arcface", "arcmix", "noisy_arcmix"])
+def test_eight_steps_match_the_reference(mode):
+    trainer, waveform, labels = reference_trainer(mode), reference.waveforms(), reference.labels()
+    parameters = dict(trainer.network.named_parameters())
+    trainer.model.train()
+    losses = []
+    for number, mix in enumerate(mixes(mode)):
+        losses.append(trainer.step(waveform, labels, mix)[0].item())
+        if number == 0:
+            for name, expected in zip(VALUES[f"{mode}_grad_names"], VALUES[f"{mode}_grad_norms"], strict=True):
+                gradient = parameters[str(name)].grad
+                assert (gradient is None) == math.isnan(expected), name
+                if gradient is not None:
+                    assert abs(gradient.norm().item() - expected) <= 3e-2 * expected + 1e-4, name
+    assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
+    trainer.model.eval()
+    with torch.no_grad():
+        similarity, embedding = trainer.network(waveform, trainer.log_mel(waveform))
+    score = trainer.objective.anomaly_score(similarity, labels)
+    assert reference.distance(score, VALUES[f"{mode}_after_score"]) < 1e-2
+    assert reference.distance(embedding, VALUES[f"{mode}_after_embedding"]) < 1e-2
+
+
+def test_score_before_training_matches_the_reference():
+    trainer, waveform = reference_trainer("noisy_arcmix"), reference.waveforms()
+    with torch.no_grad():
+        similarity, _ = trainer.network.eval()(waveform, trainer.log_mel(waveform))
+    score = trainer.objective.anomaly_score(similarity, reference.labels())
+    assert reference.distance(score, VALUES["eval_score"]) < 1e-4
+
+
+def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
+    trainer = reference_trainer("cross_entropy")
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.model.train()
+    trainer.step(reference.waveforms(), reference.labels(), Mix())
+    after = trainer.network.state_dict()
+    assert not torch.equal(after["mobilefacenet.fc_out.weight"], before["mobilefacenet.fc_out.weight"])
+    assert torch.equal(after["arcface.weight"], before["arcface.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # slow on a CPU
+def test_half_precision_stays_near_the_reference(precision):
+    trainer, mix = reference_trainer("noisy_arcmix", precision=precision), mixes("noisy_arcmix")[0]
+    trainer.model.train()
+    loss = trainer.step(reference.waveforms(), reference.labels(), mix)[0].item()
+    assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=0.05)
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("bf16", 0.05), ("fp16", 0.05)])
+def test_a_step_on_the_gpu_matches_the_reference(precision, bound):
+    device = torch.device("cuda", 0)
+    trainer = Trainer(load_config(precision=precision), device)
+    trainer.network.load_state_dict(reference.parameters())
+    lam, partner = reference.mixing()[0]
+    trainer.model.train()
+    waveform, labels = reference.waveforms().to(device), reference.labels().to(device)
+    loss = trainer.step(waveform, labels, Mix(lam, partner.to(device)))[0].item()
+    assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=bound)
+
+
+# ---- The schedule ----
+
+
+def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
+    trainer = Trainer(load_config(epoch=10, lr=1e-3, input=["sgram"], machines={"fan": [0, 1]}), CPU)
+    rates = []
+    for _ in range(10):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    expected = [1e-4 + 9e-4 * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+    assert trainer.scheduler.get_last_lr() == pytest.approx([1e-4])
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    one, other, another = (build_model(load_config(seed=seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["arcface.weight"], another["arcface.weight"])
+
+
+# ---- A run ----
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_run_leaves(trained):
+    best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
+    assert set(best) == {
+        "model", "optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips", "config", "versions",
+    }  # fmt: skip
+    assert best["config"]["machines"] == last["config"]["machines"] == MACHINES
+    assert list(best["model"]) == list(build_model(load_config(machines=MACHINES)).state_dict())
+    history = rows(trained / "run" / "history.csv")
+    assert list(history[0]) == list(HISTORY_COLUMNS)
+    assert [row["epoch"] for row in history] == ["1"]
+    assert float(history[0]["valid_loss"]) == best["best_loss"]
+    assert not list(trained.glob(".*.tmp"))
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(trained, data_root, fails, call):
+    options = arguments(trained, data_root)
+    before = (trained / "run.pth").read_bytes()
+    fails(train.main, *options, match=r"run.pth is there: --resume goes on .*, --overwrite replaces it, --save_path")
+    assert (trained / "run.pth").read_bytes() == before
+    status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
+    assert status == 0
+    assert "epoch" not in output
+    assert (trained / "run.pth").read_bytes() == before
+
+
+def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fails):
+    options = arguments(trained, data_root, epoch=2, lr=1e-3)
+    differing = r"another configuration: epoch \(was 1, is 2\); lr \(was 0.0001, is 0.001\)"
+    fails(train.main, *options, "--resume", match=differing)
+
+
+def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
+    other = write_set(tmp_path / "data", train_clips=5)
+    options = arguments(trained, other, store_path=tmp_path / "store")
+    fails(train.main, *options, "--resume", match="the clips under .* are not those the run began with")
+
+
+def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
+    status, output, errors = call(train.main, *arguments(tmp_path, data_root), "--resume")
+    assert status == 0
+    assert "run.last.pth: nothing to resume, so the run starts from the beginning" in errors
+    assert "epoch 1/1" in output
+    (tmp_path / "run.last.pth").unlink()
+    fails(train.main, *arguments(tmp_path, data_root), "--resume", match="run.last.pth is missing")
+    (tmp_path / "run.last.pth").write_bytes(b"PK damaged")
+    fails(train.main, *arguments(tmp_path, data_root), "--resume", match="run.last.pth: not a readable checkpoint")
+
+
+def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call):
+    files = RunFiles(tmp_path / "run.pth")
+    for path in (files.best, files.last, files.evaluation / "metrics.csv", files.folder / "mine.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    status, output, _ = call(train.main, *arguments(tmp_path, data_root, tensorboard="true"), "--overwrite")
+    assert status == 0
+    assert "valid loss" in output
+    assert load_checkpoint(files.best)["epoch"] == 1
+    assert sorted(path.name for path in files.folder.iterdir()) == ["history.csv", "mine.txt", "tensorboard"]
+
+
+def test_a_failing_start_leaves_the_old_run(trained, tmp_path, fails):
+    before = (trained / "run.pth").read_bytes()
+    fails(train.main, *arguments(trained, tmp_path / "nowhere"), "--overwrite", match="no folder .*nowhere/fan/train")
+    assert (trained / "run.pth").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_root, fails):
+    options = arguments(tmp_path, data_root, lr=1e30, epoch=3)
+    fails(
+        train.main,
+        *options,
+        match=r"loss is (nan|inf) (at step|after epoch) .*learning rate 1e\+30\): try a lower --lr",
+    )
+    last = tmp_path / "run.last.pth"
+    assert not last.exists() or all(torch.isfinite(v).all() for v in load_checkpoint(last)["model"].values())
+
+
+def test_a_last_batch_of_one_clip_is_trained(tmp_path, data_root, call):
+    # 12 clips, int(0.8 * 12) = 9 to train on: two batches of 4 and one clip
+    status, _, _ = call(train.main, *arguments(tmp_path, data_root, split_ratio=0.8))
+    assert status == 0
+
+
+def test_too_few_clips_to_train_on(tmp_path, fails):
+    root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
+    options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
+    fails(train.main, *options, match="1 clips to train on: batch norm needs two")
+
+
+def test_cuda_is_refused_where_there_is_none(tmp_path, data_root, fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fails(train.main, *arguments(tmp_path, data_root, device="cuda:1"), match="device: cuda:1 asks for a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    fails(train.main, *arguments(tmp_path, data_root, device="cuda:1"), match="device: cuda:1 is not there")
+
+
+def test_a_gpu_out_of_memory_is_one_line(fails):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore")
+
+    fails(main, match="GPU is out of memory: lower batch_size")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
+    from utils import save_checkpoint
+
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"model": {}, "config": {}, "epoch": 1})
+
+    def no_space(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    fails(lambda: save_checkpoint(path, {"model": {}, "config": {}, "epoch": 2}), match="No space left on device")
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+# ---- Cut and resumed ----
+
+CUT = {"epoch": 4, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
+
+
+def start(folder: Path, data_root: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments(folder, data_root, **CUT), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_epoch(process: subprocess.Popen, number: int) -> None:
+    """Read the run's output until this epoch is finished, then let it go some way into the next."""
+    for line in process.stdout:
+        if line.startswith(f"epoch {number}/"):
+            time.sleep(0.15)
+            return
+    raise AssertionError(f"ended before epoch {number}: {process.stderr.read()}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data_root) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert start(folder, data_root).wait() == 0
+    return folder
+
+
+@pytest.mark.parametrize(("sent", "status"), [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_cut_run_resumes_to_the_same_bits(sent, status, unbroken, tmp_path, data_root):
+    process = start(tmp_path, data_root)
+    wait_for_epoch(process, 1)
+    process.send_signal(getattr(signal, sent))
+    errors = process.communicate()[1]
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    if sent != "SIGKILL":
+        assert "--resume goes on after epoch" in errors
+    assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] < CUT["epoch"]
+
+    resumed = start(tmp_path, data_root, "--resume")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    for name in ("run.pth", "run.last.pth"):
+        ours, expected = load_checkpoint(tmp_path / name), load_checkpoint(unbroken / name)
+        assert ours["epoch"] == expected["epoch"]
+        assert all(torch.equal(ours["model"][key], value) for key, value in expected["model"].items())
+    ours, expected = (rows(folder / "run" / "history.csv") for folder in (tmp_path, unbroken))
+    for row in ours + expected:
+        row.pop("seconds")
+    assert ours == expected
+
+
+def test_a_crash_between_checkpoint_and_history_is_mended(trained, data_root, call):
+    history = trained / "run" / "history.csv"
+    expected = history.read_text()
+    history.unlink()
+    assert call(train.main, *arguments(trained, data_root), "--resume")[0] == 0
+    assert history.read_text() == expected
+
+
+# ---- Checkpoint files ----
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, fails):
+    class Harm:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'harm'}",)
+
+    torch.save({"model": Harm(), "config": {}}, tmp_path / "a.pth")
+    fails(lambda: load_checkpoint(tmp_path / "a.pth"), match="a.pth: not a readable checkpoint")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"weights": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="neither a checkpoint of this project nor a state dict"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_bare_state_dict_is_taken_as_weights(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    assert load_checkpoint(tmp_path / "a.pth") == {"model": {"a": torch.zeros(1)}}
+
+
+def test_the_configuration_in_a_checkpoint_is_plain(trained):
+    config = load_checkpoint(trained / "run.pth")["config"]
+    assert dataclasses.asdict(load_config(**config)) == config
+    assert np.isfinite(load_checkpoint(trained / "run.pth")["best_loss"])
