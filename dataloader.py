@@ -129,6 +129,8 @@ def read_clip(path: Path) -> tuple[np.ndarray, list[str]]:
 
 def check_complete(path: Path) -> None:
     """Compare the audio that a WAV header announces with the file's size: the decoder would not say a word."""
+    if not path.is_file():
+        raise UserError("unreadable: not a file")
     size = path.stat().st_size
     if size == 0:
         raise UserError("empty")
@@ -314,7 +316,7 @@ def decode_all(paths: Sequence[Path], num_workers: int) -> Iterator[tuple[Path, 
     chunk = 64 * num_workers  # bounds how many decoded clips wait to be written
     with (
         ThreadPoolExecutor(num_workers) as pool,
-        tqdm(total=len(paths), desc="decoding", unit="clip", leave=False) as progress,
+        tqdm(total=len(paths), desc="decoding", unit="clip", leave=False, disable=None) as progress,
     ):
         for start in range(0, len(paths), chunk):
             part = paths[start : start + chunk]

@@ -29,6 +29,7 @@ from utils import (
     RunFiles,
     UserError,
     choose_device,
+    keep_freed_memory,
     load_checkpoint,
     notice,
     parse_command_line,
@@ -96,7 +97,9 @@ def check_weights(path: Path, model: TASTgramMFN, weights: dict[str, torch.Tenso
 def score_clips(model: TASTgramMFN, config: Config, clips: ClipSet, device: torch.device) -> np.ndarray:
     """The anomaly score of each clip against its own machine ID, in the precision `config.score_dtype`."""
     set_up_numerics()
-    objective, log_mel, model = Objective.of(config), LogMel().to(device), model.to(device)
+    keep_freed_memory()
+    objective, log_mel = Objective.of(config), LogMel().to(device)
+    model = model.to(device, memory_format=torch.channels_last)
     scores = []
     for indices in tqdm(
         batches(np.arange(len(clips)), config.batch_size), desc="scoring", unit="batch", leave=False, disable=None
@@ -180,7 +183,7 @@ def format_table(table: dict[str, dict[str, Metrics]], config: Config) -> str:
     published = PUBLISHED.get(config.mode, {}) if len(config.input) == 3 else {}
     has_all = set(published) <= set(table)
     lines = [
-        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published':^26}",
+        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published, DCASE 2020':^26}",
         f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  "
         f"|{'AUC':>8} {'pAUC':>8} {'mAUC':>8}",
     ]

@@ -25,6 +25,7 @@ from utils import (
     UserError,
     choose_precision,
     is_main,
+    keep_freed_memory,
     notice,
     random_stream,
     rank,
@@ -56,11 +57,12 @@ class Trainer:
 
     def __init__(self, config: Config, device: torch.device):
         set_up_numerics()
+        keep_freed_memory()
         self.config, self.device = config, device
         self.files = RunFiles(config.checkpoint)
         self.objective = Objective.of(config)
         self.log_mel = LogMel().to(device)
-        self.network = build_model(config).to(device)
+        self.network = build_model(config).to(device, memory_format=torch.channels_last)
         self.model = DistributedDataParallel(self.network) if world_size() > 1 else self.network
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
@@ -143,10 +145,11 @@ class Trainer:
 
     def fit(self, train_clips: ClipSet, valid_clips: ClipSet) -> None:
         """Train from the present epoch to the last, with a checkpoint after each."""
-        if len(train_clips) < 2 * world_size():
-            raise UserError(
-                f"{len(train_clips)} clips to train on: batch norm needs two for each of {world_size()} processes"
-            )
+        least, processes = 2 * world_size(), f"each of {world_size()} processes needs two, for batch norm"
+        if len(train_clips) < least:
+            raise UserError(f"{len(train_clips)} clips to train on: {processes}; bring more recordings")
+        if self.config.batch_size < least:
+            raise UserError(f"batch_size: {self.config.batch_size} clips a step: {processes}; raise it")
         fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
         if self.history and self.fingerprint != fingerprint:
             raise UserError(

@@ -166,7 +166,7 @@ def broken(kind: str, path) -> None:
 BROKEN = {
     "empty": "empty", "no samples": "empty", "cut in half": "truncated", "header only": "unreadable|truncated",
     "text": "unreadable", "nan": "not finite", "infinite, resampled": "not finite", "ogg": "it is OGG",
-    "absurd rate": "sample rate of 3 Hz", "folder": "unreadable: Is a directory", "flac cut": "truncated|unreadable",
+    "absurd rate": "sample rate of 3 Hz", "folder": "unreadable: not a file", "flac cut": "truncated|unreadable",
 }  # fmt: skip
 
 

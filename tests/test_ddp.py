@@ -58,6 +58,12 @@ def test_an_error_ends_all_processes(tmp_path, data_root):
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
 
 
+def test_a_batch_too_small_to_divide(tmp_path, data_root):
+    result = torchrun(2, *arguments(tmp_path, data_root, batch_size=3))
+    assert result.returncode != 0
+    assert "error: batch_size: 3 clips a step: each of 2 processes needs two" in result.stderr
+
+
 @pytest.mark.parametrize("mode", ["arcmix", "cross_entropy"])  # one for each head
 def test_each_head_trains_without_unused_parameters(mode, tmp_path, data_root):
     options = arguments(tmp_path, data_root, input="[sgram]", mode=mode)

@@ -220,7 +220,7 @@ def test_a_last_batch_of_one_clip_is_trained(tmp_path, data_root, call):
 def test_too_few_clips_to_train_on(tmp_path, fails):
     root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
-    fails(train.main, *options, match="1 clips to train on: batch norm needs two")
+    fails(train.main, *options, match="1 clips to train on: each of 1 processes needs two, for batch norm")
 
 
 def test_cuda_is_refused_where_there_is_none(tmp_path, data_root, fails, monkeypatch):
