@@ -1,7 +1,8 @@
-# Training and evaluation in a container. The PyTorch wheels carry CUDA, so that a slim Python base is enough:
-#   docker build -t tastgram-mfn .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/datasets:/app/datasets/data" -v "$PWD/check_points:/app/check_points" \
-#       tastgram-mfn python train.py --data_root datasets/data --store_path datasets/data/.store
+# Training and evaluation in a container. The PyTorch wheels carry CUDA, so that a slim Python base is enough.
+#
+#   docker build --build-arg UID=$(id -u) -t tastgram-mfn .
+#   docker run --rm --gpus all -v "$PWD/datasets:/data" -v "$PWD/check_points:/app/check_points" tastgram-mfn \
+#       python train.py --data_root /data --store_path /data/.store
 FROM python:3.11-slim-bookworm
 
 # a C compiler for torch.compile
@@ -12,9 +13,9 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 
-# an ordinary user, whose number can be that of the owner of the volumes: --build-arg UID=$(id -u)
+# an ordinary user; what is written to the volumes belongs to it, hence the UID
 ARG UID=1000
-RUN useradd --uid "$UID" --create-home user && mkdir -p check_points datasets/data && chown -R user check_points datasets
+RUN useradd --uid "$UID" --create-home user && mkdir -p /data check_points && chown -R user /data /app
 USER user
-VOLUME ["/app/datasets/data", "/app/check_points"]
+VOLUME ["/data", "/app/check_points"]
 CMD ["python", "train.py", "--help"]
