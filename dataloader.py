@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
-from utils import ORDER, SPLIT, UserError, notice, random_stream, replace_file
+from utils import ORDER, SPLIT, Config, UserError, notice, random_stream, replace_file
 
 CLIP_NAME = re.compile(r"(?P<condition>normal|anomaly)_id_(?P<machine_id>[0-9]+)_.*\.(wav|flac)", re.IGNORECASE)
 HOW_TO_GET_DATA = (
@@ -99,8 +99,8 @@ def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], spl
         notice(f"{root}: no {split} folder for {', '.join(absent)}")
     present = {(clip.machine_type, clip.machine_id) for clip in clips}
     missing = [f"{t} {i:02d}" for t, i in labels if (t, i) not in present and t not in absent]
-    if missing and split == "train":
-        notice(f"{len(missing)} of {len(labels)} classes have no training clips: {', '.join(missing)}")
+    if missing:
+        notice(f"{root}, {split}: {len(missing)} of {len(labels)} machine IDs have no clips: {', '.join(missing)}")
     return clips
 
 
@@ -136,20 +136,20 @@ def check_complete(path: Path) -> None:
         raise UserError("empty")
     with path.open("rb") as file:
         riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12))
-        if riff != b"RIFF" or wave != b"WAVE":
+        if riff not in (b"RIFF", b"RIFX") or wave != b"WAVE":
             return
         while len(header := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", header)
+            name, length = struct.unpack("<4sI" if riff == b"RIFF" else ">4sI", header)
             if name == b"data":
                 present = size - file.tell()
-                if length > present:
+                if present < length < 0xFFFFFFFF:  # a program that wrote to a pipe could not know the length
                     raise UserError(f"truncated: {present} of {length} bytes of audio are there")
                 return
             file.seek(length + length % 2, os.SEEK_CUR)  # chunks are padded to even lengths
 
 
 def decode(file: soundfile.SoundFile) -> tuple[np.ndarray, list[str]]:
-    if file.format not in ("WAV", "WAVEX", "RF64", "FLAC"):
+    if file.format not in ("WAV", "WAVEX", "FLAC"):
         raise UserError(f"unreadable: it is {file.format}, neither WAV nor FLAC")
     rate = file.samplerate
     if not 1_000 <= rate <= 1_000_000:
@@ -203,6 +203,8 @@ def round_to_int16(samples: np.ndarray) -> tuple[np.ndarray, bool]:
 # ---------------------------------------------------------------------------------------------------------------
 
 ROW_BYTES = N_SAMPLES * 2
+STORE_VERSION = 1  # raise it with any change of how recordings are decoded
+ROWS_BETWEEN_ENTRIES = 4096  # what a crash while decoding costs at most
 
 
 class WaveformStore:
@@ -218,7 +220,7 @@ class WaveformStore:
         self.root = Path(data_root).resolve()
         digest = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:12]
         name = self.root.name or "root"
-        self.folder = Path(store_path) / f"{name}-{digest}-{SAMPLE_RATE}Hz-{SECONDS}s"
+        self.folder = Path(store_path) / f"{name}-{digest}-{SAMPLE_RATE}Hz-{SECONDS}s-v{STORE_VERSION}"
         self.samples_file, self.index_file = self.folder / "waveforms.int16", self.folder / "index.json"
 
     def gather(self, paths: Sequence[Path], num_workers: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +237,8 @@ class WaveformStore:
         entries = [index[self.key(path)] for path in paths]
         for change, count in Counter(change for entry in entries for change in entry["changes"]).items():
             notice(f"{count} of {len(paths)} clips {change}")
-        waveforms = np.memmap(self.samples_file, dtype=np.int16, mode="r").reshape(-1, N_SAMPLES)
+        shape = (self.samples_file.stat().st_size // ROW_BYTES, N_SAMPLES)  # a builder may be at half a row
+        waveforms = np.memmap(self.samples_file, dtype=np.int16, mode="r", shape=shape)
         return waveforms, np.array([entry["row"] for entry in entries])
 
     def key(self, path: Path) -> str:
@@ -271,27 +274,38 @@ class WaveformStore:
                 f"{free / 1e9:.2f} GB are free; make room or name another folder with --store_path"
             )
         row = max((entry["row"] + 1 for entry in index.values()), default=0)
+        if row == 0:
+            self.samples_file.unlink(missing_ok=True)  # not truncated: another process may have mapped it
+            self.samples_file.touch()
         problems = []
-        with self.samples_file.open("r+b" if row else "wb") as file:
+        with self.samples_file.open("r+b") as file:
             file.truncate(row * ROW_BYTES)
             file.seek(0, os.SEEK_END)
-            for path, result in decode_all(paths, num_workers):
-                if isinstance(result, UserError):
-                    problems.append(f"{path} ({result})")
-                    continue
-                samples, changes, read_stamp = result
-                file.write(samples.tobytes())
-                index[self.key(path)] = {"row": row, "stamp": read_stamp, "changes": changes}
-                row += 1
-            file.flush()
-            os.fsync(file.fileno())
-        with replace_file(self.index_file) as temporary:
-            temporary.write_text(json.dumps(index))
+            try:
+                for path, result in decode_all(paths, num_workers):
+                    if isinstance(result, UserError):
+                        problems.append(f"{path} ({result})")
+                        continue
+                    samples, changes, read_stamp = result
+                    file.write(samples.tobytes())
+                    index[self.key(path)] = {"row": row, "stamp": read_stamp, "changes": changes}
+                    row += 1
+                    if row % ROWS_BETWEEN_ENTRIES == 0:
+                        self.enter(file, index)
+            finally:
+                self.enter(file, index)
         if problems:
             raise UserError(
                 f"{len(problems)} of {len(paths)} recordings cannot be used, replace or remove them: "
                 + "; ".join(problems)
             )
+
+    def enter(self, file: BinaryIO, index: Mapping[str, Any]) -> None:
+        """Let the rows that have been written count, once they are on the disk."""
+        file.flush()
+        os.fsync(file.fileno())
+        with replace_file(self.index_file) as temporary:
+            temporary.write_text(json.dumps(index))
 
 
 def stamp(path: Path) -> list[int] | None:
@@ -338,7 +352,7 @@ class ClipSet:
         self.labels = np.array([clip.label for clip in clips], dtype=np.int64)
 
     @classmethod
-    def load(cls, config, split: str) -> "ClipSet":
+    def load(cls, config: Config, split: str) -> "ClipSet":
         """The clips of a split as the configuration describes them, decoded if they are not in the store yet."""
         clips = find_clips(config.data_root, config.machines, split)
         store = WaveformStore(config.store_path, config.data_root)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dataloader import Clip, ClipSet, batches
 from losses import Objective
-from model import LogMel, TASTgramMFN
+from model import FrontEnd, TASTgramMFN
 from trainer import build_model
 from utils import (
     MODEL_KEYS,
@@ -29,6 +29,7 @@ from utils import (
     RunFiles,
     UserError,
     choose_device,
+    is_same,
     keep_freed_memory,
     load_checkpoint,
     notice,
@@ -68,7 +69,7 @@ def load_model(path: Path, config: Config, given: set[str]) -> tuple[TASTgramMFN
     state = load_checkpoint(path)
     if "config" in state:
         for name in MODEL_KEYS:
-            if name in given and getattr(config, name) != state["config"][name]:
+            if name in given and not is_same(getattr(config, name), state["config"][name]):
                 raise UserError(
                     f"command line: {name} {getattr(config, name)!r} is not the checkpoint's, "
                     f"{state['config'][name]!r} ({path}); leave it out"
@@ -98,14 +99,14 @@ def score_clips(model: TASTgramMFN, config: Config, clips: ClipSet, device: torc
     """The anomaly score of each clip against its own machine ID, in the precision `config.score_dtype`."""
     set_up_numerics()
     keep_freed_memory()
-    objective, log_mel = Objective.of(config), LogMel().to(device)
+    objective, front_end = Objective.of(config), FrontEnd(config.input).to(device)
     model = model.to(device, memory_format=torch.channels_last)
     scores = []
     for indices in tqdm(
         batches(np.arange(len(clips)), config.batch_size), desc="scoring", unit="batch", leave=False, disable=None
     ):
         waveform, labels = clips.batch(indices, device)
-        similarity, _ = model(waveform, log_mel(waveform))
+        similarity, _ = model(**front_end(waveform))
         scores.append(objective.anomaly_score(similarity, labels, getattr(torch, config.score_dtype)))
     return torch.cat(scores).cpu().numpy()
 
@@ -133,7 +134,10 @@ def rate(is_anomaly: np.ndarray, scores: np.ndarray) -> Metrics:
 def combine(rows: Sequence[Metrics], how) -> Metrics:
     """Each column of several rows combined on its own, leaving out rows without AUC."""
     rated = [row for row in rows if row["AUC"] is not None]
-    return {name: float(how([row[name] for row in rated])) if rated else None for name in COLUMNS}
+    if not rated:
+        return dict.fromkeys(COLUMNS)
+    combined = {name: float(how([row[name] for row in rated])) for name in COLUMNS}
+    return {name: int(x) if name.startswith("n_") and x.is_integer() else x for name, x in combined.items()}
 
 
 def rate_all(clips: Sequence[Clip], scores: np.ndarray) -> dict[str, dict[str, Metrics]]:
@@ -220,6 +224,8 @@ def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> Non
 
 def run(config: Config, path: Path, given: set[str]) -> None:
     """Score the test clips with the checkpoint at `path`, print the table and write the files."""
+    if not path.suffix:
+        raise UserError(f"{path}: the results go to a folder of this name without its ending; rename it to {path}.pth")
     device = choose_device(config.device)
     model, config = load_model(path, config, given)
     clips = ClipSet.load(config, "test")

@@ -10,11 +10,15 @@ inconsistent margin), ArcFace does not mix (lam = 1). Choi & Choi, ICASSP 2024, 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from utils import Config
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Objective:
         self.mode, self.alpha, self.m, self.s = MODES[mode], alpha, m, s
 
     @classmethod
-    def of(cls, config) -> "Objective":
+    def of(cls, config: "Config") -> "Objective":
         """The objective of a configuration."""
         return cls(config.mode, config.alpha, config.m, config.s)
 

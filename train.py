@@ -39,12 +39,13 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> None:
     trainer = Trainer(config, device)
     if state:
         trainer.resume(state)
-    elif is_main():
+    trainer.take(train_clips, valid_clips)
+    if not state and is_main():
         clear(files)
     barrier()
     if is_main():
         print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
-    trainer.fit(train_clips, valid_clips)
+    trainer.fit()
     if is_main():
         print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
 
@@ -53,18 +54,17 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
     """The checkpoint to resume from, if any; a `UserError` rather than harm to a run that is already there."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    if resume and files.last.exists():
-        return load_checkpoint(files.last)
-    if resume and not files.best.exists():
+    found = [file for file in (files.last, files.best) if file.exists()]
+    if resume and files.last in found and files.best not in found:
+        raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")
+    if resume and found:
+        return load_checkpoint(found[0])
+    if resume:
         notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
-    elif files.best.exists() or files.last.exists():
-        if resume:
-            raise UserError(f"{files.last} is missing, so {files.best} cannot be resumed; --overwrite replaces it")
-        if not overwrite:
-            found = files.best if files.best.exists() else files.last
-            raise UserError(
-                f"{found} is there: --resume goes on with that run, --overwrite replaces it, --save_path names another"
-            )
+    elif found and not overwrite:
+        raise UserError(
+            f"{found[-1]} is there: --resume goes on with that run, --overwrite replaces it, --save_path names another"
+        )
     return None
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dataloader import ClipSet, batches, class_labels, shuffled_batches
 from losses import Mix, Objective
-from model import LogMel, TASTgramMFN
+from model import FrontEnd, TASTgramMFN
 from utils import (
     COMPUTATION_KEYS,
     MIXING,
@@ -23,8 +23,10 @@ from utils import (
     Config,
     RunFiles,
     UserError,
+    barrier,
     choose_precision,
     is_main,
+    is_same,
     keep_freed_memory,
     notice,
     random_stream,
@@ -61,7 +63,7 @@ class Trainer:
         self.config, self.device = config, device
         self.files = RunFiles(config.checkpoint)
         self.objective = Objective.of(config)
-        self.log_mel = LogMel().to(device)
+        self.front_end = FrontEnd(config.input).to(device)
         self.network = build_model(config).to(device, memory_format=torch.channels_last)
         self.model = DistributedDataParallel(self.network) if world_size() > 1 else self.network
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -71,9 +73,11 @@ class Trainer:
         )
         self.precision = choose_precision(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.epoch = 0  # epochs finished
+        self.epoch = self.saved_epoch = 0  # epochs finished, and of the last checkpoint
         self.best_loss = math.inf
         self.history: list[dict[str, float]] = []
+        self.fingerprint = ""  # of the clips the run began with
+        self.log: TensorBoardLog | None = None
 
     # ---- One step ----
 
@@ -83,9 +87,9 @@ class Trainer:
         `share` weighs the gradient of this process where the processes' parts of the batch differ in size. Log-mel,
         mixup and the margin are computed in float32, the network between them in the precision of the training.
         """
-        log_mel = self.log_mel(waveform)
+        inputs = {name: mix(x) for name, x in self.front_end(waveform).items()}
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            similarity, _ = self.model(mix(waveform), mix(log_mel))
+            similarity, _ = self.model(**inputs)
         loss = self.objective.loss(similarity, labels, mix)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * share).backward()
@@ -112,19 +116,26 @@ class Trainer:
             totals += torch.cat([result, result.new_ones(1)]) * len(part)
             results.append(result[0])
             if len(results) == STEPS_BETWEEN_READINGS or index + 1 == len(plan):
-                self.check_losses(torch.stack(results).tolist(), step)
-                progress.set_postfix_str(f"loss {results[-1].item():.3f}")
+                losses = (sum_over_ranks(torch.stack(results)) / world_size()).tolist()
+                self.check_losses(losses, step)
+                progress.set_postfix_str(f"loss {losses[-1]:.3f}")
                 results = []
         return mean_over_ranks(totals)
 
     def check_losses(self, losses: list[float], last_step: int) -> None:
         for step, loss in enumerate(losses, start=last_step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step + 1} (epoch {self.epoch + 1}, learning rate "
-                    f"{self.optimizer.param_groups[0]['lr']:.3g}): try a lower --lr or --precision fp32; "
-                    f"the checkpoint of the last epoch stands"
-                )
+            self.check_finite("loss", loss, f"step {step + 1}")
+
+    def check_finite(self, name: str, loss: float, moment: str) -> None:
+        """Raise `UserError` with what to try where a loss is not finite; no checkpoint has seen it."""
+        if math.isfinite(loss):
+            return
+        rate = self.optimizer.param_groups[0]["lr"]
+        remedies = "a lower --lr" if self.precision == torch.float32 else "a lower --lr or --precision fp32"
+        rest = f"; the checkpoint of epoch {self.saved_epoch} stands" if self.saved_epoch else ""
+        raise UserError(
+            f"the {name} is {loss} at {moment} (epoch {self.epoch + 1}, learning rate {rate:.3g}): try {remedies}{rest}"
+        )
 
     @torch.no_grad()
     def validate(self, clips: ClipSet) -> tuple[float, float]:
@@ -135,7 +146,7 @@ class Trainer:
         own = np.arange(len(clips))[rank() :: world_size()]
         for indices in batches(own, self.config.batch_size):
             waveform, labels = clips.batch(indices, self.device)
-            similarity, _ = self.network(waveform, self.log_mel(waveform))
+            similarity, _ = self.network(**self.front_end(waveform))
             loss = self.objective.loss(similarity, labels)
             accuracy = self.objective.accuracy(similarity, labels)
             totals += torch.stack([loss, accuracy, torch.ones_like(loss)]) * len(indices)
@@ -143,8 +154,8 @@ class Trainer:
 
     # ---- The run ----
 
-    def fit(self, train_clips: ClipSet, valid_clips: ClipSet) -> None:
-        """Train from the present epoch to the last, with a checkpoint after each."""
+    def take(self, train_clips: ClipSet, valid_clips: ClipSet) -> None:
+        """The clips to train on and to validate with. Raises `UserError` if the run cannot go on with them."""
         least, processes = 2 * world_size(), f"each of {world_size()} processes needs two, for batch norm"
         if len(train_clips) < least:
             raise UserError(f"{len(train_clips)} clips to train on: {processes}; bring more recordings")
@@ -156,29 +167,27 @@ class Trainer:
                 f"{self.files.last}: the clips under {self.config.data_root} are not those the run began with; "
                 f"bring them back, or start again with --overwrite"
             )
-        self.fingerprint = fingerprint
-        log = TensorBoardLog(self.files, self.epoch) if self.config.tensorboard and is_main() else None
+        self.fingerprint, self.train_clips, self.valid_clips = fingerprint, train_clips, valid_clips
+
+    def fit(self) -> None:
+        """Train from the present epoch to the last, with a checkpoint after each."""
+        if self.config.tensorboard and is_main():
+            self.log = TensorBoardLog(self.files, self.epoch)
         try:
             while self.epoch < self.config.epoch:
-                self.run_epoch(train_clips, valid_clips)
-                if log:
-                    log.write(self.history[-1])
+                self.run_epoch()
         except (KeyboardInterrupt, SystemExit):
-            if self.epoch:
-                notice(f"stopped in epoch {self.epoch + 1}; --resume goes on after epoch {self.epoch}")
+            if self.saved_epoch:
+                notice(f"stopped; --resume goes on after epoch {self.saved_epoch}")
             else:
-                notice("stopped in epoch 1, before the first checkpoint")
+                notice("stopped before the first checkpoint")
             raise
 
-    def run_epoch(self, train_clips: ClipSet, valid_clips: ClipSet) -> None:
+    def run_epoch(self) -> None:
         start, lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]
-        train_loss, train_accuracy = self.train_epoch(train_clips)
-        valid_loss, valid_accuracy = self.validate(valid_clips)
-        if not math.isfinite(valid_loss):
-            raise UserError(
-                f"the validation loss is {valid_loss} after epoch {self.epoch + 1} (learning rate {lr:.3g}): try a "
-                f"lower --lr or --precision fp32; the checkpoint of the last epoch stands"
-            )
+        train_loss, train_accuracy = self.train_epoch(self.train_clips)
+        valid_loss, valid_accuracy = self.validate(self.valid_clips)
+        self.check_finite("validation loss", valid_loss, "the end")
         self.scheduler.step()
         self.epoch += 1
         is_best = valid_loss < self.best_loss
@@ -187,8 +196,11 @@ class Trainer:
         row = (self.epoch, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, seconds)
         self.history.append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
         if is_main():
+            if self.log:
+                self.log.write(self.history[-1])
             self.save(is_best)
             self.report(is_best)
+        barrier()  # a process that ended earlier could take this one down while it writes
 
     def progress(self, steps: Iterable, name: str) -> tqdm:
         """A progress bar, on a terminal and in the main process only."""
@@ -222,11 +234,14 @@ class Trainer:
         }
 
     def save(self, is_best: bool) -> None:
-        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most the last epoch."""
+        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most the last epoch: the
+        best weights come first, and serve where the last state is not there yet.
+        """
         state = self.state()
         if is_best:
             save_checkpoint(self.files.best, state)
         save_checkpoint(self.files.last, state)
+        self.saved_epoch = self.epoch
         self.write_history()
 
     def write_history(self) -> None:
@@ -237,11 +252,16 @@ class Trainer:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same configuration; a `UserError` names the keys that differ."""
+        if missing := {"optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips"} - set(state):
+            raise UserError(
+                f"{self.files.best}: no run to resume: {', '.join(sorted(missing))} is missing in the checkpoint; "
+                f"start again with --overwrite"
+            )
         now = dataclasses.asdict(self.config)
         differing = [
             f"{name} (was {state['config'].get(name)!r}, is {now[name]!r})"
             for name in now
-            if name not in COMPUTATION_KEYS and state["config"].get(name) != now[name]
+            if name not in COMPUTATION_KEYS and not is_same(state["config"].get(name), now[name])
         ]
         if differing:
             raise UserError(
@@ -253,7 +273,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best_loss = state["epoch"], state["best_loss"]
+        self.epoch = self.saved_epoch = state["epoch"]
+        self.best_loss = state["best_loss"]
         self.history, self.fingerprint = state["history"], state["clips"]
         if is_main():
             self.write_history()  # a crash may have come between checkpoint and history

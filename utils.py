@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except torch.OutOfMemoryError:
-        fail("the GPU is out of memory: lower batch_size, or give precision bf16")
+        fail("the GPU is out of memory: lower batch_size (bf16 needs less than fp32 in training)")
     except (UserError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -120,7 +120,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # such as !!int x
         raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -137,7 +137,9 @@ def key(convert: Callable[[Any], Any], allowed: str, choices: Sequence[str] = ()
 
 def number(kind: type, allowed: str, is_allowed: Callable[[float], bool]) -> Any:
     def convert(value):
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+            raise ValueError(value)
+        if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError(value)
         value = kind(value)
         if not math.isfinite(value) or not is_allowed(value):
@@ -156,13 +158,17 @@ def choice(*choices: str) -> Any:
     return key(convert, f"one of {', '.join(choices)}", choices)
 
 
-def text(allowed: str, pattern: str = r"(?s).*\S.*") -> Any:
+def text(allowed: str, pattern: str) -> Any:
     def convert(value):
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise ValueError(value)
-        return value
+        return os.path.expanduser(value)  # noqa: PTH111 (a configuration holds plain values)
 
     return key(convert, allowed)
+
+
+def folder() -> Any:
+    return text("the name of a folder (a number needs quotes)", r"(?s).*\S.*")
 
 
 def flag() -> Any:
@@ -188,13 +194,13 @@ def to_machines(value: Any) -> dict[str, list[int]]:
         raise ValueError(value)
     machines = {}
     for machine_type, ids in value.items():
-        folder = str(machine_type)
-        if not isinstance(ids, list) or folder in ("", ".", "..") or "/" in folder or "\\" in folder:
+        name = str(machine_type)
+        if name in ("", ".", "..", "average", *machines) or "/" in name or "\\" in name:  # average: of the table
             raise ValueError(value)
-        if any(not re.fullmatch("[0-9]+", str(machine_id)) for machine_id in ids):
+        if not isinstance(ids, list) or any(not re.fullmatch("[0-9]{1,9}", str(machine_id)) for machine_id in ids):
             raise ValueError(value)
-        machines[folder] = [int(machine_id) for machine_id in ids]
-        if not ids or len(set(machines[folder])) < len(ids):
+        machines[name] = [int(machine_id) for machine_id in ids]
+        if not ids or len(set(machines[name])) < len(ids):
             raise ValueError(value)
     if sum(map(len, machines.values())) < 2:
         raise ValueError(value)
@@ -205,13 +211,13 @@ def to_machines(value: Any) -> dict[str, list[int]]:
 class Config:
     """The configuration of a run: the keys of config.yaml, where each is explained, and what each takes."""
 
-    data_root: str = text("a folder")
+    data_root: str = folder()
     machines: dict = key(
         to_machines,
         "a table of machine types with lists of different IDs, at least two in all, such as {fan: [0, 2], pump: [0]}",
     )
     split_ratio: float = number(float, "a number above 0 and below 1", lambda x: 0 < x < 1)
-    store_path: str = text("a folder")
+    store_path: str = folder()
     mode: str = choice(*MODES)
     input: list = key(to_channels, f"a list of different channels out of {', '.join(CHANNELS)}", CHANNELS)
     alpha: float = number(float, "a number above 0", lambda x: x > 0)
@@ -243,6 +249,11 @@ COMPUTATION_KEYS = (
 )  # fmt: skip
 # Keys that make the model and its score: they come from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a key mean the same; the order of the machines numbers the classes."""
+    return one == other and (not isinstance(one, dict) or list(one) == list(other))
 
 
 def check_value(name: str, value: Any, source: str) -> Any:
@@ -352,6 +363,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"device: {name} asks for a GPU, and PyTorch finds none; use auto or cpu")
+    if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"device: {name} would put all processes on one GPU; use auto or cuda")
     index = int(name.partition(":")[2] or local_rank())
     count = torch.cuda.device_count()
     if index >= count:
@@ -371,8 +384,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 def set_up_numerics() -> None:
     """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to 10 bits."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:
@@ -463,7 +476,7 @@ class RunFiles:
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once it is written, so that no reader sees a half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -496,8 +509,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         return {"model": state}
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not isinstance(state.get("model"), dict) or not set(MODEL_KEYS) <= set(config):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
+    for name in MODEL_KEYS:
+        config[name] = check_value(name, config[name], str(path))
     return state
 
 

@@ -23,7 +23,8 @@ The IDs of a type share a design and differ in speed, load and wear (SIBLINGS). 
 speed, load, resonances, surroundings and level. A faulty clip has one fault (FAULTS), from subtle to obvious.
 
 A clip depends on the seed and on its own name only: asking for more clips never changes the earlier ones.
-OUTPUT/synthetic.json is written last: with it, a folder that holds the very set asked for is left alone.
+OUTPUT/synthetic.json is written last: with it, a folder that holds the very set asked for is left alone. A set that
+was broken off is made again.
 """
 
 import json
@@ -293,6 +294,13 @@ def clear(output: Path) -> None:
         path.unlink()
 
 
+def is_unfinished(output: Path) -> bool:
+    """Whether the folder holds a set of this script that was broken off, or sounds as it no longer makes them."""
+    if (output / STARTED).exists():
+        return True
+    return (output / COMPLETE).is_file() and json.loads((output / COMPLETE).read_bytes())["format"] != FORMAT
+
+
 def make_set(output: Path, clips: list[Clip], seed: int, mark: bytes) -> None:
     output.mkdir(parents=True, exist_ok=True)
     clear(output)
@@ -327,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     marked = (output / COMPLETE).is_file() and (output / COMPLETE).read_bytes() == mark
     done = marked and not options.overwrite and all((output / clip.path).is_file() for clip in clips)
     if not done:
-        if output.exists() and any(output.iterdir()) and not options.overwrite:
+        if output.exists() and any(output.iterdir()) and not options.overwrite and not is_unfinished(output):
             raise UserError(f"{output} holds something else: choose another --output, or add --overwrite")
         make_set(output, clips, options.seed, mark)
     table = ", ".join(f"{machine_type}: {ids}" for machine_type, ids in MACHINES.items())

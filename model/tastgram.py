@@ -4,6 +4,8 @@ Choi & Choi, "Noisy-ArcMix: Additive Noisy Angular Margin Loss Combined With Mix
 Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F frames.
 """
 
+from collections.abc import Collection
+
 import torch
 import torchaudio
 from torch import Tensor, nn
@@ -44,6 +46,22 @@ class LogMel(nn.Module):
         with torch.autocast(waveform.device.type, enabled=False):  # half precision is off by up to 0.3 dB
             power = self.mel_power(waveform.float())  # (B, M, F)
             return 10.0 * torch.log10(power + POWER_FLOOR).unsqueeze(1)
+
+
+class FrontEnd(nn.Module):
+    """What the network is fed with, by name: waveform `(B, T)` -> `{"waveform": (B, T), "log_mel": (B, 1, M, F)}`.
+
+    Holds only what the channels need. Mixup works on these, each on its own.
+    """
+
+    def __init__(self, channels: Collection[str]):
+        super().__init__()
+        self.keeps_waveform = "tgram" in channels
+        self.log_mel = LogMel() if "sgram" in channels or "tagram" in channels else None
+
+    def forward(self, waveform: Tensor) -> dict[str, Tensor]:
+        inputs = {"waveform": waveform} if self.keeps_waveform else {}
+        return inputs if self.log_mel is None else inputs | {"log_mel": self.log_mel(waveform)}
 
 
 class TgramNet(nn.Module):

@@ -34,6 +34,8 @@ class CosineHead(nn.Module):
 class TASTgramMFN(nn.Module):
     """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)`, embedding `(B, E)`.
 
+    `FrontEnd` makes the inputs; one that no channel needs may be left out.
+
     The similarity is the cosine to each class centre with `head="arcface"`, and the output of the plain linear
     layer with `head="fc_out"`. Both heads are always built, as in the published weight files; the one that is not
     used is frozen. Of the input channels only those named in `channels` are built, stacked in the order `CHANNELS`.
@@ -59,7 +61,7 @@ class TASTgramMFN(nn.Module):
         unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
         unused.requires_grad_(False)  # parameters without gradient would stop DistributedDataParallel
 
-    def features(self, waveform: Tensor, log_mel: Tensor) -> Tensor:
+    def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
         """The TASTgram `(B, channels, M, F)`."""
         stack = []
         if "tgram" in self.channels:
@@ -70,7 +72,7 @@ class TASTgramMFN(nn.Module):
             stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def forward(self, waveform: Tensor, log_mel: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32

@@ -1,6 +1,7 @@
 """Small recordings, a small trained model, and a way to call the scripts as a user would."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -94,6 +95,12 @@ def fails(call):
         return errors
 
     return call_failing
+
+
+@pytest.fixture
+def trained_copy(trained, tmp_path) -> Path:
+    """A copy of the tiny run that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "trained"))
 
 
 @pytest.fixture(scope="session")

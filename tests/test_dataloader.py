@@ -55,9 +55,11 @@ def test_find_clips(tmp_path, capsys):
     assert [clip.is_anomaly for clip in test_clips if clip.machine_type == "valve"] == [False, True, True, False]
 
 
-def test_classes_without_training_clips_are_named(data_root, capsys):
+def test_ids_without_clips_are_named(data_root, capsys):
     find_clips(data_root, {"fan": [0, 1, 2], "valve": [1, 3]}, "train")
-    assert "2 of 5 classes have no training clips: fan 01, valve 03" in capsys.readouterr().err
+    assert "train: 2 of 5 machine IDs have no clips: fan 01, valve 03" in capsys.readouterr().err
+    find_clips(data_root, {"fan": [0, 1], "valve": [1]}, "test")
+    assert "test: 1 of 3 machine IDs have no clips: fan 01" in capsys.readouterr().err
 
 
 def test_missing_folders(data_root, capsys):
@@ -159,6 +161,12 @@ def broken(kind: str, path) -> None:
         soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000, format="FLAC")
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
+    elif kind == "big-endian, cut":
+        soundfile.write(path, tone(0, 2.0), 16_000, endian="BIG")
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
     else:
         raise AssertionError(kind)
 
@@ -167,7 +175,15 @@ BROKEN = {
     "empty": "empty", "no samples": "empty", "cut in half": "truncated", "header only": "unreadable|truncated",
     "text": "unreadable", "nan": "not finite", "infinite, resampled": "not finite", "ogg": "it is OGG",
     "absurd rate": "sample rate of 3 Hz", "folder": "unreadable: not a file", "flac cut": "truncated|unreadable",
+    "big-endian, cut": "truncated", "pipe": "not a file",
 }  # fmt: skip
+
+
+def test_a_wav_from_a_pipe_says_nothing_of_its_length(tmp_path):
+    expected, _ = read_clip(write_clip(tmp_path / "a.wav", tone(0)))
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[:40] + b"\xff\xff\xff\xff" + content[44:])
+    assert np.array_equal(read_clip(tmp_path / "a.wav")[0], expected)
 
 
 @pytest.mark.parametrize(("kind", "reason"), BROKEN.items())
@@ -197,7 +213,7 @@ def gather(store_path, root, split="train"):
 def test_the_store_decodes_once(tmp_path, data_root, monkeypatch):
     waveforms, rows = gather(tmp_path, data_root)
     assert waveforms.dtype == np.int16
-    assert isinstance(waveforms.base, np.memmap)
+    assert isinstance(waveforms, np.memmap)
     monkeypatch.setattr("dataloader.read_clip", None)  # decoding again would fail
     again, same_rows = gather(tmp_path, data_root)
     assert np.array_equal(again[same_rows], waveforms[rows])
@@ -233,9 +249,29 @@ def test_what_a_crash_left_behind_is_not_believed(tmp_path, data_root):
         file.truncate(1000)  # samples lost under an index that speaks of them
     waveforms, rows = gather(tmp_path, data_root)
     assert np.array_equal(waveforms[rows], expected)
+    with store.samples_file.open("ab") as file:
+        file.write(b"half a row")  # beyond an index that is complete
+    waveforms, rows = gather(tmp_path, data_root)
+    assert np.array_equal(waveforms[rows], expected)
     store.index_file.write_text("{")
     waveforms, rows = gather(tmp_path, data_root)
     assert np.array_equal(waveforms[rows], expected)
+
+
+def test_what_was_decoded_before_an_interruption_counts(tmp_path, data_root, monkeypatch):
+    def interrupted(path):
+        if path.name == "normal_id_02_00000001.wav":
+            raise KeyboardInterrupt
+        return read_clip(path)
+
+    monkeypatch.setattr("dataloader.read_clip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gather(tmp_path, data_root)
+    assert len(WaveformStore(tmp_path, data_root).read_index()) == 5
+    decoded = []
+    monkeypatch.setattr("dataloader.read_clip", lambda path: decoded.append(path) or read_clip(path))
+    gather(tmp_path, data_root)
+    assert len(decoded) == 7
 
 
 def test_two_builders_decode_each_clip_once(tmp_path, data_root, monkeypatch):

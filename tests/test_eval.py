@@ -69,10 +69,12 @@ def test_pooled_mean_and_lowest():
 
 def test_the_lowest_is_of_each_column_on_its_own():
     rows = [
-        {"AUC": 0.9, "pAUC": 0.5, "n_normal": 3, "n_anomaly": 9},
+        {"AUC": 0.9, "pAUC": 0.5, "n_normal": 3, "n_anomaly": 8},
         {"AUC": 0.6, "pAUC": 0.8, "n_normal": 5, "n_anomaly": 7},
     ]
     assert evaluation.combine(rows, np.min) == {"AUC": 0.6, "pAUC": 0.5, "n_normal": 3, "n_anomaly": 7}
+    assert str(evaluation.combine(rows, np.mean)["n_normal"]) == "4", "a whole number of clips"
+    assert evaluation.combine(rows, np.mean)["n_anomaly"] == 7.5
 
 
 def test_one_class_only_is_left_out_and_named(capsys):
@@ -121,13 +123,13 @@ def read_metrics(folder: Path) -> dict[tuple[str, str], list[str]]:
     return {(line[0], line[1]): line[2:] for line in lines}
 
 
-def test_what_an_evaluation_writes(trained, data_root, call):
-    status, output, _ = evaluate(call, trained, data_root)
+def test_what_an_evaluation_writes(trained_copy, data_root, call):
+    status, output, _ = evaluate(call, trained_copy, data_root)
     assert status == 0
-    folder = trained / "run" / "eval"
+    folder = trained_copy / "run" / "eval"
     names = {"anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv", "anomaly_score_valve_id_01.csv"}
     assert {path.name for path in folder.iterdir()} == names | {"metrics.csv"}
-    metrics = read_metrics(trained)
+    metrics = read_metrics(trained_copy)
     assert list(metrics) == [
         ("fan", "00"), ("fan", "02"), ("fan", "pooled"), ("fan", "mean"), ("fan", "min"),
         ("valve", "01"), ("valve", "pooled"), ("valve", "mean"), ("valve", "min"),
@@ -184,20 +186,20 @@ def test_scores_of_an_id_that_went_are_removed(trained, tmp_path, call):
 # ---- Which configuration counts ----
 
 
-def test_editing_the_configuration_cannot_move_a_score(trained, data_root, tmp_path, call):
-    evaluate(call, trained, data_root)
-    before = (trained / "run/eval/anomaly_score_fan_id_00.csv").read_text()
+def test_editing_the_configuration_cannot_move_a_score(trained_copy, data_root, tmp_path, call):
+    evaluate(call, trained_copy, data_root)
+    before = (trained_copy / "run/eval/anomaly_score_fan_id_00.csv").read_text()
     file = tmp_path / "other.yaml"
     file.write_text("machines: {valve: [1], fan: [2, 0]}\nmode: cross_entropy\ninput: [sgram]\nm: 0.1\ns: 3\n")
-    assert evaluate(call, trained, data_root, "--config", file)[0] == 0
-    assert (trained / "run/eval/anomaly_score_fan_id_00.csv").read_text() == before
+    assert evaluate(call, trained_copy, data_root, "--config", file)[0] == 0
+    assert (trained_copy / "run/eval/anomaly_score_fan_id_00.csv").read_text() == before
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("machines", "{fan: [0, 2]}"), ("mode", "arcface"), ("input", "[sgram]"), ("m", "0.5"), ("s", "10"),
-        ("sub_centers", "3"),
+        ("machines", "{fan: [0, 2]}"), ("machines", "{valve: [1], fan: [0, 2]}"), ("mode", "arcface"),
+        ("input", "[sgram]"), ("m", "0.5"), ("s", "10"), ("sub_centers", "3"),
     ],
 )  # fmt: skip
 def test_contradicting_the_checkpoint_is_an_error(trained, data_root, fails, option, value):
@@ -205,8 +207,8 @@ def test_contradicting_the_checkpoint_is_an_error(trained, data_root, fails, opt
     fails(evaluation.main, *words, match=rf"command line: {option} .* is not the checkpoint's, .*run.pth")
 
 
-def test_agreeing_with_the_checkpoint_is_none(trained, data_root, call):
-    assert evaluate(call, trained, data_root, "--mode", "noisy_arcmix", "--m", "0.7")[0] == 0
+def test_agreeing_with_the_checkpoint_is_none(trained_copy, data_root, call):
+    assert evaluate(call, trained_copy, data_root, "--mode", "noisy_arcmix", "--m", "0.7")[0] == 0
 
 
 def test_a_bare_state_dict_takes_the_configuration(tmp_path, data_root, call, fails):
@@ -242,6 +244,9 @@ def test_scores_of_published_weights_are_the_reference(tmp_path):
 
 
 def test_missing_and_damaged_checkpoints(tmp_path, fails):
+    fails(
+        evaluation.main, tmp_path / "weights", match=r"weights: the results go to a folder of this name .*weights.pth"
+    )
     fails(evaluation.main, tmp_path / "none.pth", match="none.pth: no such checkpoint; train one with")
     (tmp_path / "text.pth").write_text("hello")
     fails(evaluation.main, tmp_path / "text.pth", match="text.pth: not a readable checkpoint")

@@ -190,9 +190,18 @@ def test_a_set_that_was_broken_off_is_not_complete(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             make(tmp_path)
     assert not (tmp_path / "synthetic.json").exists()
-    with pytest.raises(UserError, match="--overwrite"):
+    assert len(make(tmp_path)) == 1 + 2 * 3
+
+
+@pytest.mark.usefixtures("few")
+def test_a_set_of_earlier_sounds_is_made_again(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesize, "FORMAT", synthesize.FORMAT - 1)
         make(tmp_path)
-    assert len(make(tmp_path, "--overwrite")) == 1 + 2 * 3
+    make(tmp_path)
+    assert "complete already" not in capsys.readouterr().out
+    make(tmp_path)
+    assert "complete already" in capsys.readouterr().out
 
 
 def test_recordings_of_the_same_names_are_never_replaced(tmp_path):

@@ -19,7 +19,7 @@ from conftest import MACHINES, arguments, write_set
 import train
 from losses import MODES, Mix
 from trainer import HISTORY_COLUMNS, Trainer, build_model
-from utils import RunFiles, UserError, load_checkpoint, load_config
+from utils import RunFiles, UserError, load_checkpoint, load_config, save_checkpoint, set_up_numerics
 
 ROOT = Path(__file__).parent.parent
 VALUES = reference.VALUES
@@ -57,7 +57,7 @@ def test_eight_steps_match_the_reference(mode):
     assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
     trainer.model.eval()
     with torch.no_grad():
-        similarity, embedding = trainer.network(waveform, trainer.log_mel(waveform))
+        similarity, embedding = trainer.network(**trainer.front_end(waveform))
     score = trainer.objective.anomaly_score(similarity, labels)
     assert reference.distance(score, VALUES[f"{mode}_after_score"]) < 1e-2
     assert reference.distance(embedding, VALUES[f"{mode}_after_embedding"]) < 1e-2
@@ -66,7 +66,7 @@ def test_eight_steps_match_the_reference(mode):
 def test_score_before_training_matches_the_reference():
     trainer, waveform = reference_trainer("noisy_arcmix"), reference.waveforms()
     with torch.no_grad():
-        similarity, _ = trainer.network.eval()(waveform, trainer.log_mel(waveform))
+        similarity, _ = trainer.network.eval()(**trainer.front_end(waveform))
     score = trainer.objective.anomaly_score(similarity, reference.labels())
     assert reference.distance(score, VALUES["eval_score"]) < 1e-4
 
@@ -89,6 +89,7 @@ def test_half_precision_stays_near_the_reference(precision):
     assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=0.05)
     assert trainer.scaler.is_enabled() == (precision == "fp16")
     assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
+    assert not torch.equal(trainer.network.state_dict()["arcface.weight"], reference.parameters()["arcface.weight"])
 
 
 @pytest.mark.gpu
@@ -148,15 +149,15 @@ def test_what_a_run_leaves(trained):
     assert not list(trained.glob(".*.tmp"))
 
 
-def test_an_existing_run_is_not_overwritten_by_accident(trained, data_root, fails, call):
-    options = arguments(trained, data_root)
-    before = (trained / "run.pth").read_bytes()
+def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root, fails, call):
+    options = arguments(trained_copy, data_root)
+    before = (trained_copy / "run.pth").read_bytes()
     fails(train.main, *options, match=r"run.pth is there: --resume goes on .*, --overwrite replaces it, --save_path")
-    assert (trained / "run.pth").read_bytes() == before
+    assert (trained_copy / "run.pth").read_bytes() == before
     status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
     assert status == 0
     assert "epoch" not in output
-    assert (trained / "run.pth").read_bytes() == before
+    assert (trained_copy / "run.pth").read_bytes() == before
 
 
 def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fails):
@@ -176,8 +177,6 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
     assert status == 0
     assert "run.last.pth: nothing to resume, so the run starts from the beginning" in errors
     assert "epoch 1/1" in output
-    (tmp_path / "run.last.pth").unlink()
-    fails(train.main, *arguments(tmp_path, data_root), "--resume", match="run.last.pth is missing")
     (tmp_path / "run.last.pth").write_bytes(b"PK damaged")
     fails(train.main, *arguments(tmp_path, data_root), "--resume", match="run.last.pth: not a readable checkpoint")
 
@@ -194,10 +193,15 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call
     assert sorted(path.name for path in files.folder.iterdir()) == ["history.csv", "mine.txt", "tensorboard"]
 
 
-def test_a_failing_start_leaves_the_old_run(trained, tmp_path, fails):
-    before = (trained / "run.pth").read_bytes()
-    fails(train.main, *arguments(trained, tmp_path / "nowhere"), "--overwrite", match="no folder .*nowhere/fan/train")
-    assert (trained / "run.pth").read_bytes() == before
+def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
+    before = (trained_copy / "run.pth").read_bytes()
+    fails(
+        train.main, *arguments(trained_copy, tmp_path / "nowhere"), "--overwrite", match="no folder .*nowhere/fan/train"
+    )
+    one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
+    options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
+    fails(train.main, *options, "--overwrite", match="1 clips to train on")
+    assert (trained_copy / "run.pth").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_root, fails):
@@ -207,8 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_root, fails):
         *options,
         match=r"loss is (nan|inf) (at step|after epoch) .*learning rate 1e\+30\): try a lower --lr",
     )
-    last = tmp_path / "run.last.pth"
-    assert not last.exists() or all(torch.isfinite(v).all() for v in load_checkpoint(last)["model"].values())
+    assert not list(tmp_path.glob("*.pth"))
 
 
 def test_a_last_batch_of_one_clip_is_trained(tmp_path, data_root, call):
@@ -239,16 +242,15 @@ def test_a_gpu_out_of_memory_is_one_line(fails):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
-    from utils import save_checkpoint
-
     path = tmp_path / "a.pth"
-    save_checkpoint(path, {"model": {}, "config": {}, "epoch": 1})
+    config = dataclasses.asdict(load_config())
+    save_checkpoint(path, {"model": {}, "config": config, "epoch": 1})
 
     def no_space(self, data):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    fails(lambda: save_checkpoint(path, {"model": {}, "config": {}, "epoch": 2}), match="No space left on device")
+    fails(lambda: save_checkpoint(path, {"model": {}, "config": config, "epoch": 2}), match="No space left on device")
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
@@ -293,7 +295,7 @@ def test_a_cut_run_resumes_to_the_same_bits(sent, status, unbroken, tmp_path, da
     assert process.returncode == status
     assert "Traceback" not in errors
     if sent != "SIGKILL":
-        assert "--resume goes on after epoch" in errors
+        assert "stopped; --resume goes on after epoch" in errors
     assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] < CUT["epoch"]
 
     resumed = start(tmp_path, data_root, "--resume")
@@ -308,12 +310,47 @@ def test_a_cut_run_resumes_to_the_same_bits(sent, status, unbroken, tmp_path, da
     assert ours == expected
 
 
-def test_a_crash_between_checkpoint_and_history_is_mended(trained, data_root, call):
-    history = trained / "run" / "history.csv"
+def test_a_crash_between_checkpoint_and_history_is_mended(trained_copy, data_root, call):
+    history = trained_copy / "run" / "history.csv"
     expected = history.read_text()
     history.unlink()
-    assert call(train.main, *arguments(trained, data_root), "--resume")[0] == 0
+    assert call(train.main, *arguments(trained_copy, data_root), "--resume")[0] == 0
     assert history.read_text() == expected
+
+
+def test_a_cut_before_the_first_last_state_resumes_from_the_best(trained_copy, data_root, call):
+    last = trained_copy / "run.last.pth"
+    expected = load_checkpoint(last)
+    last.unlink()
+    options = arguments(trained_copy, data_root)
+    assert call(train.main, *options, "--resume")[0] == 0
+    assert load_checkpoint(trained_copy / "run.pth")["epoch"] == expected["epoch"]
+
+
+def test_resuming_without_the_best_weights_is_an_error(trained_copy, data_root, fails):
+    (trained_copy / "run.pth").unlink()
+    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.pth, the best weights .* is missing")
+
+
+def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails):
+    for name in ("run.pth", "run.last.pth"):
+        torch.save(load_checkpoint(trained_copy / name)["model"], trained_copy / name)
+    fails(
+        train.main, *arguments(trained_copy, data_root), "--resume", match="no run to resume: best_loss, clips, epoch"
+    )
+
+
+def test_a_resumed_run_must_number_the_classes_alike(trained, data_root, fails):
+    options = arguments(trained, data_root, machines="{valve: [1], fan: [0, 2]}")
+    fails(train.main, *options, "--resume", match="another configuration: machines")
+
+
+def test_float32_means_no_tf32():
+    set_up_numerics()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with torch.backends.cudnn.flags(deterministic=True):  # still usable by whoever wants it
+        pass
 
 
 # ---- Checkpoint files ----
@@ -331,8 +368,18 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, fails):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"weights": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="neither a checkpoint of this project nor a state dict"):
-        load_checkpoint(tmp_path / "a.pth")
+    torch.save({"model": {"a": torch.zeros(1)}, "config": {"n_layer": 1}}, tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(UserError, match="neither a checkpoint of this project nor a state dict"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_a_checkpoint_whose_configuration_was_spoilt_is_refused(trained_copy):
+    state = load_checkpoint(trained_copy / "run.pth")
+    state["config"]["mode"] = "arcmx"
+    torch.save(state, trained_copy / "run.pth")
+    with pytest.raises(UserError, match=r"run.pth: mode: 'arcmx' is not one of"):
+        load_checkpoint(trained_copy / "run.pth")
 
 
 def test_a_bare_state_dict_is_taken_as_weights(tmp_path):
