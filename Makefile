@@ -32,6 +32,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 
 .venv/installed: requirements.txt tests/requirements.txt
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv

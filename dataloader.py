@@ -81,24 +81,28 @@ def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], spl
             if machine not in labels:
                 skipped["of IDs outside the table of machines"] += 1
             elif is_anomaly and split == "train":
-                skipped["that are anomalous: training takes normal ones only"] += 1
+                skipped["named anomaly: training takes normal ones only"] += 1
             else:
                 clips.append(Clip(folder / name, *machine, labels[machine], is_anomaly))
 
+    if not root.is_dir():
+        raise UserError(f"data_root: no folder {root}; {HOW_TO_GET_DATA}; --data_root names another place")
     looked_for = f"{root}/<machine type>/{split}/{'normal' if split == 'train' else '{normal,anomaly}'}_id_XX_*.wav"
     if absent and (split == "train" or len(absent) == len(machines)):
         raise UserError(
             f"no folder {root / absent[0] / split} (looked for {looked_for}); {HOW_TO_GET_DATA}; "
-            f"--data_root names another place, --machines other machine types"
+            f"--data_root names another place{', --machines other machine types' if split == 'train' else ''}"
         )
     if not clips:
         raise UserError(f"no clips found: looked for {looked_for} of the IDs in machines; {HOW_TO_GET_DATA}")
     for what, count in skipped.items():
-        notice(f"{root}, {split}: skipped {count} files {what}")
+        notice(f"{root}, {split}: skipped {count} file{'s' if count > 1 else ''} {what}")
     if absent:
         notice(f"{root}: no {split} folder for {', '.join(absent)}")
     present = {(clip.machine_type, clip.machine_id) for clip in clips}
     missing = [f"{t} {i:02d}" for t, i in labels if (t, i) not in present and t not in absent]
+    if split == "train" and len(present) < 2:
+        raise UserError(f"{root}: training clips of one machine ID only, and the method learns by telling IDs apart")
     if missing:
         notice(f"{root}, {split}: {len(missing)} of {len(labels)} machine IDs have no clips: {', '.join(missing)}")
     return clips
@@ -230,10 +234,16 @@ class WaveformStore:
         """
         index = self.read_index()
         if any(self.is_stale(index, path) for path in paths):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.lock():
-                index = self.read_index()  # another process may have built it in the meantime
-                self.add(index, [path for path in paths if self.is_stale(index, path)], num_workers)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self.lock():
+                    index = self.read_index()  # another process may have built it in the meantime
+                    self.add(index, [path for path in paths if self.is_stale(index, path)], num_workers)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder}: decoded waveforms cannot be kept there ({error.strerror}); "
+                    f"name another folder with --store_path"
+                ) from None
         entries = [index[self.key(path)] for path in paths]
         for change, count in Counter(change for entry in entries for change in entry["changes"]).items():
             notice(f"{count} of {len(paths)} clips {change}")
@@ -253,9 +263,10 @@ class WaveformStore:
         try:
             index = json.loads(self.index_file.read_text())
             rows = self.samples_file.stat().st_size // ROW_BYTES
-        except (FileNotFoundError, ValueError):
+            is_whole = all(0 <= entry["row"] < rows and {"stamp", "changes"} <= set(entry) for entry in index.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return index if all(entry["row"] < rows for entry in index.values()) else {}
+        return index if is_whole else {}
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -270,8 +281,8 @@ class WaveformStore:
         free = shutil.disk_usage(self.folder).free
         if free < len(paths) * ROW_BYTES:
             raise UserError(
-                f"{self.folder}: {len(paths)} waveforms need {len(paths) * ROW_BYTES / 1e9:.2f} GB and "
-                f"{free / 1e9:.2f} GB are free; make room or name another folder with --store_path"
+                f"{self.folder}: {len(paths)} waveforms need {len(paths) * ROW_BYTES / 1e6:.0f} MB and "
+                f"{free / 1e6:.0f} MB are free; make room or name another folder with --store_path"
             )
         row = max((entry["row"] + 1 for entry in index.values()), default=0)
         if row == 0:

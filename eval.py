@@ -28,6 +28,7 @@ from utils import (
     OneLineParser,
     RunFiles,
     UserError,
+    check_writable,
     choose_device,
     is_same,
     keep_freed_memory,
@@ -211,7 +212,7 @@ def write_metrics(path: Path, table: dict[str, dict[str, Metrics]]) -> None:
                 writer.writerow([machine_type, name, *(metrics[column] for column in COLUMNS)])
 
 
-def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> None:
+def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> set[Path]:
     """One file per machine ID, `<file name>,<score>` without header; the digits read back to the same number."""
     files: dict[str, list[str]] = {}
     for clip, score in zip(clips, scores, strict=True):
@@ -220,6 +221,7 @@ def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> Non
     for name, lines in files.items():
         with replace_file(folder / name) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    return {folder / name for name in files}
 
 
 def run(config: Config, path: Path, given: set[str]) -> None:
@@ -228,19 +230,19 @@ def run(config: Config, path: Path, given: set[str]) -> None:
         raise UserError(f"{path}: the results go to a folder of this name without its ending; rename it to {path}.pth")
     device = choose_device(config.device)
     model, config = load_model(path, config, given)
+    folder = RunFiles(path).evaluation
+    check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a place of your own")
     clips = ClipSet.load(config, "test")
     scores = score_clips(model, config, clips, device)
     if not np.isfinite(scores).all():
         raise UserError(f"{path}: {np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite numbers")
     table = rate_all(clips.clips, scores)
     name_gaps(table)
-    print(format_table(table, config))
-
-    folder = RunFiles(path).evaluation
-    for old in folder.glob("anomaly_score_*.csv"):
-        old.unlink()  # of IDs that may not be there any more
-    write_scores(folder, clips.clips, scores)
+    written = write_scores(folder, clips.clips, scores)
     write_metrics(folder / "metrics.csv", table)
+    for old in set(folder.glob("anomaly_score_*.csv")) - written:
+        old.unlink()  # of an ID that has no clips any more
+    print(format_table(table, config))
     print(f"{len(clips)} scores and metrics.csv: {folder}")
 
 

@@ -10,7 +10,8 @@ the folder NAME with history.csv and TensorBoard logs. `python eval.py` scores t
 Several GPUs: see train_ddp.py.
 """
 
-import shutil
+import contextlib
+import os
 from typing import Any
 
 from dataloader import ClipSet
@@ -21,6 +22,7 @@ from utils import (
     RunFiles,
     UserError,
     barrier,
+    check_writable,
     choose_device,
     is_main,
     load_checkpoint,
@@ -34,6 +36,7 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> None:
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
     state = find_run(files, resume, overwrite)
+    check_writable(files.best, "--save_path names another place")
     device = choose_device(config.device)
     train_clips, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
     trainer = Trainer(config, device)
@@ -54,8 +57,8 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
     """The checkpoint to resume from, if any; a `UserError` rather than harm to a run that is already there."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    found = [file for file in (files.last, files.best) if file.exists()]
-    if resume and files.last in found and files.best not in found:
+    found = [file for file in (files.last, files.best, files.history) if file.exists()]
+    if resume and found and files.best not in found:
         raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")
     if resume and found:
         return load_checkpoint(found[0])
@@ -63,17 +66,20 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
         notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
     elif found and not overwrite:
         raise UserError(
-            f"{found[-1]} is there: --resume goes on with that run, --overwrite replaces it, --save_path names another"
+            f"{found[0]} is there: --resume goes on with that run, --overwrite replaces it, --save_path names another"
         )
     return None
 
 
 def clear(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
-    for file in (files.best, files.last, files.history):
+    for file in (files.best, files.last, files.history, files.evaluation / "metrics.csv"):
         file.unlink(missing_ok=True)
-    for folder in (files.tensorboard, files.evaluation):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder, names in ((files.tensorboard, "events.out.tfevents.*"), (files.evaluation, "anomaly_score_*.csv")):
+        for file in folder.glob(names):
+            file.unlink()
+        with contextlib.suppress(OSError):  # it holds files of someone else, or is not there
+            folder.rmdir()
 
 
 def parse_options(manual: str) -> tuple[Config, dict[str, bool]]:
@@ -86,6 +92,8 @@ def parse_options(manual: str) -> tuple[Config, dict[str, bool]]:
 
 
 def main() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("train.py is one process: with torchrun, start train_ddp.py")
     config, options = parse_options(__doc__)
     run(config, **options)
 

@@ -17,7 +17,7 @@ from utils import UserError, choose_device, run_script
 
 def main() -> None:
     config, options = parse_options(__doc__)
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise UserError(
             "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N train_ddp.py "
             "(for one process: python train.py)"

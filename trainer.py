@@ -158,7 +158,9 @@ class Trainer:
         """The clips to train on and to validate with. Raises `UserError` if the run cannot go on with them."""
         least, processes = 2 * world_size(), f"each of {world_size()} processes needs two, for batch norm"
         if len(train_clips) < least:
-            raise UserError(f"{len(train_clips)} clips to train on: {processes}; bring more recordings")
+            raise UserError(
+                f"{len(train_clips)} clips to train on: {processes}; bring more recordings, or raise split_ratio"
+            )
         if self.config.batch_size < least:
             raise UserError(f"batch_size: {self.config.batch_size} clips a step: {processes}; raise it")
         fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
@@ -268,11 +270,16 @@ class Trainer:
                 f"{self.files.last}: the run to resume had another configuration: {'; '.join(differing)}; give the "
                 f"same, or start again with --overwrite"
             )
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.network.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.files.last}: its weights or optimiser state do not fit; start again with --overwrite"
+            ) from None
         self.epoch = self.saved_epoch = state["epoch"]
         self.best_loss = state["best_loss"]
         self.history, self.fingerprint = state["history"], state["clips"]

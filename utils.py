@@ -12,6 +12,8 @@ import platform
 import re
 import signal
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +53,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     on standard error), 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main()
     except torch.OutOfMemoryError:
         fail("the GPU is out of memory: lower batch_size (bf16 needs less than fp32 in training)")
+    except MemoryError:
+        fail("out of memory: lower batch_size")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # PyTorch's form of MemoryError
+            raise
+        fail("out of memory: lower batch_size")
     except (UserError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -195,7 +206,8 @@ def to_machines(value: Any) -> dict[str, list[int]]:
     machines = {}
     for machine_type, ids in value.items():
         name = str(machine_type)
-        if name in ("", ".", "..", "average", *machines) or "/" in name or "\\" in name:  # average: of the table
+        is_folder_name = name.isprintable() and not set(name) & set("/\\") and name not in ("", ".", "..")
+        if not is_folder_name or name in machines or name == "average":  # a row of the table
             raise ValueError(value)
         if not isinstance(ids, list) or any(not re.fullmatch("[0-9]{1,9}", str(machine_id)) for machine_id in ids):
             raise ValueError(value)
@@ -223,16 +235,19 @@ class Config:
     alpha: float = number(float, "a number above 0", lambda x: x > 0)
     m: float = number(float, "an angle from 0 to 3.14 radians", lambda x: 0 <= x <= math.pi)
     s: float = number(float, "a number above 0", lambda x: x > 0)
-    sub_centers: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
+    sub_centers: int = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)
     epoch: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
     batch_size: int = number(int, "a whole number of at least 2 (batch norm)", lambda x: x >= 2)
     lr: float = number(float, "a number above 0", lambda x: x > 0)
     weight_decay: float = number(float, "a number of at least 0", lambda x: x >= 0)
     seed: int = number(int, "a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
-    save_path: str = text("a file name that ends in .pth", r".*[^/]\.pth")
+    save_path: str = text(
+        "a file name that ends in .pth, without braces but those of {mode} and {seed}",
+        r"(?!(.*/)?\.pth$)([^{}]|\{mode\}|\{seed\})+\.pth",
+    )
     device: str = text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:[0-9]+)?")
     precision: str = choice("auto", "fp32", "bf16", "fp16")
-    num_workers: int = number(int, "a whole number of at least 1", lambda x: x >= 1)
+    num_workers: int = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)
     tensorboard: bool = flag()
     score_dtype: str = choice("float32", "float64")
 
@@ -315,7 +330,7 @@ def describe_keys(file: Path = DEFAULT_CONFIG) -> dict[str, str]:
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """`--config` and an option for each key."""
     parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
-    meaning, values = describe_keys(), read_config(DEFAULT_CONFIG)
+    values, meaning = read_config(DEFAULT_CONFIG), describe_keys()
     keys = parser.add_argument_group("keys of the configuration")
     for name in FIELDS:
         default = yaml.safe_dump(values.get(name), default_flow_style=True, width=math.inf, sort_keys=False)
@@ -486,6 +501,16 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Find out before the work, not after it, whether `path` can be written. The `UserError` names the `option`."""
+    try:
+        with replace_file(path.with_name(f"{path.name}.probe")) as temporary:
+            temporary.touch()
+        path.with_name(f"{path.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); {option}") from None
+
+
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint whole or not at all. An `OSError` (a full disk) leaves the one before in place."""
     buffer = io.BytesIO()  # torch reports a full disk as a bug of its own, Python as an OSError
@@ -503,18 +528,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not compare the checksums
+                raise UserError(f"{path}: not a readable checkpoint ({damaged} in it is damaged)")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception:  # torch raises a dozen kinds for what is not a checkpoint
+        raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
+    if is_state_dict(state):
         return {"model": state}
     config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or not isinstance(state.get("model"), dict) or not set(MODEL_KEYS) <= set(config):
+    if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
     for name in MODEL_KEYS:
         config[name] = check_value(name, config[name], str(path))
     return state
+
+
+def is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    )
 
 
 def versions() -> dict[str, str]:

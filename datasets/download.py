@@ -186,10 +186,11 @@ def is_complete(item: Zip, output: Path) -> bool:
     """Whether the zip was unpacked to the end and all its clips are still there."""
     try:
         done = json.loads(item.marker.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # or torn, when the machine lost its power
+        md5, unpacked = done["md5"], Counter(done["clips"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or torn, when the machine lost its power
         return False
     clips = (path.relative_to(output).as_posix() for path in (output / item.machine_type).glob("*/*.wav"))
-    return done["md5"] == item.md5 and Counter(done["clips"]) <= count_clips(clips)
+    return md5 == item.md5 and unpacked <= count_clips(clips)
 
 
 def count_clips(clips: Iterable[str]) -> Counter:

@@ -137,6 +137,8 @@ def test_save_path_holds_mode_and_seed():
         (["--device", "gpu"], r"device: 'gpu' is not auto, cpu, cuda or cuda:N"),
         (["--precision", "fp8"], r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
         (["--save_path", "weights"], r"save_path: 'weights' is not a file name that ends in .pth"),
+        (["--save_path", "{mdoe}.pth"], r"save_path: .* without braces but those of {mode} and {seed}"),
+        (["--save_path", "x/.pth"], r"save_path: 'x/.pth' is not a file name"),
         (["--tensorboard", "maybe"], r"tensorboard: 'maybe' is not true or false"),
         (["--config", "none.yaml"], r"none.yaml: no such configuration file"),
         (["--resume", "--overwrite"], r"--resume goes on with a run, --overwrite replaces it"),

@@ -49,8 +49,8 @@ def test_find_clips(tmp_path, capsys):
     assert not any(clip.is_anomaly for clip in clips)
     said = capsys.readouterr().err
     assert "skipped 2 files with names other than" in said
-    assert "skipped 1 files of IDs outside the table" in said
-    assert "skipped 1 files that are anomalous" in said
+    assert "skipped 1 file of IDs outside the table" in said
+    assert "skipped 1 file named anomaly" in said
     test_clips = find_clips(root, MACHINES, "test")
     assert [clip.is_anomaly for clip in test_clips if clip.machine_type == "valve"] == [False, True, True, False]
 
@@ -72,6 +72,10 @@ def test_missing_folders(data_root, capsys):
         find_clips(data_root, {"pump": [0]}, "test")
     with pytest.raises(UserError, match=r"no clips found: looked for .*normal_id_XX.*datasets/download.py"):
         find_clips(data_root, {"fan": [5]}, "train")
+    with pytest.raises(UserError, match="training clips of one machine ID only"):
+        find_clips(data_root, {"fan": [0, 5]}, "train")
+    with pytest.raises(UserError, match=r"data_root: no folder .*nowhere; .*datasets/download.py"):
+        find_clips(data_root / "nowhere", {"fan": [0]}, "train")
 
 
 # ---- One recording ----
@@ -253,9 +257,16 @@ def test_what_a_crash_left_behind_is_not_believed(tmp_path, data_root):
         file.write(b"half a row")  # beyond an index that is complete
     waveforms, rows = gather(tmp_path, data_root)
     assert np.array_equal(waveforms[rows], expected)
-    store.index_file.write_text("{")
-    waveforms, rows = gather(tmp_path, data_root)
-    assert np.array_equal(waveforms[rows], expected)
+    for text in ("{", "[1]", '{"x": 5}', '{"x": {"row": -3}}', "null"):
+        store.index_file.write_text(text)
+        waveforms, rows = gather(tmp_path, data_root)
+        assert np.array_equal(waveforms[rows], expected)
+
+
+def test_a_store_that_cannot_be_written(tmp_path, data_root):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"waveforms cannot be kept there \(Not a directory\); .*--store_path"):
+        gather(tmp_path / "file", data_root)
 
 
 def test_what_was_decoded_before_an_interruption_counts(tmp_path, data_root, monkeypatch):
@@ -288,7 +299,7 @@ def test_two_builders_decode_each_clip_once(tmp_path, data_root, monkeypatch):
 def test_a_disk_too_small_is_noticed_first(tmp_path, data_root, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(UserError, match=r"12 waveforms need 0.00 GB and 0.00 GB are free; .*--store_path"):
+    with pytest.raises(UserError, match=r"12 waveforms need 4 MB and 1 MB are free; .*--store_path"):
         gather(tmp_path, data_root)
 
 

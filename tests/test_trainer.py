@@ -152,7 +152,9 @@ def test_what_a_run_leaves(trained):
 def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root, fails, call):
     options = arguments(trained_copy, data_root)
     before = (trained_copy / "run.pth").read_bytes()
-    fails(train.main, *options, match=r"run.pth is there: --resume goes on .*, --overwrite replaces it, --save_path")
+    fails(
+        train.main, *options, match=r"run.last.pth is there: --resume goes on .*, --overwrite replaces it, --save_path"
+    )
     assert (trained_copy / "run.pth").read_bytes() == before
     status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
     assert status == 0
@@ -183,20 +185,27 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
 
 def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call):
     files = RunFiles(tmp_path / "run.pth")
-    for path in (files.best, files.last, files.evaluation / "metrics.csv", files.folder / "mine.txt"):
+    for path in (files.best, files.last, files.evaluation / "metrics.csv", files.folder / "mine.txt",
+                 files.evaluation / "mine.txt"):  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     status, output, _ = call(train.main, *arguments(tmp_path, data_root, tensorboard="true"), "--overwrite")
     assert status == 0
     assert "valid loss" in output
     assert load_checkpoint(files.best)["epoch"] == 1
-    assert sorted(path.name for path in files.folder.iterdir()) == ["history.csv", "mine.txt", "tensorboard"]
+    assert sorted(path.name for path in files.folder.iterdir()) == [
+        "eval", "history.csv", "mine.txt", "tensorboard"
+    ]  # fmt: skip
+    assert [path.name for path in files.evaluation.iterdir()] == ["mine.txt"]
 
 
 def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
     before = (trained_copy / "run.pth").read_bytes()
     fails(
-        train.main, *arguments(trained_copy, tmp_path / "nowhere"), "--overwrite", match="no folder .*nowhere/fan/train"
+        train.main,
+        *arguments(trained_copy, tmp_path / "nowhere"),
+        "--overwrite",
+        match="data_root: no folder .*nowhere",
     )
     one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
@@ -244,13 +253,16 @@ def test_a_gpu_out_of_memory_is_one_line(fails):
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
     path = tmp_path / "a.pth"
     config = dataclasses.asdict(load_config())
-    save_checkpoint(path, {"model": {}, "config": config, "epoch": 1})
+    weights = {"a": torch.zeros(1)}
+    save_checkpoint(path, {"model": weights, "config": config, "epoch": 1})
 
     def no_space(self, data):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    fails(lambda: save_checkpoint(path, {"model": {}, "config": config, "epoch": 2}), match="No space left on device")
+    fails(
+        lambda: save_checkpoint(path, {"model": weights, "config": config, "epoch": 2}), match="No space left on device"
+    )
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
@@ -353,6 +365,33 @@ def test_float32_means_no_tf32():
         pass
 
 
+def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, fails):
+    for name in ("run.pth", "run.last.pth"):
+        (trained_copy / name).unlink()
+    options = arguments(trained_copy, data_root)
+    fails(train.main, *options, match="history.csv is there")
+    fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
+    assert (trained_copy / "run" / "history.csv").exists()
+
+
+def test_a_state_that_does_not_fit_is_refused(trained_copy, data_root, fails):
+    state = load_checkpoint(trained_copy / "run.last.pth")
+    torch.save(state | {"optimizer": {}}, trained_copy / "run.last.pth")
+    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.last.pth: .* do not fit")
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, data_root, fails):
+    (tmp_path / "file").touch()
+    options = arguments(tmp_path, data_root, save_path=tmp_path / "file" / "run.pth")
+    said = r"file/run.pth cannot be written \((Not a directory|File exists)\); --save_path"
+    fails(train.main, *options, match=said)
+
+
+def test_train_is_one_process(fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(train.main, match="with torchrun, start train_ddp.py")
+
+
 # ---- Checkpoint files ----
 
 
@@ -380,6 +419,15 @@ def test_a_checkpoint_whose_configuration_was_spoilt_is_refused(trained_copy):
     torch.save(state, trained_copy / "run.pth")
     with pytest.raises(UserError, match=r"run.pth: mode: 'arcmx' is not one of"):
         load_checkpoint(trained_copy / "run.pth")
+
+
+def test_flipped_bytes_are_noticed(trained_copy):
+    path = trained_copy / "run.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"run.pth: not a readable checkpoint .*damaged"):
+        load_checkpoint(path)
 
 
 def test_a_bare_state_dict_is_taken_as_weights(tmp_path):
