@@ -36,7 +36,8 @@ def run(config: Config, resume: bool = False, overwrite: bool = False) -> None:
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
     state = find_run(files, resume, overwrite)
-    check_writable(files.best, "--save_path names another place")
+    if is_main():
+        check_writable(files.best, "--save_path names another place")
     device = choose_device(config.device)
     train_clips, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
     trainer = Trainer(config, device)
