@@ -85,12 +85,11 @@ def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], spl
             else:
                 clips.append(Clip(folder / name, *machine, labels[machine], is_anomaly))
 
-    if not root.is_dir():
-        raise UserError(f"data_root: no folder {root}; {HOW_TO_GET_DATA}; --data_root names another place")
     looked_for = f"{root}/<machine type>/{split}/{'normal' if split == 'train' else '{normal,anomaly}'}_id_XX_*.wav"
     if absent and (split == "train" or len(absent) == len(machines)):
+        folder = root / absent[0] / split if root.is_dir() else root
         raise UserError(
-            f"no folder {root / absent[0] / split} (looked for {looked_for}); {HOW_TO_GET_DATA}; "
+            f"no folder {folder} (looked for {looked_for}); {HOW_TO_GET_DATA}; "
             f"--data_root names another place{', --machines other machine types' if split == 'train' else ''}"
         )
     if not clips:

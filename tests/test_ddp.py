@@ -56,7 +56,7 @@ def test_validation_and_gradient_do_not_depend_on_the_processes(tmp_path, data_r
 def test_an_error_ends_all_processes(tmp_path, data_root):
     result = torchrun(2, *arguments(tmp_path, tmp_path / "nowhere"))
     assert result.returncode != 0
-    assert "error: data_root: no folder" in result.stderr
+    assert "error: no folder" in result.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
 
 

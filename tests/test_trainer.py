@@ -205,7 +205,7 @@ def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
         train.main,
         *arguments(trained_copy, tmp_path / "nowhere"),
         "--overwrite",
-        match="data_root: no folder .*nowhere",
+        match=r"no folder \S*nowhere \(looked for",
     )
     one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
