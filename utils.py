@@ -405,7 +405,7 @@ def set_up_numerics() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next step. It would return each activation to the system, which
-    hands it out again page by page, zeroed: on the CPU that is a third of a step at a batch of 16.
+    hands it out again page by page, zeroed: on the CPU that costs the more of a step the larger the batch is.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
@@ -528,12 +528,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another")
     try:
-        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch does not compare the checksums
-                raise UserError(f"{path}: not a readable checkpoint ({damaged} in it is damaged)")
+        if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote another format
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch does not compare the checksums
+                    raise ValueError(damaged)
+        with warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception:  # torch raises a dozen kinds for what is not a checkpoint
         raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
     if is_state_dict(state):

@@ -431,8 +431,9 @@ def test_flipped_bytes_are_noticed(trained_copy):
 
 
 def test_a_bare_state_dict_is_taken_as_weights(tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    assert load_checkpoint(tmp_path / "a.pth") == {"model": {"a": torch.zeros(1)}}
+    for is_zip in (True, False):  # as PyTorch writes it since 1.6, and before
+        torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
+        assert load_checkpoint(tmp_path / "a.pth") == {"model": {"a": torch.zeros(1)}}
 
 
 def test_the_configuration_in_a_checkpoint_is_plain(trained):
