@@ -2,10 +2,12 @@
 
     python eval.py                                      # the checkpoint at save_path
     python eval.py check_points/arcface.pth --data_root /data/dcase2020 --score_dtype float64
+    python eval.py --part evaluation                    # the challenge's evaluation clips
 
-Model, machines, mode, input, m and s come from the checkpoint. Writes, in the folder NAME/eval for a checkpoint
-NAME.pth: metrics.csv (fractions) and, for each machine ID, anomaly_score_<type>_id_<XX>.csv as the DCASE 2020
-evaluator reads it.
+Model, machines, mode, input, m and s come from the checkpoint. Writes, in the folder NAME/eval (NAME/evaluation for
+the evaluation clips) beside a checkpoint NAME.pth: metrics.csv (fractions) and, for each machine ID,
+anomaly_score_<type>_id_<XX>.csv as the DCASE 2020 evaluator reads it. The names of the evaluation clips do not tell
+which are anomalous; eval_data_list.csv in data_root does, and without it there are scores but no metrics.
 """
 
 import csv
@@ -18,7 +20,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from dataloader import Clip, ClipSet, batches
+from dataloader import LABEL_LIST, Clip, ClipSet, batches
 from losses import Objective
 from model import FrontEnd, TASTgramMFN
 from trainer import build_model
@@ -183,9 +185,13 @@ def percent(value: float | None) -> str:
     return f"{'-' if value is None else format(100 * value, '.2f'):>8}"
 
 
-def format_table(table: dict[str, dict[str, Metrics]], config: Config) -> str:
+def published_rows(config: Config, part: str) -> dict[str, tuple[float, float, float]]:
+    """The published rows for what was evaluated: the development test set, all three channels."""
+    return PUBLISHED.get(config.mode, {}) if part == "test" and len(config.input) == 3 else {}
+
+
+def format_table(table: dict[str, dict[str, Metrics]], published: dict[str, tuple[float, float, float]]) -> str:
     """The table in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row."""
-    published = PUBLISHED.get(config.mode, {}) if len(config.input) == 3 else {}
     has_all = set(published) <= set(table)
     lines = [
         f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published, DCASE 2020':^26}",
@@ -214,43 +220,66 @@ def write_metrics(path: Path, table: dict[str, dict[str, Metrics]]) -> None:
 
 def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> set[Path]:
     """One file per machine ID, `<file name>,<score>` without header; the digits read back to the same number."""
-    files: dict[str, list[str]] = {}
+    files: dict[str, list[tuple[str, float]]] = {}
     for clip, score in zip(clips, scores, strict=True):
         name = f"anomaly_score_{clip.machine_type}_id_{clip.machine_id:02d}.csv"
-        files.setdefault(name, []).append(f"{clip.path.name},{float(score)!r}\n")
-    for name, lines in files.items():
-        with replace_file(folder / name) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+        files.setdefault(name, []).append((clip.path.name, float(score)))
+    for name, rows in files.items():
+        with (
+            replace_file(folder / name) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows(rows)
     return {folder / name for name in files}
 
 
-def run(config: Config, path: Path, given: set[str]) -> None:
-    """Score the test clips with the checkpoint at `path`, print the table and write the files."""
+def run(config: Config, path: Path, given: set[str], part: str = "test", rebuild_store: bool = False) -> None:
+    """Score the clips of a part with the checkpoint at `path`, print the table and write the files."""
     if not path.suffix:
         raise UserError(f"{path}: the results go to a folder of this name without its ending; rename it to {path}.pth")
     device = choose_device(config.device)
     model, config = load_model(path, config, given)
-    folder = RunFiles(path).evaluation
+    folder = RunFiles(path).results(part)
     check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a place of your own")
-    clips = ClipSet.load(config, "test")
+    clips = ClipSet.load(config, part, rebuild_store)
     scores = score_clips(model, config, clips, device)
     if not np.isfinite(scores).all():
         raise UserError(f"{path}: {np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite numbers")
-    table = rate_all(clips.clips, scores)
-    name_gaps(table)
     written = write_scores(folder, clips.clips, scores)
-    write_metrics(folder / "metrics.csv", table)
     for old in set(folder.glob("anomaly_score_*.csv")) - written:
         old.unlink()  # of an ID that has no clips any more
-    print(format_table(table, config))
-    print(f"{len(clips)} scores and metrics.csv: {folder}")
+    if rate_labelled(folder / "metrics.csv", clips.clips, scores, published_rows(config, part)):
+        print(f"{len(clips)} scores and metrics.csv: {folder}")
+    else:
+        print(f"{len(clips)} scores: {folder}")
+
+
+def rate_labelled(path: Path, clips: Sequence[Clip], scores: np.ndarray, published: dict[str, tuple]) -> bool:
+    """Print and write the metrics of the clips whose condition is known; whether there are any."""
+    known = [index for index, clip in enumerate(clips) if clip.is_anomaly is not None]
+    if len(known) < len(clips):
+        notice(
+            f"{len(clips) - len(known)} of {len(clips)} clips are not in {LABEL_LIST} and count in no metric "
+            f"(`python datasets/download.py --parts evaluation` fetches it into data_root)"
+        )
+    if not known:
+        path.unlink(missing_ok=True)  # of an evaluation with labels
+        return False
+    table = rate_all([clips[index] for index in known], scores[known])
+    name_gaps(table)
+    write_metrics(path, table)
+    print(format_table(table, published))
+    return True
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
+    parser.add_argument(
+        "--part", choices=("test", "evaluation"), default="test", help="which folder of clips to score (default: test)"
+    )
     config, options, given = parse_command_line(parser)
-    run(config, options.checkpoint or config.checkpoint, given)
+    run(config, options.checkpoint or config.checkpoint, given, options.part, options.rebuild_store)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,15 @@ from utils import (
 )
 
 
-def run(config: Config, resume: bool = False, overwrite: bool = False) -> None:
+def run(config: Config, resume: bool = False, overwrite: bool = False, rebuild_store: bool = False) -> None:
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
     state = find_run(files, resume, overwrite)
     if is_main():
         check_writable(files.best, "--save_path names another place")
     device = choose_device(config.device)
-    train_clips, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
+    clips = ClipSet.load(config, "train", rebuild_store).place(config.store_device, device)
+    train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
     trainer = Trainer(config, device)
     if state:
         trainer.resume(state)
@@ -74,10 +75,14 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
 
 def clear(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
-    for file in (files.best, files.last, files.history, files.evaluation / "metrics.csv"):
+    for file in (files.best, files.last, files.history):
         file.unlink(missing_ok=True)
-    for folder, names in ((files.tensorboard, "events.out.tfevents.*"), (files.evaluation, "anomaly_score_*.csv")):
-        for file in folder.glob(names):
+    for folder, names in (
+        (files.tensorboard, ["events.out.tfevents.*"]),
+        (files.results("test"), ["metrics.csv", "anomaly_score_*.csv"]),
+        (files.results("evaluation"), ["metrics.csv", "anomaly_score_*.csv"]),
+    ):
+        for file in [file for name in names for file in folder.glob(name)]:
             file.unlink()
         with contextlib.suppress(OSError):  # it holds files of someone else, or is not there
             folder.rmdir()
@@ -89,7 +94,7 @@ def parse_options(manual: str) -> tuple[Config, dict[str, bool]]:
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch of save_path")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run under save_path")
     config, options, _ = parse_command_line(parser)
-    return config, {"resume": options.resume, "overwrite": options.overwrite}
+    return config, {name: getattr(options, name) for name in ("resume", "overwrite", "rebuild_store")}
 
 
 def main() -> None:

@@ -74,14 +74,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
 def notice(message: str) -> None:
     """Tell the user something worth knowing, once, on standard error."""
     if is_main():
-        print(f"notice: {message}", file=sys.stderr)
+        print(f"notice: {one_line(message)}", file=sys.stderr)
+
+
+def one_line(message: str) -> str:
+    """The message with control characters, which file names may hold, spelt out."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], message)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -230,6 +235,7 @@ class Config:
     )
     split_ratio: float = number(float, "a number above 0 and below 1", lambda x: 0 < x < 1)
     store_path: str = folder()
+    store_device: str = choice("auto", "cpu", "cuda")
     mode: str = choice(*MODES)
     input: list = key(to_channels, f"a list of different channels out of {', '.join(CHANNELS)}", CHANNELS)
     alpha: float = number(float, "a number above 0", lambda x: x > 0)
@@ -260,7 +266,8 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # Keys that say where things lie and how they are computed: a resumed run may have others.
 COMPUTATION_KEYS = (
-    "data_root", "store_path", "save_path", "device", "precision", "num_workers", "tensorboard", "score_dtype",
+    "data_root", "store_path", "store_device", "save_path",
+    "device", "precision", "num_workers", "tensorboard", "score_dtype",
 )  # fmt: skip
 # Keys that make the model and its score: they come from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
@@ -328,8 +335,9 @@ def describe_keys(file: Path = DEFAULT_CONFIG) -> dict[str, str]:
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """`--config` and an option for each key."""
+    """`--config`, `--rebuild_store` and an option for each key."""
     parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
+    parser.add_argument("--rebuild_store", action="store_true", help="decode all recordings anew into store_path")
     values, meaning = read_config(DEFAULT_CONFIG), describe_keys()
     keys = parser.add_argument_group("keys of the configuration")
     for name in FIELDS:
@@ -482,9 +490,9 @@ class RunFiles:
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
 
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "eval"
+    def results(self, part: str) -> Path:
+        """What eval.py writes for the clips of a part: "test" or "evaluation"."""
+        return self.folder / {"test": "eval", "evaluation": "evaluation"}[part]
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ def test_machine_types_may_look_like_numbers():
 
 def test_every_key_is_typed_on_the_command_line():
     values = {
-        "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9, "store_path": "1", "mode": "arcmix",
+        "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9, "store_path": "1",
+        "store_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
         "lr": 5e-4, "weight_decay": 0.0, "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",

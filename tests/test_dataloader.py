@@ -1,10 +1,15 @@
 """Finding, decoding and batching recordings; what is said about odd files, and refused."""
 
-import json
 import os
+import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +17,27 @@ import soundfile
 import torch
 from conftest import MACHINES, arguments, tone, write_clip, write_set
 
+import eval as evaluation
 import train
 from dataloader import (
+    LABEL_LIST,
     N_SAMPLES,
     ClipSet,
+    Index,
     WaveformStore,
     batches,
     class_labels,
     find_clips,
     read_clip,
+    read_label_list,
     shuffled_batches,
 )
 from utils import UserError, load_config
 
 NAME = "normal_id_00_00000000.wav"
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+PUBLISHED_LABELS = Path(__file__).with_name("data") / LABEL_LIST
 
 
 def test_labels_follow_the_order_of_the_table():
@@ -48,7 +60,7 @@ def test_find_clips(tmp_path, capsys):
     ]  # fmt: skip
     assert not any(clip.is_anomaly for clip in clips)
     said = capsys.readouterr().err
-    assert "skipped 2 files with names other than" in said
+    assert "skipped 2 files not named normal_id_XX_*.wav or .flac: ._normal_id_00_00000000.wav, notes.txt" in said
     assert "skipped 1 file of IDs outside the table" in said
     assert "skipped 1 file named anomaly" in said
     test_clips = find_clips(root, MACHINES, "test")
@@ -76,6 +88,55 @@ def test_missing_folders(data_root, capsys):
         find_clips(data_root, {"fan": [0, 5]}, "train")
     with pytest.raises(UserError, match=r"no folder \S*nowhere \(looked for .*datasets/download.py"):
         find_clips(data_root / "nowhere", {"fan": [0]}, "train")
+
+
+# ---- Evaluation clips, whose names do not tell ----
+
+
+def test_published_label_list():
+    """The list as published: 7,103 clips of the IDs that the challenge kept back."""
+    answers = read_label_list(PUBLISHED_LABELS)
+    assert len(answers) == 7103
+    machines = {(machine_type, int(name.split("_")[1])) for machine_type, name in answers}
+    table = {
+        "fan": [1, 3, 5], "pump": [1, 3, 5], "slider": [1, 3, 5], "valve": [1, 3, 5],
+        "ToyCar": [5, 6, 7], "ToyConveyor": [4, 5, 6],
+    }  # fmt: skip
+    assert machines == {(machine_type, machine_id) for machine_type, ids in table.items() for machine_id in ids}
+    lines = PUBLISHED_LABELS.read_text().splitlines()
+    assert sum(answers.values()) == sum(",anomaly_id_" in line for line in lines)
+    assert answers["fan", "id_01_00000000"] is False
+    assert answers["fan", "id_01_00000001"] is True
+
+
+def test_evaluation_clips_take_their_condition_from_the_list(tmp_path, capsys):
+    for name in ("id_00_00000000.wav", "id_00_00000001.wav", "id_02_00000000.flac", "normal_id_00_00000000.wav"):
+        write_clip(tmp_path / "fan/evaluation" / name, tone(0, 0.1))
+    machines = {"fan": [0, 2], "valve": [1]}
+    clips = find_clips(tmp_path, machines, "evaluation")
+    assert [(clip.machine_id, clip.label, clip.is_anomaly) for clip in clips] == [
+        (0, 0, None), (0, 0, None), (2, 1, None)
+    ]  # fmt: skip
+    said = capsys.readouterr().err
+    assert "skipped 1 file not named id_XX_*.wav or .flac: normal_id_00_00000000.wav" in said
+    assert "no evaluation folder for valve" in said
+    (tmp_path / LABEL_LIST).write_text(
+        "valve\nid_00_00000000.wav,anomaly_id_00_00000000.wav,1\n"
+        "fan\r\nid_00_00000000.wav,normal_id_00_00000007.wav,0\r\nid_02_00000000.wav,anomaly_id_02_00000001.wav,1\n\n"
+    )
+    assert [clip.is_anomaly for clip in find_clips(tmp_path, machines, "evaluation")] == [False, None, True]
+    with pytest.raises(UserError, match=r"no folder .*valve/evaluation .*id_XX_.*download.py --parts evaluation"):
+        find_clips(tmp_path, {"valve": [1]}, "evaluation")
+
+
+@pytest.mark.parametrize("line", ["id_00_00000000.wav,1", "id_00_00000000.wav,normal_id_00_00000000.wav,2"])
+def test_a_label_list_with_something_else_in_it(tmp_path, line):
+    (tmp_path / LABEL_LIST).write_text(f"fan\n{line}\n")
+    with pytest.raises(UserError, match=r"eval_data_list.csv, line 2: not `<file name>,"):
+        read_label_list(tmp_path / LABEL_LIST)
+    (tmp_path / LABEL_LIST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"eval_data_list.csv: not a list of labels"):
+        read_label_list(tmp_path / LABEL_LIST)
 
 
 # ---- One recording ----
@@ -157,7 +218,7 @@ def broken(kind: str, path) -> None:
     elif kind == "ogg":
         soundfile.write(path, tone(0, 2.0), 16_000, format="OGG")
     elif kind == "absurd rate":
-        path.write_bytes(content[:24] + struct.pack("<I", 3) + content[28:])
+        path.write_bytes(content[:24] + struct.pack("<II", 3, 6) + content[32:])
     elif kind == "folder":
         path.unlink()
         path.mkdir()
@@ -241,26 +302,139 @@ def test_the_store_grows_and_notices_changes(tmp_path, capsys):
 def test_what_a_crash_left_behind_is_not_believed(tmp_path, data_root):
     waveforms, rows = gather(tmp_path, data_root)
     expected = waveforms[rows].copy()
-    store = WaveformStore(tmp_path, data_root)
-    index = json.loads(store.index_file.read_text())
-    index.pop(next(reversed(index)))  # as if the last row had been written, but not yet entered
-    store.index_file.write_text(json.dumps(index))
-    with store.samples_file.open("ab") as file:
-        file.write(b"half a row")
-    waveforms, rows = gather(tmp_path, data_root)
-    assert np.array_equal(waveforms[rows], expected)
-    with store.samples_file.open("r+b") as file:
-        file.truncate(1000)  # samples lost under an index that speaks of them
-    waveforms, rows = gather(tmp_path, data_root)
-    assert np.array_equal(waveforms[rows], expected)
-    with store.samples_file.open("ab") as file:
-        file.write(b"half a row")  # beyond an index that is complete
-    waveforms, rows = gather(tmp_path, data_root)
-    assert np.array_equal(waveforms[rows], expected)
-    for text in ("{", "[1]", '{"x": 5}', '{"x": {"row": -3}}', "null"):
-        store.index_file.write_text(text)
+    folder = WaveformStore(tmp_path, data_root).folder
+    index = Index.read(folder)
+    samples_file, whole = folder / index.samples, (folder / "index.json").read_text()
+
+    def is_repaired() -> bool:
         waveforms, rows = gather(tmp_path, data_root)
-        assert np.array_equal(waveforms[rows], expected)
+        return np.array_equal(waveforms[rows], expected)
+
+    index.clips.popitem()  # as if the last row had been written, but not yet entered
+    index.rows -= 1
+    index.write(folder)
+    with samples_file.open("ab") as file:
+        file.write(b"half a row")
+    assert is_repaired()
+    assert samples_file.stat().st_size == 12 * N_SAMPLES * 2
+    with samples_file.open("ab") as file:
+        file.write(b"half a row")  # beyond an index that is complete
+    assert is_repaired()
+    with samples_file.open("r+b") as file:
+        file.truncate(1000)  # samples lost under an index that speaks of them
+    assert is_repaired()
+    assert len(list(folder.glob("*.int16"))) == 1
+    for text in ("{", "[1]", '{"x": 5}', '{"samples": "x", "clips": {"x": {"row": -3}}}', "null", whole):
+        (folder / "index.json").write_text(text)
+        assert is_repaired()
+
+
+def test_a_store_outlives_kill_9(tmp_path, data_root):
+    """Killed after each of its writes, in a process of its own, a build leaves what the next one completes."""
+    build = (
+        "import os, signal, sys, dataloader\n"
+        "from pathlib import Path\n"
+        "store_path, root, moment = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])\n"
+        "dataloader.ROWS_BETWEEN_ENTRIES = 3\n"
+        "seen = 0\n"
+        "def counted(function):\n"
+        "    def call(*arguments, **options):\n"
+        "        global seen\n"
+        "        result, seen = function(*arguments, **options), seen + 1\n"
+        "        if seen == moment:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return result\n"
+        "    return call\n"
+        "dataloader.read_clip, os.fsync, os.replace = map(counted, (dataloader.read_clip, os.fsync, os.replace))\n"
+        "dataloader.stamp = counted(dataloader.stamp)\n"
+        "paths = sorted(root.glob('*/train/*.wav'))\n"
+        "dataloader.WaveformStore(store_path, root).gather(paths)\n"
+        "print(seen)\n"
+    )
+
+    def run(moment: int, folder) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", build, str(folder), str(data_root), str(moment)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    total = int(run(0, tmp_path / "whole").stdout)
+    moments = random.Random(5).sample(range(1, total + 1), 4)
+    for moment in moments:
+        assert run(moment, tmp_path / "store").returncode == -signal.SIGKILL
+        waveforms, rows = gather(tmp_path / "store", data_root)
+        paths = [clip.path for clip in find_clips(data_root, MACHINES, "train")]
+        assert np.array_equal(waveforms[rows], np.stack([read_clip(path)[0] for path in paths]))
+        shutil.rmtree(tmp_path / "store")
+
+
+def test_a_store_is_of_one_rate_length_and_data_folder(tmp_path, data_root, monkeypatch):
+    here = WaveformStore(tmp_path, data_root).folder
+    assert WaveformStore(tmp_path, data_root / "fan" / "..").folder == here
+    others = {WaveformStore(tmp_path, data_root / "fan").folder}
+    for name, value in (("SAMPLE_RATE", 8_000), ("SECONDS", 5), ("STORE_VERSION", 0)):
+        with monkeypatch.context() as changed:
+            changed.setattr(f"dataloader.{name}", value)
+            others.add(WaveformStore(tmp_path, data_root).folder)
+    assert len(others - {here}) == 4
+
+
+def test_rebuilding_leaves_readers_alone(tmp_path, data_root):
+    waveforms, rows = gather(tmp_path, data_root)
+    expected = waveforms[rows].copy()
+    store = WaveformStore(tmp_path, data_root)
+    before = Index.read(store.folder).samples
+    store.rebuild()
+    again, same_rows = gather(tmp_path, data_root)
+    assert Index.read(store.folder).samples != before
+    assert [file.name for file in store.folder.glob("*.int16")] == [Index.read(store.folder).samples]
+    assert np.array_equal(again[same_rows], expected)
+    assert np.array_equal(waveforms[rows], expected)
+    WaveformStore(tmp_path / "none", data_root).rebuild()
+    assert not (tmp_path / "none").exists()
+
+
+def test_rebuild_store_is_an_option(trained_copy, data_root, call):
+    store = WaveformStore(trained_copy / "store", data_root)
+    before = Index.read(store.folder).samples
+    options = ("--data_root", data_root, "--store_path", trained_copy / "store", "--device", "cpu")
+    assert call(evaluation.main, trained_copy / "run.pth", *options)[0] == 0
+    assert Index.read(store.folder).samples == before
+    assert call(evaluation.main, trained_copy / "run.pth", *options, "--rebuild_store")[0] == 0
+    assert Index.read(store.folder).samples != before
+    words = arguments(trained_copy, data_root)
+    before = Index.read(store.folder).samples
+    assert call(train.main, *words, "--overwrite", "--rebuild_store")[0] == 0
+    assert Index.read(store.folder).samples != before
+
+
+def test_rows_of_files_that_are_gone(tmp_path, capsys):
+    root = write_set(tmp_path / "data", test_clips=1)
+    gather(tmp_path, root)
+    for path in sorted((root / "fan" / "train").glob("*_00_*.wav"))[:2]:
+        path.unlink()
+    gather(tmp_path, root)  # nothing to decode
+    assert "--rebuild_store" not in capsys.readouterr().err
+    gather(tmp_path, root, "test")
+    assert "GB are of recordings that changed or are gone; --rebuild_store" in capsys.readouterr().err
+    for path in root.glob("*/*/*.wav"):
+        os.utime(path, (0, 0))  # as when all is copied to another disk
+    gather(tmp_path, root)
+    (samples_file,) = WaveformStore(tmp_path, root).folder.glob("*.int16")
+    assert samples_file.stat().st_size == 10 * N_SAMPLES * 2
+
+
+def test_waiting_for_another_builder_is_said(tmp_path, data_root, capsys):
+    store = WaveformStore(tmp_path, data_root)
+    with store.lock():
+        thread = threading.Thread(target=gather, args=(tmp_path, data_root))
+        thread.start()
+        deadline = time.monotonic() + 60
+        said = ""
+        while "waiting for another process" not in said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+    thread.join()
+    assert "waiting for another process" in said
+    assert len(Index.read(store.folder).clips) == 12
 
 
 def test_a_store_that_cannot_be_written(tmp_path, data_root):
@@ -278,7 +452,7 @@ def test_what_was_decoded_before_an_interruption_counts(tmp_path, data_root, mon
     monkeypatch.setattr("dataloader.read_clip", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gather(tmp_path, data_root)
-    assert len(WaveformStore(tmp_path, data_root).read_index()) == 5
+    assert len(Index.read(WaveformStore(tmp_path, data_root).folder).clips) == 5
     decoded = []
     monkeypatch.setattr("dataloader.read_clip", lambda path: decoded.append(path) or read_clip(path))
     gather(tmp_path, data_root)
@@ -322,6 +496,39 @@ def test_a_batch_is_float32_of_the_int16_samples(tmp_path, data_root):
     assert waveform.shape == (2, N_SAMPLES)
     assert labels.tolist() == [0, 2]
     assert np.array_equal(waveform[1].numpy() * 32768, read_clip(clips.clips[11].path)[0])
+
+
+def test_waveforms_go_to_the_gpu_where_half_of_its_memory_holds_them(tmp_path, data_root, monkeypatch):
+    """What `place` decides, with a GPU that reports its memory and is not there."""
+    config = load_config(data_root=str(data_root), store_path=str(tmp_path), machines=MACHINES)
+    clips = ClipSet.load(config, "train")
+    gpu, needed = torch.device("cuda", 0), 12 * N_SAMPLES * 2
+    monkeypatch.setattr(ClipSet, "copy_to", lambda self, device: f"on {device}")
+    for free, auto in ((2 * needed, "on cuda:0"), (2 * needed - 1, clips)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 10**12))
+        assert clips.place("auto", gpu) == auto
+        assert clips.place("cuda", gpu) == "on cuda:0"
+        assert clips.place("cpu", gpu) is clips
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (needed - 1, 10**12))
+    with pytest.raises(UserError, match=r"store_device: cuda: the waveforms take .* GB, and .* GB of cuda:0 are free"):
+        clips.place("cuda", gpu)
+    assert clips.place("auto", CPU) is clips
+    with pytest.raises(UserError, match="store_device: cuda needs a GPU"):
+        clips.place("cuda", CPU)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copied_waveforms_give_the_same_batches(tmp_path, data_root, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = load_config(data_root=str(data_root), store_path=str(tmp_path), machines=MACHINES)
+    clips = ClipSet.load(config, "train")
+    part, indices = clips.split(0.7, seed=0)[0], np.array([5, 0, 3])
+    copied = part.copy_to(torch.device(device))
+    assert len(copied.waveforms) == len(part) == 8
+    for one, other in zip(part.batch(indices, CPU), copied.batch(indices, CPU), strict=True):
+        assert torch.equal(one, other)
+    assert copied.fingerprint() == part.fingerprint()
 
 
 def test_the_split_is_random_complete_and_seeded(tmp_path, data_root):

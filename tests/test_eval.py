@@ -1,6 +1,7 @@
 """Metrics on hand-made scores, the files that are written, and which configuration counts."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_one_class_only_is_left_out_and_named(capsys):
 def test_the_table_labels_both_ways_and_shows_the_published_row():
     of = clips({(t, 0): (2, 2) for t in load_config().machines})
     table = evaluation.rate_all(of, np.tile([0.0, 1.0, 0.5, 2.0], 6))
-    text = evaluation.format_table(table, load_config())
+    text = evaluation.format_table(table, evaluation.published_rows(load_config(), "test"))
     assert "pooled over IDs" in text
     assert "mean over IDs" in text
     assert "mAUC" in text
@@ -103,9 +104,11 @@ def test_the_table_labels_both_ways_and_shows_the_published_row():
     assert fan.endswith("98.32    95.34    92.67")
     assert average.endswith("94.65    89.31    89.78")
     for other in (load_config(mode="arcface"), load_config(input=["sgram"])):
-        assert "98.32" not in evaluation.format_table(table, other)
+        assert "98.32" not in evaluation.format_table(table, evaluation.published_rows(other, "test"))
     del table["fan"]
-    assert "94.65" not in evaluation.format_table(table, load_config()), "an average over other types"
+    assert "94.65" not in evaluation.format_table(table, evaluation.published_rows(load_config(), "test")), (
+        "an average over other types"
+    )
 
 
 def evaluate(call, folder: Path, data_root: Path, *words: str):
@@ -238,6 +241,60 @@ def test_scores_of_published_weights_are_the_reference(tmp_path):
     scores = evaluation.score_clips(model, config, test_clips, CPU)
     order = [int(clip.path.stem[-1]) for clip in test_clips.clips]
     assert reference.distance(scores, reference.VALUES["eval_score"][order]) < 1e-4
+
+
+# ---- The challenge's evaluation clips ----
+
+
+def test_evaluation_clips_with_and_without_labels(trained_copy, tmp_path, data_root, call, fails):
+    root, test_scores = tmp_path / "data", {}
+    assert evaluate(call, trained_copy, data_root)[0] == 0
+    for path in sorted(data_root.glob("*/test/*.wav")):  # the test clips, under names that do not tell
+        machine_type, name = path.parent.parent.name, path.name.replace("normal_", "").replace("anomaly_id", "id_1")
+        new = root / machine_type / "evaluation" / re.sub(r"id_1_(\d\d)_0", r"id_\1_1", name)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, new)
+        test_scores[new.name, machine_type] = path.name
+    folder = trained_copy / "run" / "evaluation"
+
+    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
+    assert status == 0
+    assert "12 of 12 clips are not in eval_data_list.csv and count in no metric" in errors
+    assert "AUC" not in output
+    assert f"12 scores: {folder}" in output
+    names = {"anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv", "anomaly_score_valve_id_01.csv"}
+    assert {path.name for path in folder.iterdir()} == names
+
+    lines = {"fan": [], "valve": []}
+    for (name, machine_type), original in test_scores.items():
+        lines[machine_type].append(f"{name},{original},{int(original.startswith('anomaly'))}")
+    (root / "eval_data_list.csv").write_text("\n".join(["fan", *lines["fan"], "valve", *lines["valve"]]) + "\n")
+    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
+    assert status == 0
+    assert "98.32" not in output, "the published table is of the test clips"
+    assert {path.name for path in folder.iterdir()} == names | {"metrics.csv"}
+    of_test, of_evaluation = (trained_copy / "run" / part / "metrics.csv" for part in ("eval", "evaluation"))
+    assert of_test.read_text() == of_evaluation.read_text()
+
+    (root / "eval_data_list.csv").write_text("\n".join(["fan", *lines["fan"][1:]]) + "\n")
+    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
+    assert "5 of 12 clips are not in" in errors
+    assert "valve" not in output.replace("anomaly_score_valve", "")
+    assert len((folder / "anomaly_score_valve_id_01.csv").read_text().splitlines()) == 4
+    (root / "eval_data_list.csv").unlink()
+    evaluate(call, trained_copy, root, "--part", "evaluation")
+    assert not (folder / "metrics.csv").exists(), "of labels that are not there any more"
+    fails(
+        evaluation.main, trained_copy / "run.pth", "--data_root", data_root, "--part", "evaluation",
+        match="download.py --parts evaluation",
+    )  # fmt: skip
+
+
+def test_file_names_with_commas_are_quoted(tmp_path):
+    of = [Clip(Path('normal_id_00_a,"b".wav'), "fan", 0, 0, False)]
+    (path,) = evaluation.write_scores(tmp_path, of, np.array([1.5]))
+    with path.open(newline="") as file:
+        assert list(csv.reader(file)) == [['normal_id_00_a,"b".wav', "1.5"]]
 
 
 # ---- Errors ----
