@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import stat
@@ -31,7 +32,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import requests
 import yaml
@@ -105,14 +106,19 @@ def main(arguments: list[str] | None = None) -> None:
     if options.dry_run:
         return
 
-    state.mkdir(parents=True, exist_ok=True)
-    for item in missing:
-        shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
-    check_space(missing, output, options.keep_zips)
-    if labels_missing:
-        fetch_labels(session, labels, options.url, output, state)
-    for item in missing:
-        fetch_zip(session, item, output, options.keep_zips)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        for item in missing:
+            shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
+        check_space(missing, output, options.keep_zips)
+        if labels_missing:
+            fetch_labels(session, labels, options.url, output, state)
+        for item in missing:
+            fetch_zip(session, item, output, options.keep_zips)
+    except requests.RequestException as error:
+        raise UserError(f"{error}; check --url") from None
+    except OSError as error:  # a full disk, a folder without rights
+        raise UserError(f"{output}: {error.strerror or error}; mend that and start again, it goes on here") from None
     print(f"{output}: complete")
 
 
@@ -204,6 +210,7 @@ def fetch_zip(session: requests.Session, item: Zip, output: Path, keep_zips: boo
     clips = unpack(item, output)
     marker = item.marker.with_suffix(".json.part")
     marker.write_text(json.dumps({"md5": item.md5, "clips": count_clips(clips)}, indent=2) + "\n")
+    os.sync()  # so that the marker reaches the disk after the clips
     marker.rename(item.marker)  # last of all: what has no marker is unpacked again
     if not keep_zips:
         item.path.unlink()
@@ -313,20 +320,35 @@ def unpack(item: Zip, output: Path) -> list[str]:
 
 
 def clips_in(archive: zipfile.ZipFile, item: Zip) -> dict[str, zipfile.ZipInfo]:
-    """The entry of each clip by its place in the data set. Folders are passed over and made when needed.
+    """The entry of each clip by its place in the data set. Folders are passed over and made when needed, and so is
+    what lies in other people's zips: notes, and the files that macOS adds.
 
     The names expected leave no room for absolute paths and "..", the kinds none for links.
+
+    Raises:
+        UserError: An entry that nobody would have put there in good faith, or by oversight.
     """
     expected = re.compile(rf"{item.machine_type}/{CLIPS_IN_ZIP[item.part]}_\d\d_\d{{8}}\.wav", re.ASCII)
-    clips = {}
+    clips, others = {}, []
     for entry in archive.infolist():
-        name, kind = entry.filename, stat.S_IFMT(entry.external_attr >> 16)
+        name, is_file = entry.filename, stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG)
         if entry.is_dir():
             continue
-        if not expected.fullmatch(name) or kind not in (0, stat.S_IFREG) or entry.file_size > MAX_CLIP_BYTES:
+        if is_file and expected.fullmatch(name) and entry.file_size <= MAX_CLIP_BYTES:
+            clips[name.replace("/test/", "/evaluation/") if item.part == "evaluation" else name] = entry
+        elif is_file and is_harmless(PurePosixPath(name)):
+            others.append(name)
+        else:
             raise UserError(f"{item.path}: {name!r} is no clip as expected there; nothing of it was unpacked")
-        clips[name.replace("/test/", "/evaluation/") if item.part == "evaluation" else name] = entry
+    if others:
+        print(f"{item.path.name}: passed over {', '.join(map(repr, others))}", file=sys.stderr)
     return clips
+
+
+def is_harmless(path: PurePosixPath) -> bool:
+    """Whether a file that is not expected in a zip may be passed over: no recording, and not on its way elsewhere."""
+    is_elsewhere = path.is_absolute() or ".." in path.parts or "\\" in str(path)
+    return not is_elsewhere and (".wav" not in path.name.lower() or path.parts[0] == "__MACOSX")
 
 
 if __name__ == "__main__":

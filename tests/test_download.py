@@ -518,13 +518,15 @@ def link(name: str) -> zipfile.ZipInfo:
         "../outside.wav",
         "fan/train/../../../outside.wav",
         "/tmp/outside_of_the_data.wav",
-        "fan/train/normal_id_00_00000009.txt",
+        "fan\\train\\notes.txt",
+        "/fan/notes.txt",
+        "../notes.txt",
+        link("fan/notes.txt"),
         "fan/train/anomaly_id_00_00000009.wav",
         "fan/train/normal_id_00_00000009.wav\n",
         "fan/train/normal_id_٠٠_00000009.wav",
         "fan/test/id_00_00000009.wav",
         "pump/train/normal_id_00_00000009.wav",
-        "__MACOSX/fan/train/normal_id_00_00000009.wav",
         link("fan/train/normal_id_00_00000009.wav"),
     ],
     ids=str,
@@ -546,6 +548,18 @@ def test_zip_with_anything_else_is_refused(world, tmp_path, entry):
     world.write_table()
     world.run()
     world.assert_complete()
+
+
+def test_what_is_in_other_peoples_zips_is_passed_over(world, capsys):
+    content = io.BytesIO(world.site.files["dev_data_fan.zip"])
+    with zipfile.ZipFile(content, "a") as archive:
+        for name in ("fan/README.md", "fan/.DS_Store", "__MACOSX/fan/train/._normal_id_00_00000000.wav"):
+            archive.writestr(name, b"...")
+    world.site.files["dev_data_fan.zip"] = content.getvalue()
+    world.write_table()
+    world.run()
+    world.assert_complete()
+    assert "dev_data_fan.zip: passed over 'fan/README.md', 'fan/.DS_Store', '__MACOSX/" in capsys.readouterr().err
 
 
 def test_clip_of_unlikely_size_is_refused(world):
@@ -617,7 +631,7 @@ def test_full_disk_in_the_middle(world, monkeypatch):
         usage = namedtuple("Usage", "free")
         with monkeypatch.context() as patch:
             patch.setattr(download.shutil, "disk_usage", lambda _: usage(1e9))
-            with pytest.raises(OSError, match="No space left on device"):
+            with pytest.raises(UserError, match="data: No space left on device; mend that and start again"):
                 world.run()
         with pytest.raises(UserError, match=r"needed, .* free"):
             world.run()
@@ -699,7 +713,7 @@ def test_wrong_options_are_one_line(world, arguments, message):
 
 
 def test_url_without_scheme_is_one_line(world):
-    with pytest.raises(OSError, match="No scheme supplied") as error:
+    with pytest.raises(UserError, match=r"No scheme supplied.*check --url") as error:
         world.run("--url", "mirror/{file}")
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,211 @@
+"""Recordings spoilt on purpose: what a folder of real ones may hold after years on somebody's disk.
+
+`mutate(folder, sources, count, seed)` makes them from intact 16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and
+says of each what a reader may make of it.
+"""
+
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+HEADER = 44  # bytes before the samples, in a WAV file with the chunks "fmt " and "data" alone
+NOT_A_CLIP = "passed over"  # its name is none of a clip
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """A recording, what was done to it, and the samples it must give: None if it must be refused, `NOT_A_CLIP` if it
+    must not be taken for a clip.
+    """
+
+    path: Path
+    damage: str
+    expected: np.ndarray | str | None
+
+
+Made = tuple[bytes | None, np.ndarray | None]  # the file's new content (None: as it is), and the samples expected
+
+
+def wav(samples: np.ndarray, kind: int, bits: int, rate: int = 16_000, order: str = "<") -> bytes:
+    """A WAV file by hand, so that nothing checks it."""
+    raw = samples.tobytes()
+    frame = bits // 8
+    form = struct.pack(f"{order}HHIIHH", kind, 1, rate, rate * frame, frame, bits)
+    riff = b"RIFF" if order == "<" else b"RIFX"
+    chunks = b"fmt " + struct.pack(f"{order}I", 16) + form + b"data" + struct.pack(f"{order}I", len(raw)) + raw
+    return riff + struct.pack(f"{order}I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def header_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content[: rng.randrange(1, HEADER)], None
+
+
+def start_lost(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content[rng.randrange(1, HEADER + 100) :], None
+
+
+def audio_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content[: rng.randrange(HEADER, len(content))], None
+
+
+def data_size_too_large(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    size = len(content) - HEADER + rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
+    return content[:40] + struct.pack("<I", size) + content[44:], None
+
+
+def data_size_too_small(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    size = rng.choice([0, 2, 1000, rng.randrange(0, len(content) - HEADER - 100)])
+    return content[:40] + struct.pack("<I", size) + content[44:], None
+
+
+def riff_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """Programs that were killed leave 0 there; nothing needs it."""
+    return content[:4] + struct.pack("<I", rng.choice([0, 1, 36, 2**31, 2**32 - 1])) + content[8:], samples
+
+
+def format_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content[:16] + struct.pack("<I", rng.choice([0, 2, 15, 17, 18, 40, 1000, 2**32 - 1])) + content[20:], None
+
+
+def format_changed(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """One number of the format other than it was: kind, channels, rate, bytes a second, bytes a frame, bits."""
+    offset, width = rng.choice([(20, 2), (22, 2), (24, 4), (28, 4), (32, 2), (34, 2)])
+    old = int.from_bytes(content[offset : offset + width], "little")
+    new = old ^ (1 << rng.randrange(8 * width))
+    return content[:offset] + new.to_bytes(width, "little") + content[offset + width :], None
+
+
+def chunk_name_changed(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    offset = rng.choice([0, 8, 12, 36])
+    return content[:offset] + rng.randbytes(4) + content[offset + 4 :], None
+
+
+def not_finite(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    floats = samples.astype(np.float32) / 32768
+    floats[rng.randrange(len(floats))] = rng.choice([np.nan, np.inf, -np.inf])
+    return wav(floats, kind=3, bits=32), None
+
+
+def empty(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return b"", None
+
+
+def no_samples(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return wav(samples[:0], kind=1, bits=16), None
+
+
+def noise(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return rng.randbytes(rng.choice([1, 44, 4096, 320_044])), None
+
+
+def zeros(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """What a file system leaves of a file that was not on the disk yet when the power went."""
+    return bytes(len(content)), None
+
+
+def header_alone(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content[:HEADER], None
+
+
+def web_page(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return b"<!DOCTYPE html><html><body>403 Forbidden</body></html>\n", None
+
+
+def further_chunks(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """Notes of a recorder before and behind the audio, of odd and of even length."""
+    note = rng.randbytes(rng.randrange(1, 300))
+    chunk = b"bext" + struct.pack("<I", len(note)) + note + b"\0" * (len(note) % 2)
+    return content[:12] + chunk + content[12:] + chunk, samples
+
+
+def other_encoding(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return rng.choice(
+        [
+            wav(samples.astype(">i2"), kind=1, bits=16, order=">"),
+            wav(samples.astype(np.int32) << 16, kind=1, bits=32),
+            wav(samples / np.float64(32768), kind=3, bits=64),
+        ]
+    ), samples
+
+
+def fewer_samples(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    some = samples[: rng.randrange(1, len(samples))]
+    return wav(some, kind=1, bits=16), some
+
+
+def flac(path: Path, samples: np.ndarray) -> bytes:
+    soundfile.write(path, samples, 16_000, format="FLAC")
+    return path.read_bytes()
+
+
+CONTENT: list[Callable[[bytes, np.ndarray, random.Random], Made]] = [
+    header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small, riff_size_lies, format_size_lies,
+    format_changed, chunk_name_changed, not_finite, empty, no_samples, noise, zeros, header_alone, web_page,
+    further_chunks, other_encoding, fewer_samples,
+]  # fmt: skip
+FILES = ["flac named wav", "flac cut", "flac flipped", "ogg named wav", "folder", "link to nothing", "link to itself",
+         "pipe", "unreadable", "name not UTF-8", "line break in the name", "wrong ending"]  # fmt: skip
+DAMAGES = [*CONTENT, *FILES]
+
+
+def mutate(folder: Path, sources: Sequence[Path], count: int, seed: int) -> list[Spoilt]:
+    """`count` spoilt recordings `normal_id_00_NNNNNNNN.wav` in the folder, the same for the same sources and seed."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    spoilt = []
+    for number in range(count):
+        path, damage = folder / f"normal_id_00_{number:08d}.wav", DAMAGES[number % len(DAMAGES)]
+        shutil.copyfile(rng.choice(list(sources)), path)
+        content = path.read_bytes()
+        samples = np.frombuffer(content[HEADER:], dtype="<i2")
+        if callable(damage):
+            content, expected = damage(content, samples, rng)
+            path.write_bytes(content)
+            spoilt.append(Spoilt(path, damage.__name__, expected))
+        else:
+            spoilt.append(spoil_file(path, damage, samples, rng))
+    return spoilt
+
+
+def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random) -> Spoilt:
+    """What concerns the file as a whole: its format, kind, rights or name."""
+    expected: np.ndarray | str | None = None
+    if damage == "flac named wav":
+        path.write_bytes(flac(path, samples))
+        expected = samples
+    elif damage == "flac cut":
+        content = flac(path, samples)
+        path.write_bytes(content[: rng.randrange(1, len(content) - 1)])
+    elif damage == "flac flipped":
+        content = bytearray(flac(path, samples))
+        content[rng.randrange(9000, len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif damage == "ogg named wav":
+        soundfile.write(path, samples, 16_000, format="OGG")
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage in ("link to nothing", "link to itself"):
+        path.unlink()
+        path.symlink_to(path if damage == "link to itself" else path.with_name("nothing.wav"))
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif damage == "unreadable":
+        path.chmod(0)
+    elif damage == "name not UTF-8":
+        path = path.rename(os.fsdecode(os.fsencode(path.with_suffix("")) + b"_\xff\xfe.wav"))
+        expected = samples
+    elif damage == "line break in the name":
+        path, expected = path.rename(path.with_name(f"{path.stem}_\n.wav")), NOT_A_CLIP
+    elif damage == "wrong ending":
+        path = path.rename(path.with_suffix(rng.choice([".mp3", ".wav.part", ".wav~", ".txt", ""])))
+        expected = NOT_A_CLIP
+    return Spoilt(path, damage, expected)
