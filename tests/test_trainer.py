@@ -185,8 +185,8 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
 
 def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call):
     files = RunFiles(tmp_path / "run.pth")
-    for path in (files.best, files.last, files.evaluation / "metrics.csv", files.folder / "mine.txt",
-                 files.evaluation / "mine.txt"):  # fmt: skip
+    for path in (files.best, files.last, files.results("test") / "metrics.csv", files.folder / "mine.txt",
+                 files.results("test") / "mine.txt"):  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     status, output, _ = call(train.main, *arguments(tmp_path, data_root, tensorboard="true"), "--overwrite")
@@ -196,7 +196,7 @@ def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call
     assert sorted(path.name for path in files.folder.iterdir()) == [
         "eval", "history.csv", "mine.txt", "tensorboard"
     ]  # fmt: skip
-    assert [path.name for path in files.evaluation.iterdir()] == ["mine.txt"]
+    assert [path.name for path in files.results("test").iterdir()] == ["mine.txt"]
 
 
 def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
