@@ -534,10 +534,10 @@ class ClipSet:
 
     def batch(self, indices: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Waveforms `(B, T)` float32 in [-1, 1) and labels `(B,)` on the device."""
-        rows = torch.from_numpy(self.rows[indices]).to(self.waveforms.device)
+        rows = torch.from_numpy(self.rows[indices]).to(self.waveforms.device, non_blocking=True)
         samples = self.waveforms[rows]  # int16: half the way to the device, where they are not there already
         labels = torch.from_numpy(self.labels[indices])
-        return samples.to(device).float() / 32768.0, labels.to(device)
+        return samples.to(device, non_blocking=True).float() / 32768.0, labels.to(device, non_blocking=True)
 
     def fingerprint(self) -> str:
         """Which clips these are, in which order: a resumed run must see the same."""

@@ -32,6 +32,7 @@ from utils import (
     UserError,
     check_writable,
     choose_device,
+    choose_precision,
     is_same,
     keep_freed_memory,
     load_checkpoint,
@@ -99,9 +100,13 @@ def check_weights(path: Path, model: TASTgramMFN, weights: dict[str, torch.Tenso
 
 @torch.no_grad()
 def score_clips(model: TASTgramMFN, config: Config, clips: ClipSet, device: torch.device) -> np.ndarray:
-    """The anomaly score of each clip against its own machine ID, in the precision `config.score_dtype`."""
+    """The anomaly score of each clip against its own machine ID, in the precision `config.score_dtype`.
+
+    The network runs in `config.eval_precision`, everything before and after it in float32.
+    """
     set_up_numerics()
     keep_freed_memory()
+    precision = choose_precision(config.eval_precision, device)
     objective, front_end = Objective.of(config), FrontEnd(config.input).to(device)
     model = model.to(device, memory_format=torch.channels_last)
     scores = []
@@ -109,7 +114,9 @@ def score_clips(model: TASTgramMFN, config: Config, clips: ClipSet, device: torc
         batches(np.arange(len(clips)), config.batch_size), desc="scoring", unit="batch", leave=False, disable=None
     ):
         waveform, labels = clips.batch(indices, device)
-        similarity, _ = model(**front_end(waveform))
+        inputs = front_end(waveform)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            similarity, _ = model(**inputs)
         scores.append(objective.anomaly_score(similarity, labels, getattr(torch, config.score_dtype)))
     return torch.cat(scores).cpu().numpy()
 

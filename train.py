@@ -11,7 +11,11 @@ Several GPUs: see train_ddp.py.
 """
 
 import contextlib
+import fcntl
 import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dataloader import ClipSet
@@ -24,7 +28,9 @@ from utils import (
     barrier,
     check_writable,
     choose_device,
+    from_main,
     is_main,
+    is_restarted,
     load_checkpoint,
     notice,
     parse_command_line,
@@ -35,35 +41,61 @@ from utils import (
 def run(config: Config, resume: bool = False, overwrite: bool = False, rebuild_store: bool = False) -> None:
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
-    state = find_run(files, resume, overwrite)
-    if is_main():
-        check_writable(files.best, "--save_path names another place")
-    device = choose_device(config.device)
-    clips = ClipSet.load(config, "train", rebuild_store).place(config.store_device, device)
-    train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-    trainer = Trainer(config, device)
-    if state:
-        trainer.resume(state)
-    trainer.take(train_clips, valid_clips)
-    if not state and is_main():
-        clear(files)
-    barrier()
-    if is_main():
-        print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
-    trainer.fit()
-    if is_main():
-        print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
+    with hold(files):
+        if is_restarted() and from_main(lambda: files.lock.read_text() == job()):  # it had begun this run
+            resume, overwrite = True, False
+        state = from_main(lambda: find_run(files, resume, overwrite))
+        device = choose_device(config.device)
+        clips = ClipSet.load(config, "train", rebuild_store).place(config.store_device, device)
+        train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
+        trainer = Trainer(config, device)
+        if state:
+            trainer.resume(state)
+        trainer.take(train_clips, valid_clips)
+        if is_main():
+            if not state:
+                clear(files)
+            files.lock.write_text(job())
+            print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
+        barrier()
+        trainer.fit()
+        if is_main():
+            print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
+
+
+@contextlib.contextmanager
+def hold(files: RunFiles) -> Iterator[None]:
+    """Keep other runs from the same `save_path` while this one lasts, and find out early whether it can be written."""
+    if not is_main():
+        yield
+        return
+    check_writable(files.best, "--save_path names another place")
+    with files.lock.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{files.best}: another process is training this run; wait for its end, or --save_path names another"
+            ) from None
+        yield
+
+
+def job() -> str:
+    """What tells this job of torchrun from others, the same after it has restarted its workers; empty without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{name} {platform.node()} {os.getppid()}" if name == "none" else name  # "none" is everybody's default
 
 
 def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """The checkpoint to resume from, if any; a `UserError` rather than harm to a run that is already there."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    found = [file for file in (files.last, files.best, files.history) if file.exists()]
+    states = [file for file in (files.last, files.previous, files.best) if file.exists()]
+    found = states + [file for file in (files.history,) if file.exists()]
     if resume and found and files.best not in found:
         raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")
     if resume and found:
-        return load_checkpoint(found[0])
+        return load_newest(states)
     if resume:
         notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
     elif found and not overwrite:
@@ -73,9 +105,25 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
     return None
 
 
+def load_newest(states: Sequence[Path]) -> dict[str, Any]:
+    """The first of several states, newest first and the best weights last, that is not damaged.
+
+    Raises `UserError` where none is left, or the best weights, which the run goes on to compare with, are damaged.
+    """
+    readable = {}
+    for file in states:
+        try:
+            readable[file] = load_checkpoint(file)
+        except UserError as error:
+            if file == states[-1]:
+                raise UserError(f"{error}; bring it back, or start again with --overwrite") from None
+            notice(f"{error}; going on from the state before it")
+    return next(iter(readable.values()))
+
+
 def clear(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
-    for file in (files.best, files.last, files.history):
+    for file in (files.best, files.last, files.previous, files.history):
         file.unlink(missing_ok=True)
     for folder, names in (
         (files.tensorboard, ["events.out.tfevents.*"]),

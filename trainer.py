@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -24,7 +26,9 @@ from utils import (
     RunFiles,
     UserError,
     barrier,
+    choose_compile,
     choose_precision,
+    from_main,
     is_main,
     is_same,
     keep_freed_memory,
@@ -64,10 +68,13 @@ class Trainer:
         self.files = RunFiles(config.checkpoint)
         self.objective = Objective.of(config)
         self.front_end = FrontEnd(config.input).to(device)
-        self.network = build_model(config).to(device, memory_format=torch.channels_last)
+        network = build_model(config).to(device, memory_format=torch.channels_last)
+        self.network = share_batch_norm(network) if world_size() > 1 and config.sync_batch_norm else network
         self.model = DistributedDataParallel(self.network) if world_size() > 1 else self.network
+        self.compiled = torch.compile(self.model, dynamic=False) if choose_compile(config.compile, device) else None
+        self.is_compiled = False  # it happens at the first step
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=config.epoch, eta_min=config.lr / 10
         )
@@ -88,14 +95,43 @@ class Trainer:
         mixup and the margin are computed in float32, the network between them in the precision of the training.
         """
         inputs = {name: mix(x) for name, x in self.front_end(waveform).items()}
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            similarity, _ = self.model(**inputs)
-        loss = self.objective.loss(similarity, labels, mix)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss * share).backward()
+        # One size alone is compiled, that of full batches, so that a shorter last one costs no second compilation.
+        if self.compiled is None or len(labels) != len(range(rank(), self.config.batch_size, world_size())):
+            result = self.compute_gradient(self.model, inputs, labels, mix, share)
+        elif self.is_compiled:
+            result = self.compute_gradient(self.compiled, inputs, labels, mix, share)
+        else:
+            result = self.try_compiled(inputs, labels, mix, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return result
+
+    def compute_gradient(self, model, inputs: dict[str, Tensor], labels: Tensor, mix: Mix, share: float) -> Tensor:
+        """The gradient of a batch, left in the parameters. Returns its loss and accuracy `(2,)`."""
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            similarity, _ = model(**inputs)
+        loss = self.objective.loss(similarity, labels, mix)
+        self.scaler.scale(loss * share).backward()
         return torch.stack([loss.detach(), self.objective.accuracy(similarity.detach(), labels, mix)])
+
+    def try_compiled(self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix, share: float) -> Tensor:
+        """The gradient with the model as it is compiled on first use; given up, with a notice, where that fails."""
+        from torch._dynamo.exc import TorchDynamoException  # what all stages of the compiler raise
+
+        statistics = [buffer.clone() for buffer in self.network.buffers()]  # of batch norm, moved by a forward pass
+        try:
+            result = self.compute_gradient(self.compiled, inputs, labels, mix, share)
+            self.is_compiled = True
+            return result
+        except TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notice(f"torch.compile does not work here, so the steps run uncompiled ({reason})")
+        self.compiled = None
+        for buffer, value in zip(self.network.buffers(), statistics, strict=True):
+            buffer.copy_(value)
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.compute_gradient(self.model, inputs, labels, mix, share)
 
     # ---- One epoch ----
 
@@ -164,6 +200,11 @@ class Trainer:
         if self.config.batch_size < least:
             raise UserError(f"batch_size: {self.config.batch_size} clips a step: {processes}; raise it")
         fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
+        if from_main(lambda: fingerprint) != fingerprint:
+            raise UserError(
+                f"{self.config.data_root} on {platform.node()}: the clips are not those of the first process; give "
+                f"every machine the same recordings"
+            )
         if self.history and self.fingerprint != fingerprint:
             raise UserError(
                 f"{self.files.last}: the clips under {self.config.data_root} are not those the run began with; "
@@ -242,7 +283,7 @@ class Trainer:
         state = self.state()
         if is_best:
             save_checkpoint(self.files.best, state)
-        save_checkpoint(self.files.last, state)
+        save_checkpoint(self.files.last, state, previous=self.files.previous)
         self.saved_epoch = self.epoch
         self.write_history()
 
@@ -291,6 +332,14 @@ def mean_over_ranks(totals: Tensor) -> tuple[float, float]:
     """Mean loss and accuracy from the sums (loss, accuracy, clips) of each process."""
     loss, accuracy, count = sum_over_ranks(totals).tolist()
     return loss / count, accuracy / count
+
+
+def share_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
+    """The network with batch norm over the batches of all processes, which PyTorch can do on GPUs only."""
+    if next(network.parameters()).is_cuda:
+        return SyncBatchNorm.convert_sync_batchnorm(network)
+    notice("on CPUs batch norm sees the share of its process only (sync_batch_norm works on GPUs)")
+    return network
 
 
 class TensorBoardLog:

@@ -5,19 +5,22 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import importlib.util
 import io
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ import yaml
 from losses import MODES
 from model.tastgram_mfn import CHANNELS
 
+T = TypeVar("T")
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,8 +78,37 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    if is_first_to_fail():
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+ERRORS = "errors"  # key of the agent's store
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of the job has reported an error: what one finds, its siblings mostly find too, or it
+    takes them down.
+    """
+    try:
+        store = agent_store(timedelta(seconds=10))
+        return store is None or store.add(ERRORS, 1) == 1
+    except RuntimeError:  # the agent is gone
+        return True
+
+
+def forget_errors(store: dist.Store) -> None:
+    """Let the next error be the first again."""
+    store.delete_key(ERRORS)
+
+
+def agent_store(timeout: timedelta) -> dist.Store | None:
+    """The key-value store that torchrun's agent keeps for the processes of its job, whatever state they are in; None
+    without torchrun, or where it leaves the store to them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
 
 
 def notice(message: str) -> None:
@@ -196,6 +229,14 @@ def flag() -> Any:
     return key(convert, "true or false")
 
 
+def to_switch(value: Any) -> str:
+    """auto, true or false, as words."""
+    word = str(value).lower() if isinstance(value, bool) else value
+    if word not in ("auto", "true", "false"):
+        raise ValueError(value)
+    return word
+
+
 def to_channels(value: Any) -> list[str]:
     """The input channels in the order in which they are stacked."""
     names = [value] if isinstance(value, str) else value
@@ -246,6 +287,7 @@ class Config:
     batch_size: int = number(int, "a whole number of at least 2 (batch norm)", lambda x: x >= 2)
     lr: float = number(float, "a number above 0", lambda x: x > 0)
     weight_decay: float = number(float, "a number of at least 0", lambda x: x >= 0)
+    sync_batch_norm: bool = flag()
     seed: int = number(int, "a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32)
     save_path: str = text(
         "a file name that ends in .pth, without braces but those of {mode} and {seed}",
@@ -253,6 +295,8 @@ class Config:
     )
     device: str = text("auto, cpu, cuda or cuda:N", r"auto|cpu|cuda(:[0-9]+)?")
     precision: str = choice("auto", "fp32", "bf16", "fp16")
+    eval_precision: str = choice("fp32", "bf16", "fp16")
+    compile: str = key(to_switch, "auto, true or false")
     num_workers: int = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)
     tensorboard: bool = flag()
     score_dtype: str = choice("float32", "float64")
@@ -267,7 +311,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # Keys that say where things lie and how they are computed: a resumed run may have others.
 COMPUTATION_KEYS = (
     "data_root", "store_path", "store_device", "save_path",
-    "device", "precision", "num_workers", "tensorboard", "score_dtype",
+    "device", "precision", "eval_precision", "compile", "num_workers", "tensorboard", "score_dtype",
 )  # fmt: skip
 # Keys that make the model and its score: they come from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
@@ -405,6 +449,14 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def choose_compile(name: str, device: torch.device) -> bool:
+    """Whether to compile the training step: with "auto" on a GPU, in a single process, where the tools are there."""
+    if name != "auto":
+        return name == "true"
+    has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return device.type == "cuda" and world_size() == 1 and bool(has_tools)
+
+
 def set_up_numerics() -> None:
     """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to 10 bits."""
     torch.backends.cudnn.allow_tf32 = False
@@ -448,6 +500,23 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` returns in the main process, which alone calls it, in every process."""
+    if not dist.is_initialized():
+        return function()
+    box = [function() if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has restarted the processes, of which some may have an agent that does not count it."""
+    counts = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(counts, counts[0])
+    return max(counts) > 0
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of each element over all processes, in place."""
     if dist.is_initialized():
@@ -477,6 +546,16 @@ class RunFiles:
     def last(self) -> Path:
         """State after the last epoch, for resuming."""
         return self.best.with_name(f"{self.best.stem}.last.pth")
+
+    @property
+    def previous(self) -> Path:
+        """State after the epoch before the last, for resuming where `last` is damaged."""
+        return self.best.with_name(f"{self.best.stem}.previous.pth")
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains; its content names the job, for torchrun's restarts."""
+        return self.best.with_name(f".{self.best.stem}.lock")
 
     @property
     def folder(self) -> Path:
@@ -519,12 +598,17 @@ def check_writable(path: Path, option: str) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}); {option}") from None
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all. An `OSError` (a full disk) leaves the one before in place."""
+def save_checkpoint(path: Path, state: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Write a checkpoint whole or not at all. An `OSError` (a full disk) leaves the one before in place.
+
+    The one before goes to `previous`, where that is given, once the new one is written.
+    """
     buffer = io.BytesIO()  # torch reports a full disk as a bug of its own, Python as an OSError
     torch.save(dict(state), buffer)
     with replace_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        if previous is not None and path.exists():
+            path.replace(previous)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Run by torchrun in test_ddp.py: validation and one training step, whose results must not depend on the processes.
+"""Run by torchrun in test_ddp.py: validation and three training steps, whose results must not depend on the processes.
 
-Batch norm is in evaluation mode in both, since its statistics are those of a process's own share.
+Batch norm is in evaluation mode, since its statistics are those of a process's own share, and nothing is shuffled.
 """
 
 import sys
@@ -23,11 +23,15 @@ if rank() > 0:  # as after an epoch: each process has statistics of its own, and
         buffer.add_(1)
 validation = trainer.validate(clips)
 
-whole = np.arange(5)  # uneven shares
-part = whole[rank() :: world_size()]
 trainer.model.eval()
-trainer.step(*clips.batch(part, trainer.device), Mix(), share=len(part) * world_size() / len(whole))
-gradients = {name: value.grad for name, value in trainer.network.named_parameters() if value.grad is not None}
+before = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
+gradients = {}
+for whole in (np.arange(7), np.arange(4, 12), np.arange(2, 9)):  # shares of 3, 2 and 2 clips, or 4 and 3
+    part = whole[rank() :: world_size()]
+    trainer.step(*clips.batch(part, trainer.device), Mix(), share=len(part) * world_size() / len(whole))
+    if not gradients:  # of the first step
+        gradients = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+changes = {name: value.detach() - before[name] for name, value in trainer.network.named_parameters()}
 if is_main():
-    torch.save({"validation": validation, "gradients": gradients}, config.checkpoint)
+    torch.save({"validation": validation, "gradients": gradients, "changes": changes}, config.checkpoint)
 dist.destroy_process_group()
