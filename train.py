@@ -90,7 +90,7 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
     """The checkpoint to resume from, if any; a `UserError` rather than harm to a run that is already there."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    states = [file for file in (files.last, files.previous, files.best) if file.exists()]
+    states = [file for file in files.states if file.exists()]
     found = states + [file for file in (files.history,) if file.exists()]
     if resume and found and files.best not in found:
         raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")

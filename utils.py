@@ -553,6 +553,11 @@ class RunFiles:
         return self.best.with_name(f"{self.best.stem}.previous.pth")
 
     @property
+    def states(self) -> list[Path]:
+        """What a run can be resumed from, newest first."""
+        return [self.last, self.previous, self.best]
+
+    @property
     def lock(self) -> Path:
         """Held by the process that trains; its content names the job, for torchrun's restarts."""
         return self.best.with_name(f".{self.best.stem}.lock")

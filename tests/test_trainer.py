@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,9 +18,19 @@ import torch
 from conftest import MACHINES, arguments, write_set
 
 import train
+from dataloader import ClipSet
 from losses import MODES, Mix
+from train import hold, load_newest
 from trainer import HISTORY_COLUMNS, Trainer, build_model
-from utils import RunFiles, UserError, load_checkpoint, load_config, save_checkpoint, set_up_numerics
+from utils import (
+    RunFiles,
+    UserError,
+    choose_compile,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+    set_up_numerics,
+)
 
 ROOT = Path(__file__).parent.parent
 VALUES = reference.VALUES
@@ -92,12 +103,80 @@ def test_half_precision_stays_near_the_reference(precision):
     assert not torch.equal(trainer.network.state_dict()["arcface.weight"], reference.parameters()["arcface.weight"])
 
 
+@pytest.mark.slow  # the compiler takes a minute or two
+@pytest.mark.parametrize("mode", ["arcface", "noisy_arcmix"])
+def test_eight_compiled_steps_match_the_reference(mode, capsys):
+    trainer, waveform, labels = (
+        reference_trainer(mode, compile="true", batch_size=4),
+        reference.waveforms(),
+        reference.labels(),
+    )
+    trainer.model.train()
+    losses = [trainer.step(waveform, labels, mix)[0].item() for mix in mixes(mode)]
+    assert trainer.is_compiled
+    assert "torch.compile" not in capsys.readouterr().err
+    assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
+    trainer.step(waveform[:3], labels[:3], Mix())  # a shorter batch goes past the compiled model
+    trainer.model.eval()
+
+
+def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    results = []
+    for switch in ("true", "false"):
+        trainer = reference_trainer("noisy_arcmix", compile=switch, batch_size=4)
+        trainer.model.train()
+        losses = [
+            trainer.step(reference.waveforms(), reference.labels(), mix).tolist() for mix in mixes("noisy_arcmix")[:2]
+        ]
+        results.append((losses, trainer.network.state_dict()))
+    assert "torch.compile does not work here, so the steps run uncompiled (" in capsys.readouterr().err
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
+
+
+def test_what_auto_compiles(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert [choose_compile(name, CPU) for name in ("true", "false", "auto")] == [True, False, False]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert choose_compile("auto", gpu)
+    monkeypatch.setattr("utils.world_size", lambda: 2)
+    assert not choose_compile("auto", gpu)
+    monkeypatch.setattr("utils.world_size", lambda: 1)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not choose_compile("auto", gpu)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("bf16", 0.05), ("fp16", 0.05)])
-def test_a_step_on_the_gpu_matches_the_reference(precision, bound):
+def test_a_step_on_the_gpu_does_not_wait_for_it(tmp_path, data_root):
+    """From the plan to the optimiser: nothing in a step makes the host wait for the device."""
     device = torch.device("cuda", 0)
-    trainer = Trainer(load_config(precision=precision), device)
+    config = load_config(data_root=str(data_root), store_path=str(tmp_path), machines=MACHINES, batch_size=4)
+    clips, trainer = ClipSet.load(config, "train").copy_to(device), Trainer(config, device)
+    trainer.model.train()
+
+    def step() -> None:
+        waveform, labels = clips.batch(np.arange(4), device)
+        mix = trainer.objective.draw_mix(np.random.default_rng(0), np.random.default_rng(1), 4, device)
+        trainer.step(waveform, labels, mix)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("switch", ["true", "false"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("bf16", 0.05), ("fp16", 0.05)])
+def test_a_step_on_the_gpu_matches_the_reference(precision, bound, switch):
+    device = torch.device("cuda", 0)
+    trainer = Trainer(load_config(precision=precision, compile=switch, batch_size=4), device)
     trainer.network.load_state_dict(reference.parameters())
     lam, partner = reference.mixing()[0]
     trainer.model.train()
@@ -179,14 +258,12 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
     assert status == 0
     assert "run.last.pth: nothing to resume, so the run starts from the beginning" in errors
     assert "epoch 1/1" in output
-    (tmp_path / "run.last.pth").write_bytes(b"PK damaged")
-    fails(train.main, *arguments(tmp_path, data_root), "--resume", match="run.last.pth: not a readable checkpoint")
 
 
 def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call):
     files = RunFiles(tmp_path / "run.pth")
-    for path in (files.best, files.last, files.results("test") / "metrics.csv", files.folder / "mine.txt",
-                 files.results("test") / "mine.txt"):  # fmt: skip
+    results = files.results("test")
+    for path in (*files.states, results / "metrics.csv", files.folder / "mine.txt", results / "mine.txt"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     status, output, _ = call(train.main, *arguments(tmp_path, data_root, tensorboard="true"), "--overwrite")
@@ -298,28 +375,153 @@ def unbroken(tmp_path_factory, data_root) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("sent", "status"), [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_cut_run_resumes_to_the_same_bits(sent, status, unbroken, tmp_path, data_root):
+def assert_same_run(folder: Path, unbroken: Path) -> None:
+    """Weights and states equal bit for bit, and the history but for the seconds."""
+    for name in ("run.pth", "run.last.pth"):
+        ours, expected = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
+        assert ours["epoch"] == expected["epoch"]
+        assert all(torch.equal(ours["model"][key], value) for key, value in expected["model"].items())
+    ours, expected = (rows(folder / "run" / "history.csv") for folder in (folder, unbroken))
+    for row in ours + expected:
+        row.pop("seconds")
+    assert ours == expected
+
+
+@pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_resumes_to_the_same_bits(sent, status, unbroken, tmp_path, data_root):
     process = start(tmp_path, data_root)
     wait_for_epoch(process, 1)
     process.send_signal(getattr(signal, sent))
     errors = process.communicate()[1]
     assert process.returncode == status
     assert "Traceback" not in errors
-    if sent != "SIGKILL":
-        assert "stopped; --resume goes on after epoch" in errors
+    assert "stopped; --resume goes on after epoch" in errors
     assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] < CUT["epoch"]
 
     resumed = start(tmp_path, data_root, "--resume")
     assert resumed.wait() == 0, resumed.stderr.read()
-    for name in ("run.pth", "run.last.pth"):
-        ours, expected = load_checkpoint(tmp_path / name), load_checkpoint(unbroken / name)
-        assert ours["epoch"] == expected["epoch"]
-        assert all(torch.equal(ours["model"][key], value) for key, value in expected["model"].items())
-    ours, expected = (rows(folder / "run" / "history.csv") for folder in (tmp_path, unbroken))
-    for row in ours + expected:
-        row.pop("seconds")
-    assert ours == expected
+    assert_same_run(tmp_path, unbroken)
+
+
+# train.py in a process group that kills itself at the so many-th step, file operation, or write of a checkpoint, of
+# which then half is on the disk.
+KILLED = """
+import os, pathlib, signal, sys
+import train, trainer, utils
+
+kind, moment, folder = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+moments = iter(range(1, moment))
+
+def is_now():
+    return next(moments, None) is None
+
+def die():
+    os.killpg(0, signal.SIGKILL)
+
+def hook(event, arguments):
+    if event in ("open", "os.rename", "os.remove") and folder in str(arguments[0]) and is_now():
+        die()
+
+def write_half(path, data):
+    if is_now():
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        die()
+    return write(path, data)
+
+def step(*arguments, **options):
+    result = take(*arguments, **options)
+    if is_now():
+        die()
+    return result
+
+write, take = pathlib.Path.write_bytes, trainer.Trainer.step
+if kind == "file":
+    sys.addaudithook(hook)
+elif kind == "write":
+    pathlib.Path.write_bytes = write_half
+elif kind == "step":
+    trainer.Trainer.step = step
+utils.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_unbroken_run(kills, tmp_path, data_root):
+    """SIGKILL at seeded random moments, the whole process group, resumed each time."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = CUT | {"epoch": 2 * kills + 2}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(folder: Path, kind: str = "never", moment: int = 1) -> int:
+        words = [kind, moment, folder / "run", *arguments(folder, data_root, **options), "--resume"]
+        command = [sys.executable, tmp_path / "killed.py", *map(str, words)]
+        result = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
+        assert result.returncode in (0, -signal.SIGKILL), result.stderr
+        return result.returncode
+
+    rng = random.Random(3)
+    for number in range(kills):
+        kind = ("file", "write", "step")[number % 3]
+        moment = rng.randint(1, {"file": 25, "write": 3, "step": 6}[kind])  # within about two epochs
+        assert run(tmp_path / "killed", kind, moment) == -signal.SIGKILL
+        states = [path.name for path in (tmp_path / "killed").glob("run.*pth")]
+        epoch = load_newest([p for p in RunFiles(tmp_path / "killed/run.pth").states if p.exists()]) if states else None
+        print(f"kill {number + 1}: {kind} {moment}, epoch {epoch['epoch'] if epoch else 0}")
+    assert run(tmp_path / "killed") == 0
+    assert run(tmp_path / "unbroken") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def spoil(path: Path, offset: int, is_cut: bool) -> None:
+    content = bytearray(path.read_bytes())
+    if is_cut:
+        del content[offset:]
+    else:
+        content[offset] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_damaged_last_state_falls_back_to_the_one_before(tmp_path, data_root, call, fails):
+    """Truncated at, or with a byte flipped at, seeded random offsets: never silently another state."""
+    options = arguments(tmp_path, data_root, epoch=3, input="[sgram]")
+    files = RunFiles(tmp_path / "run.pth")
+    assert call(train.main, *options)[0] == 0
+    whole = files.last.read_bytes()
+    expected, before = load_checkpoint(files.last), load_checkpoint(files.previous)
+    assert (expected["epoch"], before["epoch"]) == (3, 2)
+    rng, fallen_back = random.Random(11), 0
+    for number in range(40):
+        spoil(files.last, rng.randrange(len(whole)), is_cut=number % 2 == 0)
+        state = load_newest(files.states)
+        if state["epoch"] == 3:  # the byte was one between the members, which nobody reads
+            assert all(torch.equal(state["model"][name], value) for name, value in expected["model"].items())
+            assert str(state["optimizer"]) == str(expected["optimizer"])
+        else:
+            assert state["epoch"] == 2
+            fallen_back += 1
+        files.last.write_bytes(whole)
+    assert fallen_back > 30
+
+    spoil(files.last, 1000, is_cut=True)
+    status, output, errors = call(train.main, *options, "--resume")
+    assert status == 0
+    assert "run.last.pth: not a readable checkpoint (it is something else, or damaged); going on from the" in errors
+    assert "epoch 3/3" in output
+    ours = load_checkpoint(files.last)
+    assert all(torch.equal(ours["model"][name], value) for name, value in expected["model"].items())
+    for file in files.states:
+        spoil(file, 1000, is_cut=True)
+    fails(
+        train.main, *options, "--resume", match=r"run.pth: not a readable .*; bring it back, or start again with --ov"
+    )
+
+
+def test_two_runs_of_one_name_at_once_are_refused(trained_copy, data_root, fails):
+    with hold(RunFiles(trained_copy / "run.pth")):
+        said = "run.pth: another process is training this run"
+        fails(train.main, *arguments(trained_copy, data_root), "--overwrite", match=said)
+    assert (trained_copy / "run.pth").exists()
 
 
 def test_a_crash_between_checkpoint_and_history_is_mended(trained_copy, data_root, call):
