@@ -157,6 +157,16 @@ def read_label_list(path: Path) -> dict[tuple[str, str], bool]:
     return answers
 
 
+def find_recordings(place: Path) -> list[Path]:
+    """A file itself, whatever it is; of a folder the WAV and FLAC files in it, by name."""
+    if not place.is_dir():
+        return [place]
+    found = sorted(path for path in place.iterdir() if path.suffix.lower() in (".wav", ".flac"))
+    if not found:
+        raise UserError(f"{place}: no WAV or FLAC files in this folder")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # One recording
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,28 +1,48 @@
-"""Score the test clips of a trained model and compute AUC, pAUC and mAUC for each machine type.
+"""Score the test clips of a trained model; compute AUC, pAUC and mAUC for each machine type; decide; draw; report.
 
     python eval.py                                      # the checkpoint at save_path
     python eval.py check_points/arcface.pth --data_root /data/dcase2020 --score_dtype float64
     python eval.py --part evaluation                    # the challenge's evaluation clips
+    python eval.py --plots --report                     # figures, and one HTML file with everything
+    python eval.py a_1.pth a_2.pth b_1.pth b_2.pth      # several, and a comparison of their configurations
+    python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
 
-Model, machines, mode, input, m and s come from the checkpoint. Writes, in the folder NAME/eval (NAME/evaluation for
-the evaluation clips) beside a checkpoint NAME.pth: metrics.csv (fractions) and, for each machine ID,
-anomaly_score_<type>_id_<XX>.csv as the DCASE 2020 evaluator reads it. The names of the evaluation clips do not tell
-which are anomalous; eval_data_list.csv in data_root does, and without it there are scores but no metrics.
+Model, machines, mode, input, attention, m and s come from the checkpoint. Writes, in the folder NAME/eval
+(NAME/evaluation for the evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with
+bootstrap intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
+decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them, and decisions.csv with the thresholds. The names
+of the evaluation clips do not tell which are anomalous; eval_data_list.csv in data_root does, and without it there are
+scores and decisions but no metrics.
+
+--score takes files and folders of recordings, scores each against the machine ID given, or against that ID of the
+machine type that it fits best, and prints a line for each: file, machine, score, threshold, normal or anomalous. A file
+that cannot be read is named in its line; the others are scored, and the exit status is 2.
 """
 
-import csv
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
-from dataloader import LABEL_LIST, Clip, ClipSet, batches
+from dataloader import LABEL_LIST, Clip, ClipSet, class_labels, find_recordings, read_clip
+from evaluation.comparison import compare
+from evaluation.decisions import Threshold, decide, fit_thresholds, rate_decisions
+from evaluation.metrics import Draws, Table, add_intervals, bootstrap, rate_all
+from evaluation.scoring import Outputs, run_model
+from evaluation.tables import (
+    format_table,
+    name_gaps,
+    published_rows,
+    write_csv,
+    write_per_machine,
+    write_results,
+)
 from losses import Objective
-from model import FrontEnd, TASTgramMFN
+from model import TASTgramMFN
 from trainer import build_model
 from utils import (
     MODEL_KEYS,
@@ -32,39 +52,79 @@ from utils import (
     UserError,
     check_writable,
     choose_device,
-    choose_precision,
+    commit,
     is_same,
-    keep_freed_memory,
     load_checkpoint,
     notice,
     parse_command_line,
-    replace_file,
     run_script,
-    set_up_numerics,
+    versions,
 )
 
-MAX_FPR = 0.1  # pAUC covers false positive rates up to here
-COLUMNS = ("AUC", "pAUC", "n_normal", "n_anomaly")
 
-# AUC, pAUC, mAUC in percent on the development test set: the table in the authors' README
-PUBLISHED = {
-    "noisy_arcmix": {
-        "fan": (98.32, 95.34, 92.67),
-        "pump": (95.44, 85.99, 91.17),
-        "slider": (99.53, 97.50, 97.96),
-        "valve": (99.95, 99.74, 99.89),
-        "ToyCar": (96.76, 90.11, 88.81),
-        "ToyConveyor": (77.90, 67.15, 68.18),
-        "average": (94.65, 89.31, 89.78),
-    }
-}
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint: its model, the configuration with the keys that it decides, and what else it holds."""
+
+    path: Path
+    model: TASTgramMFN
+    config: Config
+    state: dict[str, Any]
+
+    def thresholds(self) -> dict[tuple[str, int], Threshold]:
+        """The threshold of each machine; empty, with a notice, where no held-out scores are stored."""
+        if "held_out" not in self.state:
+            notice(f"{self.path}: no scores of held-out clips (its training has not ended), so there are no decisions")
+            return {}
+        config = self.config
+        return fit_thresholds(config.machines, self.state["held_out"], config.threshold, config.threshold_percentile)
+
+    def about(self, part: str, clips: Sequence[Clip]) -> dict[str, Any]:
+        """What the results are of, by name."""
+        counts = {name: sum(clip.is_anomaly is x for clip in clips)
+                  for name, x in (("normal", False), ("anomalous", True), ("unlabelled", None))}  # fmt: skip
+        trained = self.state.get("config", {})
+        return {
+            "checkpoint": str(self.path),
+            "mode": self.config.mode,
+            "input": self.config.input,
+            "attention": self.config.attention,
+            "seed": trained.get("seed"),
+            "epoch of the weights": self.state.get("epoch"),
+            "epochs": trained.get("epoch"),
+            "clips trained on": self.state.get("clip_counts", {}).get("training"),
+            f"clips of {part}": ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+            "trained with": self.state.get("versions"),
+            "evaluated with": versions(),
+            "commit": commit(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What a checkpoint gives for the clips of a part: outputs, scores in `score_dtype`, and, of the clips whose
+    condition is known, the table and its bootstrap draws; None where there is no such clip.
+    """
+
+    trained: Trained
+    clips: list[Clip]
+    outputs: Outputs
+    scores: np.ndarray
+    exact_scores: np.ndarray  # float64, for decisions
+    table: Table | None
+    draws: Draws | None
+
+    @property
+    def known(self) -> list[int]:
+        return [index for index, clip in enumerate(self.clips) if clip.is_anomaly is not None]
+
 
 # ---------------------------------------------------------------------------------------------------------------
-# From a checkpoint to scores
+# From a checkpoint to scores and metrics
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_model(path: Path, config: Config, given: set[str]) -> tuple[TASTgramMFN, Config]:
+def load_model(path: Path, config: Config, given: set[str]) -> Trained:
     """The model of a checkpoint, and the configuration with the keys that the checkpoint decides.
 
     A bare state dict decides nothing: `config` then serves as it is. Raises `UserError` where a key of the command
@@ -84,7 +144,7 @@ def load_model(path: Path, config: Config, given: set[str]) -> tuple[TASTgramMFN
     model = build_model(config)
     check_weights(path, model, state["model"])
     model.load_state_dict(state["model"])
-    return model.eval(), config
+    return Trained(path, model.eval(), config, state)
 
 
 def check_weights(path: Path, model: TASTgramMFN, weights: dict[str, torch.Tensor]) -> None:
@@ -93,200 +153,204 @@ def check_weights(path: Path, model: TASTgramMFN, weights: dict[str, torch.Tenso
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{path} does not fit the configuration (machines, input, sub_centers): {name} is "
+                f"{path} does not fit the configuration (machines, input, attention, sub_centers): {name} is "
                 f"{found.get(name, 'absent')} in the file and {expected.get(name, 'absent')} in the model"
             )
 
 
-@torch.no_grad()
-def score_clips(model: TASTgramMFN, config: Config, clips: ClipSet, device: torch.device) -> np.ndarray:
-    """The anomaly score of each clip against its own machine ID, in the precision `config.score_dtype`.
-
-    The network runs in `config.eval_precision`, everything before and after it in float32.
-    """
-    set_up_numerics()
-    keep_freed_memory()
-    precision = choose_precision(config.eval_precision, device)
-    objective, front_end = Objective.of(config), FrontEnd(config.input).to(device)
-    model = model.to(device, memory_format=torch.channels_last)
-    scores = []
-    for indices in tqdm(
-        batches(np.arange(len(clips)), config.batch_size), desc="scoring", unit="batch", leave=False, disable=None
-    ):
-        waveform, labels = clips.batch(indices, device)
-        inputs = front_end(waveform)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            similarity, _ = model(**inputs)
-        scores.append(objective.anomaly_score(similarity, labels, getattr(torch, config.score_dtype)))
-    return torch.cat(scores).cpu().numpy()
+def evaluate(trained: Trained, clips: ClipSet, device: torch.device) -> Evaluated:
+    """Scores of the clips and, of those whose condition is known, the metrics with their intervals."""
+    objective = Objective.of(trained.config)
+    outputs = run_model(trained.model, trained.config, clips, device)
+    scores = outputs.scores(objective, clips.labels, getattr(torch, trained.config.score_dtype))
+    if bad := int(np.sum(~np.isfinite(scores))):
+        raise UserError(f"{trained.path}: {bad} of {len(scores)} scores are not finite numbers")
+    known = [index for index, clip in enumerate(clips.clips) if clip.is_anomaly is not None]
+    table = draws = None
+    if known:
+        labelled = [clips.clips[index] for index in known]
+        table, draws = rate_all(labelled, scores[known]), bootstrap(labelled, scores[known])
+        add_intervals(table, draws)
+    exact_scores = outputs.scores(objective, clips.labels)
+    return Evaluated(trained, clips.clips, outputs, scores, exact_scores, table, draws)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# From scores to metrics
-# ---------------------------------------------------------------------------------------------------------------
-
-Metrics = dict[str, float | None]  # the COLUMNS; None where there is nothing to compute it from
-
-
-def rate(is_anomaly: np.ndarray, scores: np.ndarray) -> Metrics:
-    """AUC and pAUC (up to a false positive rate of 0.1, standardised to 0.5 for chance), as fractions."""
-    n_anomaly = int(is_anomaly.sum())
-    counts = {"n_normal": len(is_anomaly) - n_anomaly, "n_anomaly": n_anomaly}
-    if min(counts.values()) == 0:
-        return {"AUC": None, "pAUC": None, **counts}
-    return {
-        "AUC": float(roc_auc_score(is_anomaly, scores)),
-        "pAUC": float(roc_auc_score(is_anomaly, scores, max_fpr=MAX_FPR)),
-        **counts,
-    }
-
-
-def combine(rows: Sequence[Metrics], how) -> Metrics:
-    """Each column of several rows combined on its own, leaving out rows without AUC."""
-    rated = [row for row in rows if row["AUC"] is not None]
-    if not rated:
-        return dict.fromkeys(COLUMNS)
-    combined = {name: float(how([row[name] for row in rated])) for name in COLUMNS}
-    return {name: int(x) if name.startswith("n_") and x.is_integer() else x for name, x in combined.items()}
-
-
-def rate_all(clips: Sequence[Clip], scores: np.ndarray) -> dict[str, dict[str, Metrics]]:
-    """For each machine type the rows per ID (`00`, ...), then `pooled`, `mean` and `min` over its IDs; and for the
-    type `average` the means of the last three over the types.
-    """
-    types = np.array([clip.machine_type for clip in clips])
-    ids = np.array([clip.machine_id for clip in clips])
-    is_anomaly = np.array([clip.is_anomaly for clip in clips])
-    table: dict[str, dict[str, Metrics]] = {}
-    for machine_type in dict.fromkeys(types):
-        of_type = types == machine_type
-        per_id = {}
-        for machine_id in np.unique(ids[of_type]):
-            chosen = of_type & (ids == machine_id)
-            per_id[f"{machine_id:02d}"] = rate(is_anomaly[chosen], scores[chosen])
-        rows = list(per_id.values())
-        table[str(machine_type)] = per_id | {
-            "pooled": rate(is_anomaly[of_type], scores[of_type]),
-            "mean": combine(rows, np.mean),
-            "min": combine(rows, np.min),
-        }
-    table["average"] = {
-        row: combine([table[machine_type][row] for machine_type in table], np.mean) for row in ("pooled", "mean", "min")
-    }
-    return table
-
-
-def name_gaps(table: dict[str, dict[str, Metrics]]) -> None:
-    """Say which rows have no AUC because all their test clips are of one class."""
-    gaps = [f"{t} {row}" for t, rows in table.items() for row, metrics in rows.items() if metrics["AUC"] is None]
-    if gaps:
-        notice(f"no AUC, and left out of the averages, for want of normal or anomalous test clips: {', '.join(gaps)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From metrics to table and files
+# From scores to files
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def percent(value: float | None) -> str:
-    return f"{'-' if value is None else format(100 * value, '.2f'):>8}"
-
-
-def published_rows(config: Config, part: str) -> dict[str, tuple[float, float, float]]:
-    """The published rows for what was evaluated: the development test set, all three channels."""
-    return PUBLISHED.get(config.mode, {}) if part == "test" and len(config.input) == 3 else {}
-
-
-def format_table(table: dict[str, dict[str, Metrics]], published: dict[str, tuple[float, float, float]]) -> str:
-    """The table in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row."""
-    has_all = set(published) <= set(table)
-    lines = [
-        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published, DCASE 2020':^26}",
-        f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  "
-        f"|{'AUC':>8} {'pAUC':>8} {'mAUC':>8}",
-    ]
-    for machine_type, rows in table.items():
-        pooled, mean, least = rows["pooled"], rows["mean"], rows["min"]
-        row = published.get(machine_type) if machine_type != "average" or has_all else None
-        shown = " ".join(f"{value:8.2f}" for value in row) if row else f"{'-':>8} {'-':>8} {'-':>8}"
-        lines.append(
-            f"{machine_type:12} |{percent(pooled['AUC'])} {percent(pooled['pAUC'])}  |{percent(least['AUC'])}  "
-            f"|{percent(mean['AUC'])} {percent(mean['pAUC'])}  |{shown}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def write_metrics(path: Path, table: dict[str, dict[str, Metrics]]) -> None:
-    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["machine_type", "machine_id", *COLUMNS])
-        for machine_type, rows in table.items():
-            for name, metrics in rows.items():
-                writer.writerow([machine_type, name, *(metrics[column] for column in COLUMNS)])
-
-
-def write_scores(folder: Path, clips: Sequence[Clip], scores: np.ndarray) -> set[Path]:
-    """One file per machine ID, `<file name>,<score>` without header; the digits read back to the same number."""
-    files: dict[str, list[tuple[str, float]]] = {}
-    for clip, score in zip(clips, scores, strict=True):
-        name = f"anomaly_score_{clip.machine_type}_id_{clip.machine_id:02d}.csv"
-        files.setdefault(name, []).append((clip.path.name, float(score)))
-    for name, rows in files.items():
-        with (
-            replace_file(folder / name) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            csv.writer(file, lineterminator="\n").writerows(rows)
-    return {folder / name for name in files}
-
-
-def run(config: Config, path: Path, given: set[str], part: str = "test", rebuild_store: bool = False) -> None:
-    """Score the clips of a part with the checkpoint at `path`, print the table and write the files."""
-    if not path.suffix:
-        raise UserError(f"{path}: the results go to a folder of this name without its ending; rename it to {path}.pth")
-    device = choose_device(config.device)
-    model, config = load_model(path, config, given)
-    folder = RunFiles(path).results(part)
-    check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a place of your own")
-    clips = ClipSet.load(config, part, rebuild_store)
-    scores = score_clips(model, config, clips, device)
-    if not np.isfinite(scores).all():
-        raise UserError(f"{path}: {np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite numbers")
-    written = write_scores(folder, clips.clips, scores)
-    for old in set(folder.glob("anomaly_score_*.csv")) - written:
-        old.unlink()  # of an ID that has no clips any more
-    if rate_labelled(folder / "metrics.csv", clips.clips, scores, published_rows(config, part)):
-        print(f"{len(clips)} scores and metrics.csv: {folder}")
-    else:
-        print(f"{len(clips)} scores: {folder}")
-
-
-def rate_labelled(path: Path, clips: Sequence[Clip], scores: np.ndarray, published: dict[str, tuple]) -> bool:
-    """Print and write the metrics of the clips whose condition is known; whether there are any."""
-    known = [index for index, clip in enumerate(clips) if clip.is_anomaly is not None]
-    if len(known) < len(clips):
+def write(result: Evaluated, part: str, folder: Path) -> None:
+    """Everything that an evaluation writes but figures and report, and the table on the terminal."""
+    trained = result.trained
+    write_per_machine(folder, "anomaly_score", result.clips, result.scores.astype(np.float64))
+    missing = len(result.clips) - len(result.known)
+    if missing:
         notice(
-            f"{len(clips) - len(known)} of {len(clips)} clips are not in {LABEL_LIST} and count in no metric "
+            f"{missing} of {len(result.clips)} clips are not in {LABEL_LIST} and count in no metric "
             f"(`python datasets/download.py --parts evaluation` fetches it into data_root)"
         )
-    if not known:
-        path.unlink(missing_ok=True)  # of an evaluation with labels
-        return False
-    table = rate_all([clips[index] for index in known], scores[known])
-    name_gaps(table)
-    write_metrics(path, table)
-    print(format_table(table, published))
-    return True
+    if result.table is None:
+        for name in ("metrics.csv", "metrics.json", "results.md"):
+            (folder / name).unlink(missing_ok=True)  # of an evaluation with labels
+    else:
+        name_gaps(result.table)
+        write_results(folder, result.table, trained.about(part, result.clips))
+        print(format_table(result.table, published_rows(trained.config, part)))
+    write_decisions(result, folder)
+    print(f"{len(result.clips)} scores{' and metrics' if result.table else ''}: {folder}")
+
+
+def write_decisions(result: Evaluated, folder: Path) -> None:
+    """decision_result files, and decisions.csv: thresholds and, where the condition is known, how good they are."""
+    thresholds = result.trained.thresholds()
+    index, decisions = decide(result.clips, result.exact_scores, thresholds)
+    clips = [result.clips[i] for i in index]
+    write_per_machine(folder, "decision_result", clips, decisions)
+    rows = []
+    for (machine_type, machine_id), threshold in thresholds.items():
+        chosen = [
+            (clip.is_anomaly, decision)
+            for clip, decision in zip(clips, decisions, strict=True)
+            if (clip.machine_type, clip.machine_id) == (machine_type, machine_id) and clip.is_anomaly is not None
+        ]
+        rated = rate_decisions(*np.array(chosen, dtype=np.int64).reshape(-1, 2).T)
+        source = f"{threshold.clips} clips of {'the type' if threshold.is_pooled else 'the ID'}"
+        rows.append([machine_type, f"{machine_id:02d}", threshold.value, source, *rated.values()])
+    header = ["machine_type", "machine_id", "threshold", "held_out", "precision", "recall", "F1"]
+    if rows:
+        write_csv(folder / "decisions.csv", [header, *rows])
+    else:
+        (folder / "decisions.csv").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Single recordings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def score_files(trained: Trained, paths: Sequence[Path], machine_type: str, machine_id: int | None, device) -> list:
+    """What the model says of recordings, as dictionaries: `file`, and either `error` or `machine_type`, `machine_id`,
+    `score`, `threshold`, `decision`. Without a machine ID, that of the type with the lowest score counts.
+    """
+    machines = trained.config.machines
+    candidates = machines.get(machine_type, []) if machine_id is None else [machine_id]
+    if not candidates or any(i not in machines.get(machine_type, []) for i in candidates):
+        known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in machines.items())
+        which = machine_type if machine_id is None else f"{machine_type} {machine_id}"
+        raise UserError(f"{trained.path} knows no machine {which}; it was trained on {known}")
+    thresholds, size, results = trained.thresholds(), trained.config.batch_size, []
+    for start in range(0, len(paths), size):
+        some = {path: read_or_error(path) for path in paths[start : start + size]}
+        good = [path for path, samples in some.items() if not isinstance(samples, UserError)]
+        scored = score_samples(trained, [some[path] for path in good], machine_type, candidates, device)
+        scores = dict(zip(good, scored, strict=True))
+        for path, samples in some.items():
+            if path not in scores:
+                results.append({"file": str(path), "error": str(samples)})
+                continue
+            best = int(np.argmin(scores[path]))
+            machine, score = (machine_type, candidates[best]), float(scores[path][best])
+            threshold = thresholds[machine].value if machine in thresholds else None
+            decision = None if threshold is None else "anomalous" if score > threshold else "normal"
+            results.append(
+                {"file": str(path), "machine_type": machine_type, "machine_id": candidates[best], "score": score,
+                 "threshold": threshold, "decision": decision}
+            )  # fmt: skip
+    return results
+
+
+def score_samples(trained: Trained, samples: Sequence[np.ndarray], machine_type: str, ids: Sequence[int], device):
+    """The anomaly scores (float64) of int16 waveforms against some IDs of a machine type `(n, IDs)`."""
+    if not samples:
+        return []
+    objective, labels = Objective.of(trained.config), class_labels(trained.config.machines)
+    clips = ClipSet([Clip(Path(), machine_type, ids[0], 0, None)] * len(samples), torch.from_numpy(np.stack(samples)),
+                    np.arange(len(samples)))  # fmt: skip
+    outputs = run_model(trained.model, trained.config, clips, device)
+    return np.stack([outputs.scores(objective, np.full(len(clips), labels[machine_type, i])) for i in ids], axis=1)
+
+
+def read_or_error(path: Path) -> np.ndarray | UserError:
+    try:
+        return read_clip(path)[0]
+    except UserError as error:
+        return error
+
+
+def print_scores(results: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for row in results:
+        if "error" in row:
+            print(f"{row['file']}\terror: {row['error']}")
+            continue
+        threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
+        machine = f"{row['machine_type']} {row['machine_id']:02d}"
+        print(f"{row['file']}\t{machine}\t{row['score']:.6g}\t{threshold}\t{row['decision'] or '-'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def run(config: Config, paths: Sequence[Path], given: set[str], options: Any) -> None:
+    """Evaluate the checkpoints, each into its folder, and compare them if there are several."""
+    for path in paths:
+        if not path.suffix:
+            raise UserError(f"{path}: results go to a folder of this name without its ending; rename it to {path}.pth")
+    device = choose_device(config.device)
+    results = []
+    for path in paths:
+        trained = load_model(path, config, given)
+        folder = RunFiles(path).results(options.part)
+        check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a place of your own")
+        clips = ClipSet.load(trained.config, options.part, options.rebuild_store and not results)
+        result = evaluate(trained, clips, device)
+        if len(paths) > 1:
+            print(f"\n{path}")
+        write(result, options.part, folder)
+        results.append(result)
+    if len(paths) > 1:
+        compare(results, options.output)
+
+
+def run_score(config: Config, path: Path, given: set[str], options: Any) -> None:
+    """Score single recordings; a `UserError` at the end if some could not be read."""
+    if options.machine_type is None:
+        raise UserError("--score needs --machine_type, and takes --machine_id")
+    trained = load_model(path, config, given)
+    files = [file for place in options.score for file in find_recordings(place)]
+    results = score_files(trained, files, options.machine_type, options.machine_id, choose_device(config.device))
+    print_scores(results, options.json)
+    bad = sum("error" in row for row in results)
+    if bad:
+        raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
+    parser.add_argument("checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)")
     parser.add_argument(
         "--part", choices=("test", "evaluation"), default="test", help="which folder of clips to score (default: test)"
     )
+    place = Path("check_points/comparison")
+    parser.add_argument("--output", type=Path, default=place, help=f"folder for comparisons (default: {place})")
+    files = parser.add_argument_group("scoring of single recordings")
+    files.add_argument("--score", nargs="+", metavar="FILE", type=Path, help="files or folders to score, nothing else")
+    files.add_argument("--machine_type", help="machine type of these recordings")
+    files.add_argument("--machine_id", type=int, help="their machine ID (default: for each file the best-fitting one)")
+    files.add_argument("--json", action="store_true", help="print the scores as JSON")
     config, options, given = parse_command_line(parser)
-    run(config, options.checkpoint or config.checkpoint, given, options.part, options.rebuild_store)
+    paths = options.checkpoint or [config.checkpoint]
+    if not options.score:
+        run(config, paths, given, options)
+    elif len(paths) == 1:
+        run_score(config, paths[0], given, options)
+    else:
+        raise UserError(f"--score takes one checkpoint, and {len(paths)} are given")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def run(config: Config, resume: bool = False, overwrite: bool = False, rebuild_s
             print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
         barrier()
         trainer.fit()
+        trainer.keep_held_out_scores()
         if is_main():
             print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
 

@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataloader import ClipSet, batches, class_labels, shuffled_batches
+from evaluation.scoring import by_machine, run_model
 from losses import Mix, Objective
 from model import FrontEnd, TASTgramMFN
+from model.tastgram import N_FRAMES, N_MELS
 from utils import (
     COMPUTATION_KEYS,
     MIXING,
@@ -32,6 +34,7 @@ from utils import (
     is_main,
     is_same,
     keep_freed_memory,
+    load_checkpoint,
     notice,
     random_stream,
     rank,
@@ -52,7 +55,8 @@ def build_model(config: Config) -> TASTgramMFN:
     """The network of a configuration; its initial weights depend on the seed alone."""
     torch.manual_seed(config.seed)
     head = Objective.of(config).head
-    return TASTgramMFN(len(class_labels(config.machines)), config.input, head, config.sub_centers)
+    classes = len(class_labels(config.machines))
+    return TASTgramMFN(classes, config.input, head, config.sub_centers, config.attention)
 
 
 class Trainer:
@@ -211,6 +215,20 @@ class Trainer:
                 f"bring them back, or start again with --overwrite"
             )
         self.fingerprint, self.train_clips, self.valid_clips = fingerprint, train_clips, valid_clips
+        if not self.history and self.network.is_standardised:
+            self.measure_log_mel()
+
+    @torch.no_grad()
+    def measure_log_mel(self) -> None:
+        """Give the attention mean and deviation of the log-mel in each mel bin, over 1,000 training clips at most."""
+        chosen = np.unique(np.linspace(0, len(self.train_clips) - 1, 1000).astype(np.int64))
+        sums = torch.zeros(2, N_MELS, 1, dtype=torch.float64, device=self.device)
+        for indices in batches(chosen, self.config.batch_size):
+            log_mel = self.front_end(self.train_clips.batch(indices, self.device)[0])["log_mel"].double()
+            sums += torch.stack([log_mel, log_mel.square()]).sum(dim=(1, 2, 4)).unsqueeze(2)
+        mean, square = sums / (len(chosen) * N_FRAMES)
+        self.network.log_mel_mean.copy_(mean)
+        self.network.log_mel_std.copy_((square - mean.square()).clamp(min=1e-6).sqrt())
 
     def fit(self) -> None:
         """Train from the present epoch to the last, with a checkpoint after each."""
@@ -272,6 +290,7 @@ class Trainer:
             "best_loss": self.best_loss,
             "history": self.history,
             "clips": self.fingerprint,
+            "clip_counts": {"training": len(self.train_clips), "validation": len(self.valid_clips)},
             "config": dataclasses.asdict(self.config),
             "versions": versions(),
         }
@@ -292,6 +311,19 @@ class Trainer:
             writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
+
+    def keep_held_out_scores(self) -> None:
+        """Enter the anomaly scores (float64) of the validation clips under the best weights into the checkpoint of
+        these: `eval.py` takes its thresholds from them. Ends the run: the network has the best weights then.
+        """
+        if is_main():
+            state = load_checkpoint(self.files.best)
+            if "held_out" not in state:
+                self.network.load_state_dict(state["model"])
+                outputs = run_model(self.network, self.config, self.valid_clips, self.device)
+                scores = outputs.scores(self.objective, self.valid_clips.labels)
+                save_checkpoint(self.files.best, state | {"held_out": by_machine(self.valid_clips.clips, scores)})
+        barrier()
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same configuration; a `UserError` names the keys that differ."""

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -279,6 +280,7 @@ class Config:
     store_device: str = choice("auto", "cpu", "cuda")
     mode: str = choice(*MODES)
     input: list = key(to_channels, f"a list of different channels out of {', '.join(CHANNELS)}", CHANNELS)
+    attention: str = choice("published", "standardised")
     alpha: float = number(float, "a number above 0", lambda x: x > 0)
     m: float = number(float, "an angle from 0 to 3.14 radians", lambda x: 0 <= x <= math.pi)
     s: float = number(float, "a number above 0", lambda x: x > 0)
@@ -300,6 +302,8 @@ class Config:
     num_workers: int = number(int, "a whole number from 1 to 1000", lambda x: 1 <= x <= 1000)
     tensorboard: bool = flag()
     score_dtype: str = choice("float32", "float64")
+    threshold: str = choice("gamma", "quantile")
+    threshold_percentile: float = number(float, "a number above 0 and below 100", lambda x: 0 < x < 100)
 
     @property
     def checkpoint(self) -> Path:
@@ -312,9 +316,10 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 COMPUTATION_KEYS = (
     "data_root", "store_path", "store_device", "save_path",
     "device", "precision", "eval_precision", "compile", "num_workers", "tensorboard", "score_dtype",
+    "threshold", "threshold_percentile",
 )  # fmt: skip
 # Keys that make the model and its score: they come from the checkpoint.
-MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+MODEL_KEYS = ("machines", "mode", "input", "attention", "m", "s", "sub_centers")
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -636,6 +641,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if is_state_dict(state):
         return {"model": state}
     config = state.get("config") if isinstance(state, dict) else None
+    if isinstance(config, dict):
+        config.setdefault("attention", "published")  # there was no other before there was this key
     if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
     for name in MODEL_KEYS:
@@ -649,6 +656,14 @@ def is_state_dict(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
     )
+
+
+def commit() -> str:
+    """The commit of this project, `-dirty` where files differ from it; empty outside a clone."""
+    command = ["git", "-C", str(DEFAULT_CONFIG.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloader import Clip, ClipSet
-from eval import score_clips
+from evaluation.scoring import run_model
 from losses import Mix, Objective
 from model.tastgram import HOP_LENGTH, N_FFT, N_FRAMES, N_MELS, N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
 from trainer import Trainer, build_model
@@ -136,7 +136,7 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
             "front end": front_end,
             "training step": lambda: trainer.train_epoch(clips),
             "validation": lambda: trainer.validate(clips),
-            "scoring": lambda: score_clips(trainer.network.eval(), config, clips, device),
+            "scoring": lambda: run_model(trainer.network, config, clips, device),
         }
     return {name: seconds(action, device, repeats) / len(clips) for name, action in stages.items()}
 

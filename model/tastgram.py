@@ -90,10 +90,14 @@ class TgramNet(nn.Module):
         return self.conv_encoder(self.conv_extrctor(waveform.unsqueeze(1)))
 
 
-def temporal_attention(log_mel: Tensor) -> Tensor:
-    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by `sigmoid(max over mels + mean over mels)`.
+def temporal_gate(log_mel: Tensor) -> Tensor:
+    """`sigmoid(max over mels + mean over mels)` of each frame: `(..., M, F)` -> `(..., 1, F)`."""
+    return torch.sigmoid(log_mel.amax(dim=-2, keepdim=True) + log_mel.mean(dim=-2, keepdim=True))
 
-    The gate works on dB values, so that it is all but shut on quiet recordings; this is the published formula.
+
+def temporal_attention(log_mel: Tensor, gate_from: Tensor | None = None) -> Tensor:
+    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by the gate of `gate_from`.
+
+    The published gate is that of the dB values themselves, so that it is all but shut on quiet recordings.
     """
-    gate = torch.sigmoid(log_mel.amax(dim=-2, keepdim=True) + log_mel.mean(dim=-2, keepdim=True))  # (..., 1, F)
-    return gate * log_mel
+    return temporal_gate(log_mel if gate_from is None else gate_from) * log_mel

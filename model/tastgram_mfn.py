@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
-from model.tastgram import TgramNet, temporal_attention
+from model.tastgram import N_MELS, TgramNet, temporal_attention
 
 CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
@@ -39,6 +39,8 @@ class TASTgramMFN(nn.Module):
     The similarity is the cosine to each class centre with `head="arcface"`, and the output of the plain linear
     layer with `head="fc_out"`. Both heads are always built, as in the published weight files; the one that is not
     used is frozen. Of the input channels only those named in `channels` are built, stacked in the order `CHANNELS`.
+    With `attention="standardised"` the gate of the TAgram looks at the log-mel standardised per mel bin, with
+    statistics (the buffers `log_mel_mean` and `log_mel_std`, `(M, 1)`) that the trainer measures.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TASTgramMFN(nn.Module):
         channels: Sequence[str] = CHANNELS,
         head: str = "arcface",
         sub_centers: int = 1,
+        attention: str = "published",
     ):
         super().__init__()
         assert channels
@@ -54,6 +57,10 @@ class TASTgramMFN(nn.Module):
         assert head in HEADS, head
         self.channels = tuple(channel for channel in CHANNELS if channel in channels)
         self.head = head
+        self.is_standardised = attention == "standardised" and "tagram" in self.channels
+        if self.is_standardised:
+            self.register_buffer("log_mel_mean", torch.zeros(N_MELS, 1))  # dB
+            self.register_buffer("log_mel_std", torch.ones(N_MELS, 1))
         if "tgram" in self.channels:
             self.tgramnet = TgramNet()
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
@@ -69,8 +76,12 @@ class TASTgramMFN(nn.Module):
         if "sgram" in self.channels:
             stack.append(log_mel)
         if "tagram" in self.channels:
-            stack.append(temporal_attention(log_mel))
+            stack.append(temporal_attention(log_mel, self.gate_source(log_mel)))
         return torch.cat(stack, dim=1)
+
+    def gate_source(self, log_mel: Tensor) -> Tensor:
+        """What the attention looks at: the log-mel `(..., M, F)`, or the same standardised per mel bin."""
+        return (log_mel - self.log_mel_mean) / self.log_mel_std if self.is_standardised else log_mel
 
     def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import eval as evaluation
+import eval as eval_script
 import train
 from utils import (
     DEFAULT_CONFIG,
@@ -81,6 +81,7 @@ def test_every_key_is_typed_on_the_command_line():
         "lr": 5e-4, "weight_decay": 0.0, "sync_batch_norm": False, "compile": "true", "eval_precision": "bf16",
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",
+        "attention": "standardised", "threshold": "quantile", "threshold_percentile": 95.0,
     }  # fmt: skip
     assert set(values) == set(FIELDS)
     words = [word for name, value in values.items() for word in (f"--{name}", yaml.safe_dump(value).strip("\n."))]
@@ -185,7 +186,7 @@ def test_a_config_yaml_without_a_key_is_an_error(tmp_path, monkeypatch):
         load_config(file)
 
 
-@pytest.mark.parametrize("main", [train.main, evaluation.main])
+@pytest.mark.parametrize("main", [train.main, eval_script.main])
 def test_help_lists_every_key_with_meaning_and_default(call, main):
     status, output, _ = call(main, "--help")
     words = " ".join(output.split())

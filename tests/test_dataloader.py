@@ -17,7 +17,7 @@ import soundfile
 import torch
 from conftest import MACHINES, arguments, tone, write_clip, write_set
 
-import eval as evaluation
+import eval as eval_script
 import train
 from dataloader import (
     LABEL_LIST,
@@ -396,9 +396,9 @@ def test_rebuild_store_is_an_option(trained_copy, data_root, call):
     store = WaveformStore(trained_copy / "store", data_root)
     before = Index.read(store.folder).samples
     options = ("--data_root", data_root, "--store_path", trained_copy / "store", "--device", "cpu")
-    assert call(evaluation.main, trained_copy / "run.pth", *options)[0] == 0
+    assert call(eval_script.main, trained_copy / "run.pth", *options)[0] == 0
     assert Index.read(store.folder).samples == before
-    assert call(evaluation.main, trained_copy / "run.pth", *options, "--rebuild_store")[0] == 0
+    assert call(eval_script.main, trained_copy / "run.pth", *options, "--rebuild_store")[0] == 0
     assert Index.read(store.folder).samples != before
     words = arguments(trained_copy, data_root)
     before = Index.read(store.folder).samples

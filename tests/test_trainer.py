@@ -217,8 +217,11 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_what_a_run_leaves(trained):
     best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
     assert set(best) == {
-        "model", "optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips", "config", "versions",
+        "model", "optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
+        "versions", "held_out",
     }  # fmt: skip
+    assert set(last) == set(best) - {"held_out"}
+    assert best["clip_counts"] == {"training": 11, "validation": 1}
     assert best["config"]["machines"] == last["config"]["machines"] == MACHINES
     assert list(best["model"]) == list(build_model(load_config(machines=MACHINES)).state_dict())
     history = rows(trained / "run" / "history.csv")

@@ -1,0 +1,1 @@
+"""What eval.py needs beyond scoring: metrics with intervals, tables, decisions, figures, a report, comparisons."""
