@@ -19,6 +19,7 @@ machine type that it fits best, and prints a line for each: file, machine, score
 that cannot be read is named in its line; the others are scored, and the exit status is 2.
 """
 
+import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ class Evaluated:
     outputs: Outputs
     scores: np.ndarray
     exact_scores: np.ndarray  # float64, for decisions
+    thresholds: dict[tuple[str, int], Threshold]
     table: Table | None
     draws: Draws | None
 
@@ -172,7 +174,7 @@ def evaluate(trained: Trained, clips: ClipSet, device: torch.device) -> Evaluate
         table, draws = rate_all(labelled, scores[known]), bootstrap(labelled, scores[known])
         add_intervals(table, draws)
     exact_scores = outputs.scores(objective, clips.labels)
-    return Evaluated(trained, clips.clips, outputs, scores, exact_scores, table, draws)
+    return Evaluated(trained, clips.clips, outputs, scores, exact_scores, trained.thresholds(), table, draws)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,12 +205,11 @@ def write(result: Evaluated, part: str, folder: Path) -> None:
 
 def write_decisions(result: Evaluated, folder: Path) -> None:
     """decision_result files, and decisions.csv: thresholds and, where the condition is known, how good they are."""
-    thresholds = result.trained.thresholds()
-    index, decisions = decide(result.clips, result.exact_scores, thresholds)
+    index, decisions = decide(result.clips, result.exact_scores, result.thresholds)
     clips = [result.clips[i] for i in index]
     write_per_machine(folder, "decision_result", clips, decisions)
     rows = []
-    for (machine_type, machine_id), threshold in thresholds.items():
+    for (machine_type, machine_id), threshold in result.thresholds.items():
         chosen = [
             (clip.is_anomaly, decision)
             for clip, decision in zip(clips, decisions, strict=True)
@@ -222,6 +223,33 @@ def write_decisions(result: Evaluated, folder: Path) -> None:
         write_csv(folder / "decisions.csv", [header, *rows])
     else:
         (folder / "decisions.csv").unlink(missing_ok=True)
+
+
+def read_history(trained: Trained) -> list[dict[str, float]]:
+    """The epochs of the whole run from history.csv; where that is gone, those up to the best, from the checkpoint."""
+    path = RunFiles(trained.path).history
+    if not path.exists():
+        return trained.state.get("history", [])
+    try:
+        with path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path}: not the history of a training; remove it, and the checkpoint's own is drawn"
+        ) from None
+
+
+def illustrate(result: Evaluated, clips: ClipSet, part: str, folder: Path, with_report: bool) -> None:
+    """The figures and, if asked for, the report."""
+    from evaluation.figures import draw_all  # matplotlib takes a second to import
+
+    figures = draw_all(result, clips, folder / "figures", read_history(result.trained))
+    print(f"{len(figures)} figures: {folder / 'figures'}")
+    if with_report:
+        from evaluation.report import write_report
+
+        write_report(result, clips, result.trained.about(part, result.clips), figures, folder / "report.html")
+        print(f"report: {folder / 'report.html'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,9 +340,16 @@ def run(config: Config, paths: Sequence[Path], given: set[str], options: Any) ->
         if len(paths) > 1:
             print(f"\n{path}")
         write(result, options.part, folder)
+        if options.plots or options.report:
+            illustrate(result, clips, options.part, folder, options.report)
         results.append(result)
     if len(paths) > 1:
         compare(results, options.output)
+        if options.plots or options.report:
+            from evaluation.figures import draw_angles
+
+            draw_angles(results, options.output / "angles.png")
+            print(f"angles.png: {options.output}")
 
 
 def run_score(config: Config, path: Path, given: set[str], options: Any) -> None:
@@ -336,6 +371,8 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=("test", "evaluation"), default="test", help="which folder of clips to score (default: test)"
     )
+    parser.add_argument("--plots", action="store_true", help="draw the figures (PNG)")
+    parser.add_argument("--report", action="store_true", help="write report.html, with the figures in it")
     place = Path("check_points/comparison")
     parser.add_argument("--output", type=Path, default=place, help=f"folder for comparisons (default: {place})")
     files = parser.add_argument_group("scoring of single recordings")

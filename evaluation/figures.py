@@ -18,7 +18,6 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
 from dataloader import ClipSet
-from evaluation.decisions import Threshold
 from evaluation.metrics import MAX_FPR
 from model import FrontEnd
 from model.tastgram import HOP_LENGTH, N_MELS, SAMPLE_RATE, SECONDS, temporal_attention, temporal_gate
@@ -64,8 +63,7 @@ def rows_of(count: int, across: int = PANELS_ACROSS) -> int:
 # ---- One evaluation ----
 
 
-def draw_all(result: "Evaluated", clips: ClipSet, thresholds: Mapping[tuple[str, int], Threshold], folder: Path,
-             history: Sequence[Mapping[str, float]]) -> list[Path]:  # fmt: skip
+def draw_all(result: "Evaluated", clips: ClipSet, folder: Path, history: Sequence[Mapping[str, float]]) -> list[Path]:
     """Every figure that the evaluation allows; returns their files."""
     files = []
 
@@ -77,7 +75,7 @@ def draw_all(result: "Evaluated", clips: ClipSet, thresholds: Mapping[tuple[str,
         draw_angles([result], file("angles"))
     if result.table is not None and any(key[0] != "average" for key in result.draws):
         draw_roc(result, file("roc"))
-    draw_histograms(result, thresholds, file("scores"))
+    draw_histograms(result, file("scores"))
     draw_tastgram(result, clips, file("tastgram"))
     if len(result.clips) > 3:
         draw_embedding(result, file("embedding"))
@@ -144,7 +142,7 @@ def draw_roc(result: "Evaluated", path: Path) -> None:
         axis.legend(loc="lower right")
 
 
-def draw_histograms(result: "Evaluated", thresholds: Mapping[tuple[str, int], Threshold], path: Path) -> None:
+def draw_histograms(result: "Evaluated", path: Path) -> None:
     """The scores of each machine ID with its threshold, on a logarithmic axis."""
     groups: dict[tuple[str, int], list[int]] = {}
     for index, clip in enumerate(result.clips):
@@ -159,8 +157,8 @@ def draw_histograms(result: "Evaluated", thresholds: Mapping[tuple[str, int], Th
             compare_histograms(axis, of[condition == False], of[condition == True], bins)  # noqa: E712 (may be None)
             if any(condition == None):  # noqa: E711
                 axis.hist(of[condition == None], bins, density=True, color="0.6", label="unlabelled")  # noqa: E711
-            if machine in thresholds:
-                value = np.log10(max(thresholds[machine].value, 1e-12))
+            if machine in result.thresholds:
+                value = np.log10(max(result.thresholds[machine].value, 1e-12))
                 axis.axvline(value, color=THRESHOLD, linestyle=":", label="threshold")
             axis.set(title=f"{machine[0]} {machine[1]:02d}")
             axis.set_yticks([])
@@ -235,6 +233,6 @@ def draw_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
             axis.plot(epochs, [row[f"train_{name}"] for row in history], color=NORMAL, label="training (mixed)")
             axis.plot(epochs, [row[f"valid_{name}"] for row in history], "--", color=ANOMALOUS, label="validation")
             axis.set(xlabel="epoch", ylabel=name)
-        loss.legend()
+        drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         rate.plot(epochs, [row["lr"] for row in history], color="#009E73")
         rate.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))

@@ -42,16 +42,17 @@ CAPTIONS = {
 }
 
 
-def write_report(result: "Evaluated", clips: ClipSet, thresholds: Mapping[tuple[str, int], Threshold],
-                 about: Mapping[str, Any], figures: Sequence[Path], path: Path) -> None:  # fmt: skip
+def write_report(
+    result: "Evaluated", clips: ClipSet, about: Mapping[str, Any], figures: Sequence[Path], path: Path
+) -> None:
     """Tables, figures, configuration and the hardest clips, in one file."""
     trained = result.trained
     title = f"{trained.path.name}: {about['mode']}"
     parts = [f"<h1>{text(title)}</h1>", definition_table(about)]
     if result.table is not None:
         parts += ["<h2>Metrics (percent, 95 % intervals)</h2>", metrics_table(result.table)]
-    if thresholds:
-        parts += ["<h2>Thresholds</h2>", threshold_table(thresholds)]
+    if result.thresholds:
+        parts += ["<h2>Thresholds</h2>", threshold_table(result.thresholds)]
     parts.append("<h2>Figures</h2>")
     parts += [f"<figure>{picture(file.read_bytes(), CAPTIONS[file.stem])}<figcaption>{CAPTIONS[file.stem]}</figcaption>"
               "</figure>" for file in figures]  # fmt: skip

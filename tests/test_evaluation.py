@@ -1,10 +1,13 @@
 """Decisions, single recordings, comparisons, figures and report of an evaluation; the attention's two gates."""
 
 import csv
+import html.parser
 import itertools
 import json
+import shutil
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import scipy.stats
@@ -270,6 +273,73 @@ def test_several_checkpoints_are_compared(trained, tmp_path, data_root, call, fa
     assert len(rows) == 1 + 3 * 12
     torch.save(TASTgramMFN(2).state_dict(), tmp_path / "other.pth")
     fails(eval_script.main, paths[0], tmp_path / "other.pth", *options, match="other.pth does not fit")
+
+
+# ---- Figures and report ----
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects what a page refers to, and checks that its tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.images = [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href")]
+        self.images += tag == "img"
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_figures_and_report(decided, data_root, call):
+    status, output, _ = evaluate(call, decided, data_root, "--report")
+    assert status == 0
+    folder = decided / "run" / "eval"
+    figures = {path.stem: matplotlib.image.imread(path) for path in (folder / "figures").iterdir()}
+    assert set(figures) == {"angles", "roc", "scores", "tastgram", "embedding", "history"}
+    assert all(image.std() > 0.02 for image in figures.values()), "not empty"
+    assert f"6 figures: {folder / 'figures'}" in output
+    page = (folder / "report.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert reader.images == 6 + 12  # of each of three IDs two normal and two anomalous clips, all there are
+    assert all(reference.startswith("data:image/png;base64,") for reference in reader.references)
+    assert "anomaly_id_02_00000001.wav" in page
+    assert "score_dtype: float32" in page
+
+
+def test_figures_of_unlabelled_clips_and_of_the_linear_head(tmp_path, data_root, call):
+    options = arguments(tmp_path, data_root, mode="cross_entropy", input="[sgram]")
+    assert call(train.main, *options)[0] == 0
+    assert evaluate(call, tmp_path, data_root, "--plots")[0] == 0
+    assert (tmp_path / "run/eval/figures/angles.png").exists()
+    root = tmp_path / "data"
+    for path in (data_root / "fan" / "test").glob("normal*"):
+        (root / "fan" / "evaluation").mkdir(parents=True, exist_ok=True)
+        (root / "fan" / "evaluation" / path.name.removeprefix("normal_")).symlink_to(path)
+    assert evaluate(call, tmp_path, root, "--part", "evaluation", "--report")[0] == 0
+    names = {path.stem for path in (tmp_path / "run/evaluation/figures").iterdir()}
+    assert names == {"scores", "tastgram", "embedding", "history"}
+    assert "Hardest" not in (tmp_path / "run/evaluation/report.html").read_text()
+
+
+def test_panels_of_several_checkpoints(trained, tmp_path, data_root, call):
+    paths = [Path(shutil.copy(trained / "run.pth", tmp_path / f"{name}.pth")) for name in "ab"]
+    options = ("--data_root", data_root, "--store_path", trained / "store", "--device", "cpu")
+    assert call(eval_script.main, *paths, *options, "--output", tmp_path / "both", "--plots")[0] == 0
+    height, width, _ = matplotlib.image.imread(tmp_path / "both" / "angles.png").shape
+    assert width > 2 * height
+
+
+def test_a_spoilt_history_is_named(trained_copy, data_root, fails):
+    (trained_copy / "run" / "history.csv").write_text("epoch,lr\n1,fast\n")
+    options = ("--data_root", data_root, "--store_path", trained_copy / "store", "--device", "cpu", "--plots")
+    fails(eval_script.main, trained_copy / "run.pth", *options, match="history.csv: not the history of a training")
 
 
 # ---- The attention ----
