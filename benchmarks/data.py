@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import librosa
@@ -91,12 +91,21 @@ def compare(config: Config, scratch: Path) -> dict[str, float]:
     return figures
 
 
-def write_stand_ins(config: Config, count: int) -> None:
-    """Files of the right names and sizes without content, and the store as if they had been decoded."""
+def training_names(config: Config, count: int) -> list[str]:
+    """Names of training clips below the data folder, spread evenly over the machine IDs."""
     machines = [(machine_type, machine_id) for machine_type, ids in config.machines.items() for machine_id in ids]
-    for number in range(count):
-        machine_type, machine_id = machines[number % len(machines)]
-        path = Path(config.data_root, machine_type, "train", f"normal_id_{machine_id:02d}_{number:08d}.wav")
+    return [
+        "{}/train/normal_id_{:02d}_{:08d}.wav".format(*machines[number % len(machines)], number)
+        for number in range(count)
+    ]
+
+
+def write_stand_ins(config: Config, names: Sequence[str]) -> None:
+    """Files of these names below the data folder, of the right size without content, and the store as if they had been
+    decoded.
+    """
+    for name in names:
+        path = Path(config.data_root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.truncate(44 + ROW_BYTES)
@@ -105,11 +114,10 @@ def write_stand_ins(config: Config, count: int) -> None:
     store.folder.mkdir(parents=True)
     row = np.random.default_rng(0).integers(-300, 300, N_SAMPLES, dtype=np.int16)
     with (store.folder / index.samples).open("wb") as file:
-        for clip in tqdm(find_clips(config.data_root, config.machines, "train"), desc="writing", disable=None):
+        for name in tqdm(names, desc="writing", disable=None):
             row[:2] = np.array([index.rows], dtype=np.int32).view(np.int16)
             file.write(row.tobytes())
-            key = clip.path.relative_to(config.data_root).as_posix()
-            index.clips[key] = {"row": index.rows, "stamp": stamp(clip.path), "changes": []}
+            index.clips[name] = {"row": index.rows, "stamp": stamp(Path(config.data_root, name)), "changes": []}
             index.rows += 1
     index.write(store.folder)
 
@@ -151,7 +159,7 @@ def measure_full_size(config: Config, scratch: Path, count: int) -> dict[str, fl
         **{**vars(config), "data_root": str(scratch / "data"), "store_path": str(scratch / "store"), "device": "cpu",
            "save_path": str(scratch / "run.pth")}
     )  # fmt: skip
-    write_stand_ins(config, count)
+    write_stand_ins(config, training_names(config, count))
     start = time.perf_counter()
     train_clips, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
     trainer = Trainer(config, CPU)

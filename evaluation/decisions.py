@@ -56,7 +56,7 @@ def fit_thresholds(
                 without.append(f"{machine_type} {name}")
                 continue
             if is_pooled:
-                pooled.append(f"{machine_type} {name} ({len(scores)})")
+                pooled.append(f"{machine_type} {name} ({len(scores)} of {len(whole)})")
                 scores = whole
             value = fit_threshold(scores, method, percentile)
             thresholds[machine_type, machine_id] = Threshold(value, len(scores), is_pooled)

@@ -14,7 +14,7 @@ import yaml
 
 from dataloader import ClipSet
 from evaluation.decisions import Threshold
-from evaluation.tables import with_interval
+from evaluation.tables import in_words, with_interval
 from model.tastgram import LogMel
 from utils import replace_file
 
@@ -27,7 +27,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
 th, td { padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #e4e4e4; vertical-align: middle; }
-th:first-child, td:first-child { text-align: left; } th { background: #f5f5f5; }
+th:first-child, td:first-child { text-align: left; } td img { margin-left: auto; } th { background: #f5f5f5; }
 td small { color: #555; white-space: nowrap; } td.text { text-align: left; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } td img { display: block; }
 figcaption { color: #444; font-size: 0.9rem; } pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
@@ -58,8 +58,9 @@ def write_report(
               "</figure>" for file in figures]  # fmt: skip
     if result.table is not None:
         parts += ["<h2>Hardest clips</h2>", HARDEST_TEXT, hardest_table(result, clips)]
-    settings = yaml.safe_dump(dataclasses.asdict(trained.config), sort_keys=False, default_flow_style=None)
-    parts += ["<h2>Configuration</h2>", f"<pre>{text(settings)}</pre>"]
+    settings = trained.state.get("config", dataclasses.asdict(trained.config))
+    settings = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
+    parts += ["<h2>Configuration of the training</h2>", f"<pre>{text(settings)}</pre>"]
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{text(title)}</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
@@ -91,7 +92,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def definition_table(about: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f'<tr><td>{text(name)}</td><td class="text">{text(value)}</td></tr>' for name, value in about.items()
+        f'<tr><td>{text(name)}</td><td class="text">{text(in_words(value))}</td></tr>' for name, value in about.items()
     )
     return f"<table>{rows}</table>"
 

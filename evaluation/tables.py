@@ -91,7 +91,7 @@ def write_results(folder: Path, table: Table, about: dict[str, Any]) -> None:
         f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within machine ID and "
         "condition). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false "
         "positive rates up to 0.1, standardised.\n",
-        *(f"- {name}: {value}" for name, value in about.items()),
+        *(f"- {name}: {in_words(value)}" for name, value in about.items()),
     ]
     with replace_file(folder / "results.md") as temporary:
         temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
@@ -101,6 +101,15 @@ def write_results(folder: Path, table: Table, about: dict[str, Any]) -> None:
     columns = (*COLUMNS, *BOUNDS)
     rows = [[t, name, *(row.get(column) for column in columns)] for t, of in table.items() for name, row in of.items()]
     write_csv(folder / "metrics.csv", [["machine_type", "machine_id", *columns], *rows])
+
+
+def in_words(value: Any) -> str:
+    """A value of `about` for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {x}" for name, x in value.items())
+    if isinstance(value, list):
+        return " + ".join(map(str, value))
+    return "not known" if value in (None, "") else str(value)
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:

@@ -121,7 +121,7 @@ def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
     }
     said = capsys.readouterr().err
     assert (
-        "fewer than 20 held-out clips, so the threshold is that of the whole machine type: fan 02 (5), fan 04 (0)"
+        "fewer than 20 held-out clips, so the threshold is that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)"
         in said
     )
     assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
@@ -141,7 +141,7 @@ def test_decisions_and_how_they_are_rated():
 def test_decision_files(decided, data_root, call):
     status, _, errors = evaluate(call, decided, data_root, "--threshold", "quantile", "--threshold_percentile", "80")
     assert status == 0
-    assert "fan 02 (5)" in errors
+    assert "fan 02 (5 of 30)" in errors
     folder = decided / "run" / "eval"
     held_out = load_checkpoint(decided / "run.pth")["held_out"]
     whole = held_out["fan"]["00"] + held_out["fan"]["02"]
@@ -310,7 +310,7 @@ def test_figures_and_report(decided, data_root, call):
     assert reader.images == 6 + 12  # of each of three IDs two normal and two anomalous clips, all there are
     assert all(reference.startswith("data:image/png;base64,") for reference in reader.references)
     assert "anomaly_id_02_00000001.wav" in page
-    assert "score_dtype: float32" in page
+    assert "epoch: 1\n" in page, "the training's configuration"
 
 
 def test_figures_of_unlabelled_clips_and_of_the_linear_head(tmp_path, data_root, call):
