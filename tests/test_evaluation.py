@@ -120,10 +120,8 @@ def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
         ("fan", 4): Threshold(3.0, 25, True),
     }
     said = capsys.readouterr().err
-    assert (
-        "fewer than 20 held-out clips, so the threshold is that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)"
-        in said
-    )
+    assert "fewer than 20 held-out clips" in said
+    assert "that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)" in said
     assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
 
 
