@@ -28,8 +28,9 @@ Published = dict[str, tuple[float, float, float]]
 
 
 def published_rows(config: Config, part: str) -> Published:
-    """The published rows for what was evaluated: the development test set, all three channels."""
-    return PUBLISHED.get(config.mode, {}) if part == "test" and len(config.input) == 3 else {}
+    """The published rows for what was evaluated: the development test set, all three channels as published."""
+    is_published = part == "test" and len(config.input) == 3 and config.attention == "published"
+    return PUBLISHED.get(config.mode, {}) if is_published else {}
 
 
 def name_gaps(table: Table) -> None:
