@@ -192,7 +192,11 @@ def draw_tastgram(result: "Evaluated", clips: ClipSet, path: Path) -> None:
             axis.set(title=name, ylabel="channel" if "Tgram" in name else "mel bin")
             drawn.colorbar(shown, ax=axis)
         seconds = np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE
-        axes[-1].semilogy(seconds, np.maximum(gate, 1e-45), color=NORMAL)
+        axes[-1].plot(seconds, np.maximum(gate, 1e-45), color=NORMAL)
+        if gate.max() < 0.01:
+            axes[-1].set_yscale("log")
+        else:
+            axes[-1].set_ylim(0, 1)
         clip = result.clips[index]
         axes[-1].set(
             title=f"temporal attention ({result.trained.config.attention}), highest {gate.max():.2g}",
