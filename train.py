@@ -37,6 +37,11 @@ from utils import (
     run_script,
 )
 
+RESULT_FILES = [  # of eval.py
+    "metrics.csv", "metrics.json", "results.md", "decisions.csv", "report.html",
+    "anomaly_score_*.csv", "decision_result_*.csv",
+]  # fmt: skip
+
 
 def run(config: Config, resume: bool = False, overwrite: bool = False, rebuild_store: bool = False) -> None:
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
@@ -126,11 +131,10 @@ def clear(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
     for file in (files.best, files.last, files.previous, files.history):
         file.unlink(missing_ok=True)
-    for folder, names in (
-        (files.tensorboard, ["events.out.tfevents.*"]),
-        (files.results("test"), ["metrics.csv", "anomaly_score_*.csv"]),
-        (files.results("evaluation"), ["metrics.csv", "anomaly_score_*.csv"]),
-    ):
+    folders = [(files.tensorboard, ["events.out.tfevents.*"])]
+    for results in (files.results("test"), files.results("evaluation")):
+        folders += [(results / "figures", ["*.png"]), (results, RESULT_FILES)]
+    for folder, names in folders:
         for file in [file for name in names for file in folder.glob(name)]:
             file.unlink()
         with contextlib.suppress(OSError):  # it holds files of someone else, or is not there

@@ -71,7 +71,7 @@ def draw_all(result: "Evaluated", clips: ClipSet, folder: Path, history: Sequenc
         files.append(folder / f"{name}.png")
         return files[-1]
 
-    if len(result.known) == len(result.clips):
+    if result.known:
         draw_angles([result], file("angles"))
     if result.table is not None and any(key[0] != "average" for key in result.draws):
         draw_roc(result, file("roc"))
@@ -90,10 +90,10 @@ def draw_angles(results: Sequence["Evaluated"], path: Path) -> None:
     """The angle between embedding and own class centre, normal and anomalous clips, a panel per checkpoint."""
     with figure(path, PAGE if len(results) > 1 else COLUMN, 2.2 * rows_of(len(results))) as drawn:
         axes = panels(drawn, len(results))
-        angles = [result_angles(result) for result in results]
+        angles = [result_angles(result)[result.known] for result in results]
         bins = np.linspace(0, max(values.max() for values in angles), 60)
         for axis, result, values in zip(axes, results, angles, strict=True):
-            is_anomaly = np.array([clip.is_anomaly for clip in result.clips], dtype=bool)
+            is_anomaly = np.array([result.clips[index].is_anomaly for index in result.known], dtype=bool)
             compare_histograms(axis, values[~is_anomaly], values[is_anomaly], bins)
             axis.set(
                 title=f"{result.trained.path.stem} ({result.trained.config.mode})", xlabel="angle to own centre (°)"

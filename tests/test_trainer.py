@@ -266,7 +266,10 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
 def test_overwriting_replaces_the_run_and_nothing_else(tmp_path, data_root, call):
     files = RunFiles(tmp_path / "run.pth")
     results = files.results("test")
-    for path in (*files.states, results / "metrics.csv", files.folder / "mine.txt", results / "mine.txt"):
+    of_eval = [
+        results / name for name in ("metrics.csv", "report.html", "decision_result_fan_id_00.csv", "figures/roc.png")
+    ]
+    for path in (*files.states, *of_eval, files.folder / "mine.txt", results / "mine.txt"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("old")
     status, output, _ = call(train.main, *arguments(tmp_path, data_root, tensorboard="true"), "--overwrite")
