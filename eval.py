@@ -357,7 +357,7 @@ def run_score(config: Config, path: Path, given: set[str], options: Any) -> None
     if options.machine_type is None:
         raise UserError("--score needs --machine_type, and takes --machine_id")
     trained = load_model(path, config, given)
-    files = [file for place in options.score for file in find_recordings(place)]
+    files = list(dict.fromkeys(file for place in options.score for file in find_recordings(place)))  # each once
     results = score_files(trained, files, options.machine_type, options.machine_id, choose_device(config.device))
     print_scores(results, options.json)
     bad = sum("error" in row for row in results)

@@ -240,6 +240,16 @@ def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(decided, tmp_p
     )  # fmt: skip
 
 
+def test_half_precision_scores_stay_near(decided, data_root, call):
+    scores = []
+    for precision in ("fp32", "bf16"):
+        assert evaluate(call, decided, data_root, "--eval_precision", precision)[0] == 0
+        rows = read_csv(decided / "run" / "eval" / "anomaly_score_fan_id_00.csv")
+        scores.append(np.array([float(value) for _, value in rows]))
+    assert not np.array_equal(*scores)
+    assert np.abs(scores[0] - scores[1]).max() < 0.5, "of scores around 10"
+
+
 # ---- Several checkpoints ----
 
 
