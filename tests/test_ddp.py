@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,10 +129,8 @@ def dying(tmp_path) -> Path:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
-    start = time.monotonic()
     result = torchrun(2, "kill", rank, 2, *arguments(tmp_path, data_root, epoch=3, input="[sgram]"), script=dying)
     assert result.returncode == 1
-    assert time.monotonic() - start < 60
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(errors(result)) <= 1
     assert all("another process of the job has ended" in line for line in errors(result))
