@@ -187,7 +187,7 @@ def draw_tastgram(result: "Evaluated", clips: ClipSet, path: Path) -> None:
         axes = drawn.subplots(len(images) + 1, 1, sharex=True)
         for axis, (name, image) in zip(axes, images.items(), strict=False):
             shown = axis.imshow(
-                image.cpu(), origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis"
+                image.cpu().numpy(), origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis"
             )
             axis.set(title=name, ylabel="channel" if "Tgram" in name else "mel bin")
             drawn.colorbar(shown, ax=axis)
