@@ -182,9 +182,8 @@ def evaluate(trained: Trained, clips: ClipSet, device: torch.device) -> Evaluate
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def write(result: Evaluated, part: str, folder: Path) -> None:
+def write(result: Evaluated, part: str, about: dict[str, Any], folder: Path) -> None:
     """Everything that an evaluation writes but figures and report, and the table on the terminal."""
-    trained = result.trained
     write_per_machine(folder, "anomaly_score", result.clips, result.scores.astype(np.float64))
     missing = len(result.clips) - len(result.known)
     if missing:
@@ -197,8 +196,8 @@ def write(result: Evaluated, part: str, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)  # of an evaluation with labels
     else:
         name_gaps(result.table)
-        write_results(folder, result.table, trained.about(part, result.clips))
-        print(format_table(result.table, published_rows(trained.config, part)))
+        write_results(folder, result.table, about)
+        print(format_table(result.table, published_rows(result.trained.config, part)))
     write_decisions(result, folder)
     print(f"{len(result.clips)} scores{' and metrics' if result.table else ''}: {folder}")
 
@@ -216,8 +215,7 @@ def write_decisions(result: Evaluated, folder: Path) -> None:
             if (clip.machine_type, clip.machine_id) == (machine_type, machine_id) and clip.is_anomaly is not None
         ]
         rated = rate_decisions(*np.array(chosen, dtype=np.int64).reshape(-1, 2).T)
-        source = f"{threshold.clips} clips of {'the type' if threshold.is_pooled else 'the ID'}"
-        rows.append([machine_type, f"{machine_id:02d}", threshold.value, source, *rated.values()])
+        rows.append([machine_type, f"{machine_id:02d}", threshold.value, threshold.source, *rated.values()])
     header = ["machine_type", "machine_id", "threshold", "held_out", "precision", "recall", "F1"]
     if rows:
         write_csv(folder / "decisions.csv", [header, *rows])
@@ -239,7 +237,7 @@ def read_history(trained: Trained) -> list[dict[str, float]]:
         ) from None
 
 
-def illustrate(result: Evaluated, clips: ClipSet, part: str, folder: Path, with_report: bool) -> None:
+def illustrate(result: Evaluated, clips: ClipSet, about: dict[str, Any], folder: Path, with_report: bool) -> None:
     """The figures and, if asked for, the report."""
     from evaluation.figures import draw_all  # matplotlib takes a second to import
 
@@ -248,7 +246,7 @@ def illustrate(result: Evaluated, clips: ClipSet, part: str, folder: Path, with_
     if with_report:
         from evaluation.report import write_report
 
-        write_report(result, clips, result.trained.about(part, result.clips), figures, folder / "report.html")
+        write_report(result, clips, about, figures, folder / "report.html")
         print(f"report: {folder / 'report.html'}")
 
 
@@ -339,9 +337,10 @@ def run(config: Config, paths: Sequence[Path], given: set[str], options: Any) ->
         result = evaluate(trained, clips, device)
         if len(paths) > 1:
             print(f"\n{path}")
-        write(result, options.part, folder)
+        about = trained.about(options.part, result.clips)
+        write(result, options.part, about, folder)
         if options.plots or options.report:
-            illustrate(result, clips, options.part, folder, options.report)
+            illustrate(result, clips, about, folder, options.report)
         results.append(result)
     if len(paths) > 1:
         compare(results, options.output)

@@ -114,17 +114,19 @@ def find_run(files: RunFiles, resume: bool, overwrite: bool) -> dict[str, Any] |
 def load_newest(states: Sequence[Path]) -> dict[str, Any]:
     """The first of several states, newest first and the best weights last, that is not damaged.
 
-    Raises `UserError` where none is left, or the best weights, which the run goes on to compare with, are damaged.
+    Raises `UserError` where the best weights are, which the run goes on to compare with.
     """
-    readable = {}
-    for file in states:
+    *newer, best = states
+    try:
+        best_state = load_checkpoint(best)
+    except UserError as error:
+        raise UserError(f"{error}; bring it back, or start again with --overwrite") from None
+    for file in newer:
         try:
-            readable[file] = load_checkpoint(file)
+            return load_checkpoint(file)
         except UserError as error:
-            if file == states[-1]:
-                raise UserError(f"{error}; bring it back, or start again with --overwrite") from None
             notice(f"{error}; going on from the state before it")
-    return next(iter(readable.values()))
+    return best_state
 
 
 def clear(files: RunFiles) -> None:

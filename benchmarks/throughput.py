@@ -29,16 +29,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.data import published_mel_power
 from dataloader import Clip, ClipSet
 from evaluation.scoring import run_model
 from losses import Mix, Objective
-from model.tastgram import HOP_LENGTH, N_FFT, N_FRAMES, N_MELS, N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
+from model.tastgram import N_FFT, N_FRAMES, N_SAMPLES, POWER_FLOOR
 from trainer import Trainer, build_model
 from utils import (
     OneLineParser,
@@ -154,9 +154,7 @@ def plain_stages(clips: ClipSet, device: torch.device, batch: int) -> dict[str, 
     set_up_numerics()
     network, objective = build_model(config).to(device), Objective.of(config)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=config.lr)
-    mel_power = torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, N_FFT, hop_length=HOP_LENGTH, n_mels=N_MELS, pad_mode="constant", norm="slaney", mel_scale="slaney"
-    ).to(device)
+    mel_power = published_mel_power().to(device)
     rng = np.random.default_rng(0)
 
     def inputs(size: int) -> list[tuple[dict[str, Tensor], Tensor]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.metrics import BOUNDS, COVERAGE
+from evaluation.metrics import BOUNDS, COVERAGE, combine_draws, interval
 from evaluation.tables import write_csv
 from utils import COMPUTATION_KEYS, UserError, check_writable, replace_file
 
@@ -93,7 +93,6 @@ def rows_of_differences(groups: dict[str, list["Evaluated"]]) -> list[str]:
     clips. It speaks of the test clips; how the runs of a configuration differ, the deviations above say.
     """
     lines = header(f"difference ({COVERAGE:.0%} interval of the paired bootstrap over test clips)")
-    tail = 100 * (1 - COVERAGE) / 2
     for one, other in itertools.combinations(groups, 2):
         cells = []
         for row, column, _ in FIGURES:
@@ -101,11 +100,12 @@ def rows_of_differences(groups: dict[str, list["Evaluated"]]) -> list[str]:
             if any(("average", row) not in run.draws for run in (*groups[one], *groups[other])):
                 cells.append("-")
                 continue
-            means = [
-                np.mean([run.draws["average", row][index] for run in groups[name]], axis=0) for name in (one, other)
-            ]
             value = [np.mean([run.table["average"][row][column] for run in groups[name]]) for name in (one, other)]
-            low, high = np.percentile(means[0] - means[1], (tail, 100 - tail))
+            drawn = [
+                combine_draws([run.draws["average", row] for run in groups[name]], np.mean)[index]
+                for name in (one, other)
+            ]
+            low, high = interval(drawn[0] - drawn[1])
             cells.append(f"{100 * (value[0] - value[1]):+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
         lines.append(f"| {one} minus {other} | " + " | ".join(cells) + " |")
     return lines

@@ -22,6 +22,10 @@ class Threshold:
     clips: int
     is_pooled: bool
 
+    @property
+    def source(self) -> str:
+        return f"{self.clips} clips of the {'type' if self.is_pooled else 'ID'}"
+
 
 def fit_threshold(scores: Sequence[float], method: str, percentile: float) -> float:
     """The percentile of a gamma distribution fitted to the scores ("gamma"), or of the scores themselves ("quantile").

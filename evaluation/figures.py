@@ -73,7 +73,7 @@ def draw_all(result: "Evaluated", clips: ClipSet, folder: Path, history: Sequenc
 
     if result.known:
         draw_angles([result], file("angles"))
-    if result.table is not None and any(key[0] != "average" for key in result.draws):
+    if result.draws:
         draw_roc(result, file("roc"))
     draw_histograms(result, file("scores"))
     draw_tastgram(result, clips, file("tastgram"))
@@ -105,12 +105,13 @@ def draw_angles(results: Sequence["Evaluated"], path: Path) -> None:
 
 def result_angles(result: "Evaluated") -> np.ndarray:
     """Degrees; of a plain linear head, which has no centres, the angle to the weights of the class."""
-    labels = np.array([clip.label for clip in result.clips])
+    labels = torch.tensor([clip.label for clip in result.clips])
     if result.trained.model.head == "arcface":
-        return result.outputs.angles(labels)
-    weights = result.trained.model.mobilefacenet.fc_out.weight.detach().cpu()[labels]
-    cosine = torch.nn.functional.cosine_similarity(result.outputs.embedding.double(), weights.double())
-    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).numpy()
+        cosine = result.outputs.similarity.double().gather(1, labels[:, None])[:, 0]
+    else:
+        weights = result.trained.model.mobilefacenet.fc_out.weight.detach().cpu()[labels]
+        cosine = torch.nn.functional.cosine_similarity(result.outputs.embedding.double(), weights.double())
+    return torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0))).numpy()
 
 
 def compare_histograms(axis: Axes, normal: np.ndarray, anomalous: np.ndarray, bins: np.ndarray) -> None:

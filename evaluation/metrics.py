@@ -112,13 +112,19 @@ def bootstrap(clips: Sequence[Clip], scores: np.ndarray, draws: int = DRAWS, see
                 result[machine_type, name] = weighted_areas(of.is_anomaly[chosen], of.scores[chosen], weights)
         rows = [result[machine_type, name] for name in ids if (machine_type, name) in result]
         if rows:
-            result[machine_type, "mean"] = tuple(np.mean(column, axis=0) for column in zip(*rows, strict=True))
-            result[machine_type, "min"] = tuple(np.min(column, axis=0) for column in zip(*rows, strict=True))
+            result[machine_type, "mean"] = combine_draws(rows, np.mean)
+            result[machine_type, "min"] = combine_draws(rows, np.min)
     for name in ("pooled", "mean", "min"):
         rows = [result[machine_type, name] for machine_type in of.machines if (machine_type, name) in result]
         if rows:
-            result["average", name] = tuple(np.mean(column, axis=0) for column in zip(*rows, strict=True))
+            result["average", name] = combine_draws(rows, np.mean)
     return result
+
+
+def combine_draws(rows: Sequence[tuple[np.ndarray, np.ndarray]], how: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """AUC and pAUC of several rows combined draw by draw."""
+    auc, pauc = (how(column, axis=0) for column in zip(*rows, strict=True))
+    return auc, pauc
 
 
 def resample(is_anomaly: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -152,13 +158,17 @@ def weighted_areas(is_anomaly: np.ndarray, scores: np.ndarray, weights: np.ndarr
     return full, (1 + (partial - least) / (MAX_FPR - least)) / 2
 
 
-def add_intervals(table: Table, draws: Draws) -> None:
-    """Enter the bounds of the middle 95 % of the draws into the rows of the table; None where there are none."""
+def interval(drawn: np.ndarray) -> list[float]:
+    """The bounds of the middle 95 % of the draws."""
     tail = 100 * (1 - COVERAGE) / 2
+    return np.percentile(drawn, (tail, 100 - tail)).tolist()
+
+
+def add_intervals(table: Table, draws: Draws) -> None:
+    """Enter the intervals of the draws into the rows of the table; None where there are none."""
     for machine_type, rows in table.items():
         for name, row in rows.items():
             bounds = [None] * 4
             if (machine_type, name) in draws:
-                bounds = [float(x) for column in draws[machine_type, name]
-                          for x in np.percentile(column, (tail, 100 - tail))]  # fmt: skip
+                bounds = [bound for column in draws[machine_type, name] for bound in interval(column)]
             row |= dict(zip(BOUNDS, bounds, strict=True))

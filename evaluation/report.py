@@ -114,20 +114,19 @@ def cell(row: Mapping[str, Any], column: str) -> str:
 
 def threshold_table(thresholds: Mapping[tuple[str, int], Threshold]) -> str:
     rows = [
-        [text(f"{machine_type} {machine_id:02d}"), f"{of.value:.4g}",
-         f"{of.clips} clips of the {'type' if of.is_pooled else 'ID'}"]
+        [text(f"{machine_type} {machine_id:02d}"), f"{of.value:.4g}", of.source]
         for (machine_type, machine_id), of in thresholds.items()
-    ]  # fmt: skip
+    ]
     return table(["machine", "threshold", "from held-out"], rows)
 
 
 def hardest_table(result: "Evaluated", clips: ClipSet) -> str:
-    rows = []
+    rows, log_mel = [], LogMel().to(clips.waveforms.device)
     for index in hardest(result):
         clip = result.clips[index]
         rows.append([text(f"{clip.machine_type} {clip.machine_id:02d}"), text(clip.path.name),
                      "anomalous" if clip.is_anomaly else "normal", f"{result.exact_scores[index]:.4g}",
-                     picture(small_log_mel(clips, index), f"log-mel of {clip.path.name}")])  # fmt: skip
+                     picture(small_picture(log_mel, clips, index), f"log-mel of {clip.path.name}")])  # fmt: skip
     return table(["machine", "clip", "condition", "score", "log-mel"], rows)
 
 
@@ -148,10 +147,10 @@ def hardest(result: "Evaluated") -> list[int]:
     return chosen
 
 
-def small_log_mel(clips: ClipSet, index: int) -> bytes:
+def small_picture(log_mel: LogMel, clips: ClipSet, index: int) -> bytes:
     """A PNG of 157 x 64 pixels: every second frame and mel bin."""
     waveform, _ = clips.batch(np.array([index]), clips.waveforms.device)
-    image = LogMel().to(waveform.device)(waveform)[0, 0].cpu().numpy()[::2, ::2]
+    image = log_mel(waveform)[0, 0].cpu().numpy()[::2, ::2]
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, image, origin="lower", cmap="viridis", format="png")
     return buffer.getvalue()

@@ -26,11 +26,6 @@ class Outputs:
         """The anomaly score of each clip against the class `labels` `(n,)`; higher is more anomalous."""
         return objective.anomaly_score(self.similarity, torch.from_numpy(labels), dtype).numpy()
 
-    def angles(self, labels: np.ndarray) -> np.ndarray:
-        """The angle in degrees between each embedding and the centre of its class, of a network with class centres."""
-        own = self.similarity.double().gather(1, torch.from_numpy(labels)[:, None])[:, 0]
-        return torch.rad2deg(torch.acos(own.clamp(-1.0, 1.0))).numpy()
-
 
 @torch.no_grad()
 def run_model(model: TASTgramMFN, config: Config, clips: ClipSet, device: torch.device) -> Outputs:
