@@ -1,8 +1,8 @@
 # Training and evaluation in a container. The PyTorch wheels carry CUDA, so that a slim Python base is enough.
 #
 #   docker build --build-arg UID=$(id -u) -t tastgram-mfn .
-#   docker run --rm --gpus all -v "$PWD/datasets:/data" -v "$PWD/check_points:/app/check_points" tastgram-mfn \
-#       python train.py --data_root /data --store_path /data/.store
+#   docker run --rm --gpus all -v "$PWD/datasets:/data:ro" -v "$PWD/check_points:/app/check_points" tastgram-mfn \
+#       python train.py --data_root /data
 FROM python:3.11-slim-bookworm
 
 # a C compiler for torch.compile

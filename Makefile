@@ -30,6 +30,8 @@ test-slow: lint
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/tach check
 
 .venv/installed: requirements.txt tests/requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }

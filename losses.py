@@ -10,15 +10,12 @@ inconsistent margin), ArcFace does not mix (lam = 1). Choi & Choi, ICASSP 2024, 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from utils import Config
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,23 @@ MODES = {
 }
 
 
-@dataclass(frozen=True)
-class Mix:
-    """One mixup of a batch: the share `lam` of each clip itself and `partner` `(B,)`, the row it is mixed with.
-
-    Without a partner nothing is mixed.
+class Mix(NamedTuple):
+    """One mixup of a batch: the weight `lam` (a scalar tensor) of each clip itself, and `partner` `(B,)`, the row it is
+    mixed with.
     """
 
-    lam: float = 1.0
-    partner: Tensor | None = None
+    lam: Tensor
+    partner: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """`lam * x + (1 - lam) * x[partner]` along the batch."""
-        return x if self.partner is None else self.lam * x + (1.0 - self.lam) * x[self.partner]
+        return self.lam * x + (1.0 - self.lam) * x[self.partner]
 
 
 def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
     """ArcFace logits `s * cos(theta)`, with `s * cos(theta + m)` for the labelled class. `m` in radians.
 
-    Where `theta + m` would pass pi, the margin goes on linearly as `cos(theta) - m * sin(m)` (the literal of the
+    Where `theta + m` would pass pi, the margin continues linearly as `cos(theta) - m * sin(m)` (the literal of the
     ArcFace code: `sin(pi - m) * m`). `cosine` `(B, C)` in float32 or float64, `labels` `(B,)`.
     """
     assert cosine.dtype in (torch.float32, torch.float64), cosine.dtype
@@ -73,27 +68,21 @@ def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
 
 
 class Objective:
-    """The mode of a configuration: logits, training loss and anomaly score from the similarity `(B, C)`."""
+    """Loss, accuracy and anomaly score of a mode; m in radians. The similarity it judges is that of its `head`."""
 
-    def __init__(self, mode: str, alpha: float, m: float, s: float):
-        self.mode, self.alpha, self.m, self.s = MODES[mode], alpha, m, s
+    def __init__(self, mode: str, m: float, s: float) -> None:
+        self.mode, self.m, self.s = MODES[mode], m, s
 
-    @classmethod
-    def of(cls, config: "Config") -> "Objective":
-        """The objective of a configuration."""
-        return cls(config.mode, config.alpha, config.m, config.s)
-
-    @property
-    def head(self) -> str:
-        """The head of the model that this objective trains."""
-        return self.mode.head
-
-    def draw_mix(self, shared: np.random.Generator, own: np.random.Generator, size: int, device) -> Mix:
-        """Draw lambda ~ Beta(alpha, alpha) from `shared`, the same on every rank, and partners from `own`."""
+    def draw_mix(
+        self, alpha: float, common: np.random.Generator, own: np.random.Generator, size: int, device: torch.device
+    ) -> Mix | None:
+        """Draw lambda ~ Beta(alpha, alpha) from `common`, the same in all processes, and partners from `own`; None
+        where the mode does not mix.
+        """
         if not self.mode.mixes:
-            return Mix()
-        partner = torch.from_numpy(own.permutation(size)).to(device, non_blocking=True)
-        return Mix(float(shared.beta(self.alpha, self.alpha)), partner)
+            return None
+        lam, partner = torch.tensor(common.beta(alpha, alpha), dtype=torch.float32), own.permutation(size)
+        return Mix(lam.to(device, non_blocking=True), torch.from_numpy(partner).to(device, non_blocking=True))
 
     def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
         """Class logits `(B, C)`; on the cosine head with the margin on `margin_labels` `(B,)`."""
@@ -102,9 +91,9 @@ class Objective:
         return margin_logits(similarity, margin_labels, self.m, self.s)
 
     def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Mean training loss of a batch whose inputs went through `mix`; without one the validation loss."""
+        """Mean training loss of a batch whose inputs went through `mix`."""
         loss = F.cross_entropy(self.logits(similarity, labels), labels)
-        if mix is None or mix.partner is None:
+        if mix is None:
             return loss
         partner_labels = labels[mix.partner]
         margin_labels = partner_labels if self.mode.margin_on_partner else labels
@@ -112,16 +101,17 @@ class Objective:
         return mix.lam * loss + (1.0 - mix.lam) * partner_loss
 
     def accuracy(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Share of clips whose most similar class is their own; a partner's class counts with its share."""
+        """Fraction of clips whose most similar class is their own; a partner's class counts with weight 1 - lambda."""
         predicted = similarity.argmax(dim=1)
         own = (predicted == labels).float().mean()
-        if mix is None or mix.partner is None:
+        if mix is None:
             return own
         return mix.lam * own + (1.0 - mix.lam) * (predicted == labels[mix.partner]).float().mean()
 
-    def anomaly_score(self, similarity: Tensor, labels: Tensor, dtype=torch.float32) -> Tensor:
+    def anomaly_score(self, similarity: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Cross-entropy of each clip against its own machine ID `(B,)`; higher is more anomalous.
 
-        In float32, as published, very normal clips tie at exactly 0; float64 orders them.
+        Its mean is the validation loss. In float32, as published, very normal clips tie at exactly 0; float64 orders
+        them.
         """
         return F.cross_entropy(self.logits(similarity.to(dtype), labels), labels, reduction="none")

@@ -1,273 +1,310 @@
-"""Training: one step, one epoch, validation, checkpoint, resume."""
+"""Training: one step, one epoch, validation; the run around them, with its history, checkpoints and resuming."""
 
-import csv
-import dataclasses
+import importlib.util
+import logging
 import math
 import platform
+import shutil
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import SyncBatchNorm
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dataloader import ClipSet, batches, class_labels, shuffled_batches
-from evaluation.scoring import by_machine, run_model
+import distributed
+import utils
+from checkpoint import RunFiles, State, build_network, save_checkpoint
+from config import COMPUTATION_KEYS, KEYS, Config
+from dataloader import MACHINE, ClipSet, batches, shuffled_batches
+from distributed import is_main, rank, sum_over_ranks, world_size
 from losses import Mix, Objective
 from model import FrontEnd, TASTgramMFN
-from model.tastgram import N_FRAMES, N_MELS
-from utils import (
-    COMPUTATION_KEYS,
-    MIXING,
-    PARTNERS,
-    Config,
-    RunFiles,
-    UserError,
-    barrier,
-    choose_compile,
-    choose_precision,
-    from_main,
-    is_main,
-    is_same,
-    keep_freed_memory,
-    load_checkpoint,
-    notice,
-    random_stream,
-    rank,
-    replace_file,
-    save_checkpoint,
-    set_up_numerics,
-    share_buffers,
-    sum_over_ranks,
-    versions,
-    world_size,
-)
+from utils import UserError, notice, random_stream
 
-HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds")
+HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds")
 STEPS_BETWEEN_READINGS = 20  # reading a loss makes the host wait for the device
 
 
-def build_model(config: Config) -> TASTgramMFN:
-    """The network of a configuration; its initial weights depend on the seed alone."""
-    torch.manual_seed(config.seed)
-    head = Objective.of(config).head
-    classes = len(class_labels(config.machines))
-    return TASTgramMFN(classes, config.input, head, config.sub_centers, config.attention)
+class TrainingLoss(nn.Module):
+    """What a training step computes, from samples to loss; compiled, and wrapped for several processes, as a whole.
+
+    Log-mel, mixup and margin are computed in float32, the network between them in `precision`.
+    """
+
+    def __init__(self, network: TASTgramMFN, objective: Objective, precision: torch.dtype) -> None:
+        super().__init__()
+        self.front_end, self.network = FrontEnd(network.channels), network
+        self.objective, self.precision = objective, precision
+
+    def forward(self, samples: Tensor, labels: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
+        """Samples int16 `(B, T)` and labels `(B,)` -> mean loss and accuracy, scalars."""
+        inputs = self.front_end(samples)
+        if mix is not None:
+            inputs = {name: mix(x) for name, x in inputs.items()}
+        with utils.autocast(samples.device, self.precision):
+            similarity, _ = self.network(**inputs)
+        loss = self.objective.loss(similarity, labels, mix)
+        return loss, self.objective.accuracy(similarity.detach(), labels, mix)
 
 
 class Trainer:
-    """The state of a run (network, optimiser, schedule, history) and what moves it on.
-
-    Under torchrun each process has one, on its own device; `batch_size` is divided between them.
+    """The network, its optimiser and schedule on one device. Under torchrun each process has one of its own, and
+    `batch_size` is divided between them.
     """
 
-    def __init__(self, config: Config, device: torch.device):
-        set_up_numerics()
-        keep_freed_memory()
-        self.config, self.device = config, device
-        self.files = RunFiles(config.checkpoint)
-        self.objective = Objective.of(config)
-        self.front_end = FrontEnd(config.input).to(device)
-        network = build_model(config).to(device, memory_format=torch.channels_last)
-        self.network = share_batch_norm(network) if world_size() > 1 and config.sync_batch_norm else network
-        self.model = DistributedDataParallel(self.network) if world_size() > 1 else self.network
-        self.compiled = torch.compile(self.model, dynamic=False) if choose_compile(config.compile, device) else None
-        self.is_compiled = False  # it happens at the first step
+    def __init__(self, config: Config, device: torch.device) -> None:
+        utils.set_up_numerics()
+        utils.keep_freed_memory()
+        self.device, self.batch_size, self.seed, self.alpha = device, config.batch_size, config.seed, config.alpha
+        self.objective = Objective(config.mode, config.m, config.s)
+        self.precision = utils.choose_precision(config.precision, device)
+        network = build_network(config).move_to(device)
+        self.network = synchronise_batch_norm(network) if world_size() > 1 and config.sync_batch_norm else network
+        self.loss = TrainingLoss(self.network, self.objective, self.precision).to(device)
+        # Every process keeps batch norm statistics of its own; those of the main process count, at validation.
+        self.model = DistributedDataParallel(self.loss, broadcast_buffers=False) if world_size() > 1 else self.loss
+        self.compiled = compile_model(self.model) if is_to_compile(config.compile, device) else None
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=config.epoch, eta_min=config.lr / 10
         )
-        self.precision = choose_precision(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.epoch = self.saved_epoch = 0  # epochs finished, and of the last checkpoint
-        self.best_loss = math.inf
-        self.history: list[dict[str, float]] = []
-        self.fingerprint = ""  # of the clips the run began with
-        self.log: TensorBoardLog | None = None
+        self.parts: dict[str, Any] = {
+            "model": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler
+        }  # fmt: skip
 
-    # ---- One step ----
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
 
-    def step(self, waveform: Tensor, labels: Tensor, mix: Mix, share: float = 1.0) -> Tensor:
-        """One optimiser step on waveforms `(B, T)`. Returns loss and accuracy `(2,)`, still on the device.
+    def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, weight: float = 1.0) -> Tensor:
+        """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)`, still on the device.
 
-        `share` weighs the gradient of this process where the processes' parts of the batch differ in size. Log-mel,
-        mixup and the margin are computed in float32, the network between them in the precision of the training.
+        `weight` is that of this process's gradient where the processes' shares of the batch differ in size.
         """
-        inputs = {name: mix(x) for name, x in self.front_end(waveform).items()}
         self.optimizer.zero_grad(set_to_none=True)
         # One size alone is compiled, that of full batches, so that a shorter last one costs no second compilation.
-        if self.compiled is None or len(labels) != len(range(rank(), self.config.batch_size, world_size())):
-            result = self.compute_gradient(self.model, inputs, labels, mix, share)
-        elif self.is_compiled:
-            result = self.compute_gradient(self.compiled, inputs, labels, mix, share)
-        else:
-            result = self.try_compiled(inputs, labels, mix, share)
+        is_full = len(labels) == len(range(rank(), self.batch_size, world_size()))
+        model = self.compiled if self.compiled is not None and is_full else self.model
+        loss, accuracy = model(samples, labels, mix)
+        self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return result
+        return torch.stack([loss.detach(), accuracy])
 
-    def compute_gradient(self, model, inputs: dict[str, Tensor], labels: Tensor, mix: Mix, share: float) -> Tensor:
-        """The gradient of a batch, left in the parameters. Returns its loss and accuracy `(2,)`."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            similarity, _ = model(**inputs)
-        loss = self.objective.loss(similarity, labels, mix)
-        self.scaler.scale(loss * share).backward()
-        return torch.stack([loss.detach(), self.objective.accuracy(similarity.detach(), labels, mix)])
-
-    def try_compiled(self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix, share: float) -> Tensor:
-        """The gradient with the model as it is compiled on first use; given up, with a notice, where that fails."""
-        from torch._dynamo.exc import TorchDynamoException  # what all stages of the compiler raise
-
-        statistics = [buffer.clone() for buffer in self.network.buffers()]  # of batch norm, moved by a forward pass
-        try:
-            result = self.compute_gradient(self.compiled, inputs, labels, mix, share)
-            self.is_compiled = True
-            return result
-        except TorchDynamoException as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notice(f"torch.compile does not work here, so the steps run uncompiled ({reason})")
-        self.compiled = None
-        for buffer, value in zip(self.network.buffers(), statistics, strict=True):
-            buffer.copy_(value)
-        self.optimizer.zero_grad(set_to_none=True)
-        return self.compute_gradient(self.model, inputs, labels, mix, share)
-
-    # ---- One epoch ----
-
-    def train_epoch(self, clips: ClipSet) -> tuple[float, float]:
+    def train_epoch(self, clips: ClipSet, epoch: int, title: str = "") -> tuple[float, float]:
         """One pass over the clips. Returns mean loss and accuracy; raises `UserError` at a loss that is not finite."""
         self.model.train()
-        seed, size = self.config.seed, self.config.batch_size
-        plan = shuffled_batches(len(clips), size, seed, self.epoch, least=2 * world_size())
-        totals, results = torch.zeros(3, device=self.device), []
-        progress = self.progress(plan, f"epoch {self.epoch + 1}/{self.config.epoch}")
-        for index, whole in enumerate(progress):
-            step = self.epoch * len(plan) + index
-            part = whole[rank() :: world_size()]
-            waveform, labels = clips.batch(part, self.device)
-            shared, own = random_stream(seed, MIXING, step), random_stream(seed, PARTNERS, step, rank())
-            mix = self.objective.draw_mix(shared, own, len(part), self.device)
-            result = self.step(waveform, labels, mix, share=len(part) * world_size() / len(whole))
-            totals += torch.cat([result, result.new_ones(1)]) * len(part)
-            results.append(result[0])
-            if len(results) == STEPS_BETWEEN_READINGS or index + 1 == len(plan):
-                losses = (sum_over_ranks(torch.stack(results)) / world_size()).tolist()
-                self.check_losses(losses, step)
-                progress.set_postfix_str(f"loss {losses[-1]:.3f}")
-                results = []
-        return mean_over_ranks(totals)
-
-    def check_losses(self, losses: list[float], last_step: int) -> None:
-        for step, loss in enumerate(losses, start=last_step - len(losses) + 1):
-            self.check_finite("loss", loss, f"step {step + 1}")
+        plan = shuffled_batches(len(clips), self.batch_size, self.seed, epoch, least=2 * world_size())
+        shares = [whole[rank() :: world_size()] for whole in plan]
+        totals, losses = torch.zeros(2, device=self.device), []
+        data = clips.batches(shares, self.device)
+        progress = tqdm(
+            data, desc=title, total=len(plan), unit="step", leave=False, disable=None if is_main() else True
+        )
+        for index, (samples, labels) in enumerate(progress):
+            step, size = epoch * len(plan) + index, len(labels)
+            common = random_stream(self.seed, utils.MIXING, step)
+            own = random_stream(self.seed, utils.PARTNERS, step, rank())
+            mix = self.objective.draw_mix(self.alpha, common, own, size, self.device)
+            result = self.step(samples, labels, mix, weight=size * world_size() / len(plan[index]))
+            totals += result * size
+            losses.append(result[0])
+            if len(losses) == STEPS_BETWEEN_READINGS or index + 1 == len(plan):
+                means = (sum_over_ranks(torch.stack(losses)) / world_size()).tolist()
+                for number, loss in enumerate(means, start=step + 2 - len(losses)):
+                    self.check_finite("loss", loss, f"step {number}")
+                progress.set_postfix_str(f"loss {means[-1]:.3f}")
+                losses = []
+        loss, accuracy = (sum_over_ranks(totals) / len(clips)).tolist()
+        return loss, accuracy
 
     def check_finite(self, name: str, loss: float, moment: str) -> None:
         """Raise `UserError` with what to try where a loss is not finite; no checkpoint has seen it."""
-        if math.isfinite(loss):
-            return
-        rate = self.optimizer.param_groups[0]["lr"]
-        remedies = "a lower --lr" if self.precision == torch.float32 else "a lower --lr or --precision fp32"
-        rest = f"; the checkpoint of epoch {self.saved_epoch} stands" if self.saved_epoch else ""
-        raise UserError(
-            f"the {name} is {loss} at {moment} (epoch {self.epoch + 1}, learning rate {rate:.3g}): try {remedies}{rest}"
-        )
+        if not math.isfinite(loss):
+            remedies = "a lower --lr" if self.precision == torch.float32 else "a lower --lr or --precision fp32"
+            raise UserError(f"the {name} is {loss} at {moment} (learning rate {self.lr:.3g}): try {remedies}")
 
     @torch.no_grad()
-    def validate(self, clips: ClipSet) -> tuple[float, float]:
-        """Mean loss (unmixed, with margin) and accuracy in float32, every clip counted once over all processes."""
-        share_buffers(self.network)
-        self.network.eval()
-        totals = torch.zeros(3, device=self.device)
-        own = np.arange(len(clips))[rank() :: world_size()]
-        for indices in batches(own, self.config.batch_size):
-            waveform, labels = clips.batch(indices, self.device)
-            similarity, _ = self.network(**self.front_end(waveform))
-            loss = self.objective.loss(similarity, labels)
-            accuracy = self.objective.accuracy(similarity, labels)
-            totals += torch.stack([loss, accuracy, torch.ones_like(loss)]) * len(indices)
-        return mean_over_ranks(totals)
+    def validate(self, clips: ClipSet) -> tuple[np.ndarray, float]:
+        """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed and in float32. The clips are
+        divided between the processes, and every process gets all scores.
+        """
+        distributed.copy_buffers_from_main(self.network)
+        self.model.eval()
+        results = torch.zeros(2, len(clips), dtype=torch.float64, device=self.device)
+        plan = batches(np.arange(len(clips))[rank() :: world_size()], self.batch_size)
+        for indices, (samples, labels) in zip(plan, clips.batches(plan, self.device), strict=True):
+            similarity, _ = self.network(**self.loss.front_end(samples))
+            results[0, indices] = self.objective.anomaly_score(similarity, labels, torch.float64)
+            results[1, indices] = (similarity.argmax(dim=1) == labels).double()
+        scores, hits = sum_over_ranks(results).cpu().numpy()
+        return scores, float(hits.mean())
 
-    # ---- The run ----
+    def state(self) -> State:
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def take(self, train_clips: ClipSet, valid_clips: ClipSet) -> None:
-        """The clips to train on and to validate with. Raises `UserError` if the run cannot go on with them."""
+    def load_state(self, state: State) -> None:
+        for name, part in self.parts.items():
+            if name != "scaler" or state[name]:  # it has a state in fp16 only
+                part.load_state_dict(state[name])
+
+
+def synchronise_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
+    """The network with batch norm over the batches of all processes, which PyTorch can do on GPUs only."""
+    if next(network.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    notice("on CPUs batch norm sees the share of its process only (sync_batch_norm works on GPUs)")
+    return network
+
+
+def is_to_compile(switch: bool | str, device: torch.device) -> bool:
+    """Whether to compile the step: with "auto" on a GPU, in a single process, where the tools are there."""
+    has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return (device.type == "cuda" and world_size() == 1 and bool(has_tools)) if switch == "auto" else bool(switch)
+
+
+class CompilerNotice(logging.Filter):
+    """Reports in one notice that the compiler has failed, in place of its tracebacks, and turns it off."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and not torch._dynamo.config.disable:
+            error = record.exc_info[1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notice(f"torch.compile does not work here, so the steps run uncompiled ({reason})")
+            torch._dynamo.config.disable = True  # it would go on to fail for each function of the network
+        return False
+
+
+def compile_model(model: nn.Module) -> Any:
+    """The model, compiled at the first step; where that fails it runs as it is, with a notice."""
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(CompilerNotice())
+    return torch.compile(model, dynamic=False)
+
+
+class Run:
+    """A training from its first epoch to its last, with a checkpoint after each."""
+
+    def __init__(self, config: Config, device: torch.device, train_clips: ClipSet, valid_clips: ClipSet) -> None:
+        """Raises `UserError` where the clips are too few, or not the same on all machines."""
         least, processes = 2 * world_size(), f"each of {world_size()} processes needs two, for batch norm"
         if len(train_clips) < least:
             raise UserError(
                 f"{len(train_clips)} clips to train on: {processes}; bring more recordings, or raise split_ratio"
             )
-        if self.config.batch_size < least:
-            raise UserError(f"batch_size: {self.config.batch_size} clips a step: {processes}; raise it")
-        fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
-        if from_main(lambda: fingerprint) != fingerprint:
+        if config.batch_size < least:
+            raise UserError(f"batch_size: {config.batch_size} clips a step: {processes}; raise it")
+        self.fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
+        if distributed.from_main(lambda: self.fingerprint) != self.fingerprint:
             raise UserError(
-                f"{self.config.data_root} on {platform.node()}: the clips are not those of the first process; give "
+                f"{config.data_root} on {platform.node()}: the clips are not those of the first process; give "
                 f"every machine the same recordings"
             )
-        if self.history and self.fingerprint != fingerprint:
+        self.config, self.files, self.trainer = config, RunFiles(config.checkpoint), Trainer(config, device)
+        self.train_clips, self.valid_clips = train_clips, valid_clips
+        self.history: list[dict[str, float]] = []  # a row per epoch
+        self.best_loss = math.inf
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return len(self.history)
+
+    def resume(self, state: State) -> None:
+        """Continue from a checkpoint of the same configuration and clips; a `UserError` names what differs."""
+        if "history" not in state:
+            raise UserError(f"{self.files.best}: only weights, no run to resume; start again with --overwrite")
+        before = state["config"]
+        keys = self.config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
+        if differing := [f"{key} (was {before.get(key)!r}, is {getattr(self.config, key)!r})" for key in keys]:
+            raise UserError(
+                f"{self.files.last}: the run to resume had another configuration: {'; '.join(differing)}; give the "
+                f"same, or start again with --overwrite"
+            )
+        if state["clips"] != self.fingerprint:
             raise UserError(
                 f"{self.files.last}: the clips under {self.config.data_root} are not those the run began with; "
                 f"bring them back, or start again with --overwrite"
             )
-        self.fingerprint, self.train_clips, self.valid_clips = fingerprint, train_clips, valid_clips
-        if not self.history and self.network.is_standardised:
-            self.measure_log_mel()
-
-    @torch.no_grad()
-    def measure_log_mel(self) -> None:
-        """Give the attention mean and deviation of the log-mel in each mel bin, over 1,000 training clips at most."""
-        chosen = np.unique(np.linspace(0, len(self.train_clips) - 1, 1000).astype(np.int64))
-        sums = torch.zeros(2, N_MELS, 1, dtype=torch.float64, device=self.device)
-        for indices in batches(chosen, self.config.batch_size):
-            log_mel = self.front_end(self.train_clips.batch(indices, self.device)[0])["log_mel"].double()
-            sums += torch.stack([log_mel, log_mel.square()]).sum(dim=(1, 2, 4)).unsqueeze(2)
-        mean, square = sums / (len(chosen) * N_FRAMES)
-        self.network.log_mel_mean.copy_(mean)
-        self.network.log_mel_std.copy_((square - mean.square()).clamp(min=1e-6).sqrt())
+        try:
+            self.trainer.load_state(state)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.files.last}: its weights or optimiser state do not fit; start again with --overwrite"
+            ) from None
+        self.history, self.best_loss = state["history"], state["best_loss"]
+        if is_main():
+            self.write_history()  # a crash may have come between checkpoint and history
 
     def fit(self) -> None:
-        """Train from the present epoch to the last, with a checkpoint after each."""
+        """Train from the present epoch to the last."""
+        log, saved = None, self.epoch
         if self.config.tensorboard and is_main():
-            self.log = TensorBoardLog(self.files, self.epoch)
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            log = SummaryWriter(str(self.files.tensorboard), purge_step=saved + 1)  # drops epochs after a crash
         try:
             while self.epoch < self.config.epoch:
-                self.run_epoch()
+                scores, is_best = self.run_epoch()
+                if is_main():
+                    self.save(scores, is_best)
+                    self.report(is_best, log)
+                distributed.barrier()  # a process that ends earlier could end this one while it writes
+                saved = self.epoch
         except (KeyboardInterrupt, SystemExit):
-            if self.saved_epoch:
-                notice(f"stopped; --resume goes on after epoch {self.saved_epoch}")
-            else:
-                notice("stopped before the first checkpoint")
+            remedy = f"; --resume continues after epoch {saved}" if saved else " before the first checkpoint"
+            notice(f"stopped{remedy}")
             raise
 
-    def run_epoch(self) -> None:
-        start, lr = time.monotonic(), self.optimizer.param_groups[0]["lr"]
-        train_loss, train_accuracy = self.train_epoch(self.train_clips)
-        valid_loss, valid_accuracy = self.validate(self.valid_clips)
-        self.check_finite("validation loss", valid_loss, "the end")
-        self.scheduler.step()
-        self.epoch += 1
+    def run_epoch(self) -> tuple[np.ndarray, bool]:
+        """Train and validate once. Returns the scores of the validation clips, and whether their loss is the lowest."""
+        start, lr = time.monotonic(), self.trainer.lr
+        title = f"epoch {self.epoch + 1}/{self.config.epoch}"
+        train_loss, train_accuracy = self.trainer.train_epoch(self.train_clips, self.epoch, title)
+        scores, valid_accuracy = self.trainer.validate(self.valid_clips)
+        valid_loss = float(scores.mean())
+        self.trainer.check_finite("validation loss", valid_loss, f"the end of epoch {self.epoch + 1}")
+        self.trainer.scheduler.step()
+        row = (self.epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, time.monotonic() - start)
+        self.history.append(dict(zip(HISTORY, row, strict=True)))
         is_best = valid_loss < self.best_loss
         self.best_loss = min(valid_loss, self.best_loss)
-        seconds = time.monotonic() - start
-        row = (self.epoch, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, seconds)
-        self.history.append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
-        if is_main():
-            if self.log:
-                self.log.write(self.history[-1])
-            self.save(is_best)
-            self.report(is_best)
-        barrier()  # a process that ended earlier could take this one down while it writes
+        return scores, is_best
 
-    def progress(self, steps: Iterable, name: str) -> tqdm:
-        """A progress bar, on a terminal and in the main process only."""
-        return tqdm(steps, desc=name, unit="step", leave=False, disable=None if is_main() else True)
+    def save(self, scores: np.ndarray, is_best: bool) -> None:
+        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most the last epoch: the best
+        weights come first, and serve where the last state is not there yet.
 
-    def report(self, is_best: bool) -> None:
+        The scores of the validation clips go with the weights: `eval.py` takes its thresholds from them.
+        """
+        held_out = self.valid_clips.clips[MACHINE].assign(score=scores)
+        state = self.trainer.state() | {
+            "epoch": self.epoch,
+            "best_loss": self.best_loss,
+            "history": self.history,
+            "held_out": held_out.to_dict("list"),
+            "clips": self.fingerprint,
+            "clip_counts": {"training": len(self.train_clips), "validation": len(self.valid_clips)},
+            "config": self.config.model_dump(),
+            "job": distributed.job_name(),
+            "versions": utils.versions(),
+        }
+        if is_best:
+            save_checkpoint(self.files.best, state)
+        save_checkpoint(self.files.last, state)
+        self.write_history()
+
+    def write_history(self) -> None:
+        utils.write_csv(self.files.history, pd.DataFrame(self.history))
+
+    def report(self, is_best: bool, log: Any) -> None:
+        """Print a line about the last epoch, and log it to TensorBoard."""
         row = self.history[-1]
         print(
             f"epoch {self.epoch}/{self.config.epoch}  lr {row['lr']:.2e}  "
@@ -276,113 +313,7 @@ class Trainer:
             f"{row['seconds']:.1f} s{'  best' if is_best else ''}",
             flush=True,
         )
-
-    # ---- Checkpoints ----
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, in tensors and plain values."""
-        return {
-            "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "best_loss": self.best_loss,
-            "history": self.history,
-            "clips": self.fingerprint,
-            "clip_counts": {"training": len(self.train_clips), "validation": len(self.valid_clips)},
-            "config": dataclasses.asdict(self.config),
-            "versions": versions(),
-        }
-
-    def save(self, is_best: bool) -> None:
-        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most the last epoch: the
-        best weights come first, and serve where the last state is not there yet.
-        """
-        state = self.state()
-        if is_best:
-            save_checkpoint(self.files.best, state)
-        save_checkpoint(self.files.last, state, previous=self.files.previous)
-        self.saved_epoch = self.epoch
-        self.write_history()
-
-    def write_history(self) -> None:
-        with replace_file(self.files.history) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-
-    def keep_held_out_scores(self) -> None:
-        """Enter the anomaly scores (float64) of the validation clips under the best weights into the checkpoint of
-        these: `eval.py` takes its thresholds from them. Ends the run: the network has the best weights then.
-        """
-        if is_main():
-            state = load_checkpoint(self.files.best)
-            if "held_out" not in state:
-                self.network.load_state_dict(state["model"])
-                outputs = run_model(self.network, self.config, self.valid_clips, self.device)
-                scores = outputs.scores(self.objective, self.valid_clips.labels)
-                save_checkpoint(self.files.best, state | {"held_out": by_machine(self.valid_clips.clips, scores)})
-        barrier()
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint of the same configuration; a `UserError` names the keys that differ."""
-        if missing := {"optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips"} - set(state):
-            raise UserError(
-                f"{self.files.best}: no run to resume: {', '.join(sorted(missing))} is missing in the checkpoint; "
-                f"start again with --overwrite"
-            )
-        now = dataclasses.asdict(self.config)
-        differing = [
-            f"{name} (was {state['config'].get(name)!r}, is {now[name]!r})"
-            for name in now
-            if name not in COMPUTATION_KEYS and not is_same(state["config"].get(name), now[name])
-        ]
-        if differing:
-            raise UserError(
-                f"{self.files.last}: the run to resume had another configuration: {'; '.join(differing)}; give the "
-                f"same, or start again with --overwrite"
-            )
-        try:
-            self.network.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.files.last}: its weights or optimiser state do not fit; start again with --overwrite"
-            ) from None
-        self.epoch = self.saved_epoch = state["epoch"]
-        self.best_loss = state["best_loss"]
-        self.history, self.fingerprint = state["history"], state["clips"]
-        if is_main():
-            self.write_history()  # a crash may have come between checkpoint and history
-
-
-def mean_over_ranks(totals: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy from the sums (loss, accuracy, clips) of each process."""
-    loss, accuracy, count = sum_over_ranks(totals).tolist()
-    return loss / count, accuracy / count
-
-
-def share_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
-    """The network with batch norm over the batches of all processes, which PyTorch can do on GPUs only."""
-    if next(network.parameters()).is_cuda:
-        return SyncBatchNorm.convert_sync_batchnorm(network)
-    notice("on CPUs batch norm sees the share of its process only (sync_batch_norm works on GPUs)")
-    return network
-
-
-class TensorBoardLog:
-    """The columns of the history as TensorBoard scalars; epochs after `epoch`, left by a crash, are dropped."""
-
-    def __init__(self, files: RunFiles, epoch: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self.writer = SummaryWriter(str(files.tensorboard), purge_step=epoch + 1)
-
-    def write(self, row: dict[str, float]) -> None:
-        for name in HISTORY_COLUMNS[1:]:
-            self.writer.add_scalar(name, row[name], int(row["epoch"]))
-        self.writer.flush()
+        if log:
+            for name in HISTORY[1:]:
+                log.add_scalar(name, row[name], self.epoch)
+            log.flush()

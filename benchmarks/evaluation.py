@@ -1,10 +1,9 @@
 """What eval.py adds to the scoring of the full development test set, in time and memory.
 
-    python benchmarks/evaluation.py               # 10,868 stand-in clips, in 3.5 GB of disk that it frees again
+    python benchmarks/evaluation.py               # 10,868 clips: hard links to one recording of noise
     python benchmarks/evaluation.py --clips 1000
 
-Like the full-size form of data.py: empty files of the right names and sizes, a store of noise that is written directly,
-and weights as they are initialised. Runs what `python eval.py --plots --report` runs, in one process after imports, and
+Weights are as they are initialised. Runs what `python eval.py --plots --report` runs, in one process after imports, and
 says how long the scoring took, what else `eval.py` does without these options, what figures and report take, and how
 much anonymous memory the process had in the end.
 """
@@ -14,16 +13,21 @@ import os
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
+
+import numpy as np
+import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as eval_script
-from benchmarks.data import memory, write_stand_ins
-from evaluation import scoring
-from evaluation.metrics import bootstrap
-from trainer import build_model
-from utils import OneLineParser, load_config, parse_command_line, run_script, save_checkpoint, versions
+from benchmarks.data import anonymous_memory
+from checkpoint import build_network, save_checkpoint
+from config import Config, load_config, parse_command_line
+from dataloader import class_labels
+from evaluation import figures, report, result
+from model.tastgram import N_SAMPLES, SAMPLE_RATE
+from utils import OneLineParser, run_script, versions
 
 # Clips of the development test set: normal ones of each ID, and anomalous ones by ID
 TEST_SET = {
@@ -50,49 +54,52 @@ def names() -> list[str]:
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--clips", type=int, help="only so many of the clips, spread over the set")
-    parser.add_argument(
-        "--scratch", type=Path, help="folder on a disk with room (default: the system's for such files)"
-    )
     config, options, _ = parse_command_line(parser)
     chosen = names()
     chosen = chosen if options.clips is None else chosen[:: max(1, len(chosen) // options.clips)]
-    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        scratch = Path(folder)
-        places = {"data_root": scratch / "data", "store_path": scratch / "store", "save_path": scratch / "run.pth"}
-        config = load_config(**{**vars(config), **{name: str(place) for name, place in places.items()}})
-        write_stand_ins(config, chosen)
-        held_out = {machine_type: {f"{i:02d}": [0.1 * x for x in range(1, 40)] for i in ids}
-                    for machine_type, ids in config.machines.items()}  # fmt: skip
-        state = {"model": build_model(config).state_dict(), "config": vars(config), "held_out": held_out}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        samples = np.random.default_rng(0).integers(-300, 300, N_SAMPLES, dtype=np.int16)
+        soundfile.write(root / "noise.wav", samples, SAMPLE_RATE)
+        for name in chosen:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(root / "noise.wav", root / name)
+        config = load_config(**config.model_dump() | {"data_root": folder, "save_path": str(root / "run.pth")})
+        machines = [machine for machine in class_labels(config.machines) for _ in range(40)]
+        held_out = {"machine_type": [machine_type for machine_type, _ in machines],
+                    "machine_id": [machine_id for _, machine_id in machines],
+                    "score": [0.1 + index % 40 for index in range(len(machines))]}  # fmt: skip
+        state = {"model": build_network(config).state_dict(), "config": config.model_dump(), "held_out": held_out}
         save_checkpoint(config.checkpoint, state)
-        figures = measure(config)
-    for name, value in figures.items():
+        measured = measure(config)
+    for name, value in measured.items():
         print(f"{name:45} {value:12,.2f}")
-    print(json.dumps({"figures": figures, "machine": {"cores": os.cpu_count(), **versions()}}))
+    print(json.dumps({"figures": measured, "machine": {"cores": os.cpu_count(), **versions()}}))
 
 
-def measure(config) -> dict[str, float]:
-    """Seconds of scoring, of the bootstrap, and of the whole; MB of anonymous memory."""
-    spent = {}
+def measure(config: Config) -> dict[str, float]:
+    """Seconds of scoring, of metrics with bootstrap, and of the whole; MB of anonymous memory."""
+    spent: dict[str, float] = {}
 
     def timed(name: str, function):
         def call(*arguments, **keywords):
             start = time.perf_counter()
-            result = function(*arguments, **keywords)
-            spent[name] = time.perf_counter() - start
-            return result
+            value = function(*arguments, **keywords)
+            spent[name] = spent.get(name, 0) + time.perf_counter() - start
+            return value
 
         return call
 
-    eval_script.run_model = timed("scoring, s", scoring.run_model)
-    eval_script.bootstrap = timed("bootstrap, s", bootstrap)
-    eval_script.illustrate = timed("figures and report, s", eval_script.illustrate)
+    result.run_model = timed("scoring, s", result.run_model)
+    result.measure = timed("metrics and bootstrap, s", result.measure)
+    figures.draw_all = timed("figures and report, s", figures.draw_all)
+    report.write_report = timed("figures and report, s", report.write_report)
     start = time.perf_counter()
-    options = SimpleNamespace(part="test", rebuild_store=False, plots=True, report=True, output=None)
-    eval_script.run(config, [config.checkpoint], set(), options)
+    options = Namespace(split="test", plots=True, report=True, output=None)
+    eval_script.evaluate_all(config, [config.checkpoint], {}, options)
     whole = time.perf_counter() - start
     rest = whole - spent["scoring, s"] - spent["figures and report, s"]
-    return {**spent, "besides scoring, figures and report, s": rest, "anonymous memory, MB": memory()["RssAnon"]}
+    return {**spent, "besides scoring, figures and report, s": rest, "anonymous memory, MB": anonymous_memory()}
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def download(session: requests.Session, url: str, part: Path) -> None:
             receive(session, url, part)
             return
         except requests.HTTPError as error:
-            if error.response.status_code not in TRY_AGAIN:
+            if error.response is None or error.response.status_code not in TRY_AGAIN:
                 raise UserError(f"{error}; check --url or try again later") from None
             reason, pause = str(error), asked_pause(error.response)
         except LOST as error:

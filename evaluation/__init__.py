@@ -1,1 +1,1 @@
-"""What eval.py needs beyond scoring: metrics with intervals, tables, decisions, figures, a report, comparisons."""
+"""What a checkpoint says of clips: scores, metrics, decisions; tables, figures, report and comparison made of them."""

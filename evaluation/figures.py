@@ -1,34 +1,36 @@
 """Figures of an evaluation, as PNG files at the width of a paper's column or page.
 
-Colours are those of Okabe and Ito, which tell apart for colour-blind readers too; normal and anomalous also differ in
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart too; normal and anomalous also differ in
 line or marker.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
-from dataloader import ClipSet
+from audio import read_recording
+from checkpoint import FIGURES, RunFiles, TrainedModel, clear
+from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
 from evaluation.metrics import MAX_FPR
-from model import FrontEnd
-from model.tastgram import HOP_LENGTH, N_MELS, SAMPLE_RATE, SECONDS, temporal_attention, temporal_gate
-from utils import replace_file
-
-if TYPE_CHECKING:
-    from eval import Evaluated
+from evaluation.result import Result
+from model import CHANNELS, FrontEnd
+from model.tastgram import HOP_LENGTH, N_MELS, N_SAMPLES, SAMPLE_RATE, SECONDS, temporal_gate
+from utils import UserError, replace_file
 
 COLUMN, PAGE = 3.5, 7.2  # inches
-NORMAL, ANOMALOUS, THRESHOLD = "#0072B2", "#D55E00", "#000000"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+BLUE, GREEN, RED = "#0072B2", "#009E73", "#D55E00"
+CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}  # colour and line
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "figure.dpi": 200, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
@@ -47,197 +49,168 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
             drawn.savefig(temporary, format="png")
 
 
-def panels(drawn: Figure, count: int, across: int = PANELS_ACROSS) -> list[Axes]:
-    """`count` panels in rows; places that are left over stay empty."""
-    across = min(across, count)
-    axes = drawn.subplots(-(-count // across), across, squeeze=False).ravel()
-    for empty in axes[count:]:
-        empty.set_axis_off()
-    return list(axes[:count])
+@contextmanager
+def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of `count` panels in rows."""
+    across = min(PANELS_ACROSS, count)
+    rows = -(-count // across)
+    with figure(path, width, row_height * rows + 0.5) as drawn:
+        axes = drawn.subplots(rows, across, squeeze=False).ravel()
+        for empty in axes[count:]:
+            empty.set_axis_off()
+        yield drawn, list(axes[:count])
 
 
-def rows_of(count: int, across: int = PANELS_ACROSS) -> int:
-    return -(-count // min(across, count))
-
-
-# ---- One evaluation ----
-
-
-def draw_all(result: "Evaluated", clips: ClipSet, folder: Path, history: Sequence[Mapping[str, float]]) -> list[Path]:
+def draw_all(result: Result, folder: Path) -> list[Path]:
     """Every figure that the evaluation allows; returns their files."""
-    files = []
-
-    def file(name: str) -> Path:
-        files.append(folder / f"{name}.png")
-        return files[-1]
-
-    if result.known:
-        draw_angles([result], file("angles"))
-    if result.draws:
-        draw_roc(result, file("roc"))
-    draw_histograms(result, file("scores"))
-    draw_tastgram(result, clips, file("tastgram"))
-    if len(result.clips) > 3:
-        draw_embedding(result, file("embedding"))
-    if history:
-        draw_history(history, file("history"))
-    for old in set(folder.glob("*.png")) - set(files):
-        old.unlink()  # of an evaluation that allowed more
+    history = read_history(result.trained)
+    figures = {
+        "angles": (lambda path: draw_angles([result], path), result.metrics is not None),
+        "roc": (lambda path: draw_roc(result, path), result.metrics is not None),
+        "scores": (lambda path: draw_scores(result, path), True),
+        "tastgram": (lambda path: draw_tastgram(result, path), True),
+        "embedding": (lambda path: draw_embedding(result, path), len(result.clips) > 3),
+        "history": (lambda path: draw_history(history, path), len(history) > 0),
+    }
+    clear(folder.parent, FIGURES)  # of an earlier evaluation
+    files = [folder / f"{name}.png" for name, (_, is_possible) in figures.items() if is_possible]
+    for file in files:
+        figures[file.stem][0](file)
     return files
 
 
-def draw_angles(results: Sequence["Evaluated"], path: Path) -> None:
+def draw_angles(results: Sequence[Result], path: Path) -> None:
     """The angle between embedding and own class centre, normal and anomalous clips, a panel per checkpoint."""
-    with figure(path, PAGE if len(results) > 1 else COLUMN, 2.2 * rows_of(len(results))) as drawn:
-        axes = panels(drawn, len(results))
-        angles = [result_angles(result)[result.known] for result in results]
-        bins = np.linspace(0, max(values.max() for values in angles), 60)
-        for axis, result, values in zip(axes, results, angles, strict=True):
-            is_anomaly = np.array([result.clips[index].is_anomaly for index in result.known], dtype=bool)
-            compare_histograms(axis, values[~is_anomaly], values[is_anomaly], bins)
-            axis.set(
-                title=f"{result.trained.path.stem} ({result.trained.config.mode})", xlabel="angle to own centre (°)"
-            )
-            axis.set_yticks([])
+    with panels(path, len(results), PAGE if len(results) > 1 else COLUMN, 2.0) as (_, axes):
+        bins = np.linspace(0, max(result.known["angle"].max() for result in results), 60)
+        for axis, result in zip(axes, results, strict=True):
+            draw_histograms(axis, result.known, "angle", bins)
+            trained = result.trained
+            axis.set(title=f"{trained.path.stem} ({trained.config.mode})", xlabel="angle to own centre (°)")
         axes[0].set_ylabel("density")
         axes[0].legend()
 
 
-def result_angles(result: "Evaluated") -> np.ndarray:
-    """Degrees; of a plain linear head, which has no centres, the angle to the weights of the class."""
-    labels = torch.tensor([clip.label for clip in result.clips])
-    if result.trained.model.head == "arcface":
-        cosine = result.outputs.similarity.double().gather(1, labels[:, None])[:, 0]
-    else:
-        weights = result.trained.model.mobilefacenet.fc_out.weight.detach().cpu()[labels]
-        cosine = torch.nn.functional.cosine_similarity(result.outputs.embedding.double(), weights.double())
-    return torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0))).numpy()
-
-
-def compare_histograms(axis: Axes, normal: np.ndarray, anomalous: np.ndarray, bins: np.ndarray) -> None:
-    for values, name, colour, line in ((normal, "normal", NORMAL, "-"), (anomalous, "anomalous", ANOMALOUS, "--")):
+def draw_histograms(axis: Axes, clips: pd.DataFrame, column: str, bins: Any) -> None:
+    for condition, (colour, line) in CONDITIONS.items():
+        values = clips.loc[clips["condition"] == condition, column]
         if len(values):
             axis.hist(values, bins, density=True, color=colour, alpha=0.3)
-            axis.hist(values, bins, density=True, color=colour, histtype="step", linestyle=line, label=name)
+            axis.hist(values, bins, density=True, color=colour, histtype="step", linestyle=line, label=condition)
+    axis.set_yticks([])
 
 
-def draw_roc(result: "Evaluated", path: Path) -> None:
+def draw_roc(result: Result, path: Path) -> None:
     """The ROC curve of each machine type, pooled over its IDs, with the region of the pAUC."""
+    assert result.metrics
+    auc = result.metrics.table["AUC"].xs("pooled", level="machine_id").drop("average").dropna()
     with figure(path, COLUMN, 3.2) as drawn:
         axis = drawn.subplots()
         axis.axvspan(0, MAX_FPR, color="0.9", lw=0, label=f"pAUC region (to {MAX_FPR:g})")
-        types = np.array([result.clips[index].machine_type for index in result.known])
-        is_anomaly = np.array([result.clips[index].is_anomaly for index in result.known], dtype=bool)
-        scores = result.scores[result.known]
-        rated = [name for name in dict.fromkeys(types.tolist()) if (name, "pooled") in result.draws]
-        for number, machine_type in enumerate(rated):
-            chosen = types == machine_type
-            false, true, _ = roc_curve(is_anomaly[chosen], scores[chosen], drop_intermediate=False)
-            auc = result.table[machine_type]["pooled"]["AUC"]
-            line = ("-", "--", "-.", ":")[number // 2 % 4]
-            axis.plot(
-                false, true, line, color=COLOURS[number % len(COLOURS)], label=f"{machine_type}, AUC {100 * auc:.1f} %"
-            )
+        for number, (machine_type, value) in enumerate(auc.items()):
+            clips = result.known[result.known["machine_type"] == machine_type]
+            false, true, _ = roc_curve(clips["condition"] == ANOMALOUS, clips["score"], drop_intermediate=False)
+            line, colour = ("-", "--", "-.", ":")[number // 2 % 4], COLOURS[number % len(COLOURS)]
+            axis.plot(false, true, line, color=colour, label=f"{machine_type}, AUC {100 * value:.1f} %")
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
         axis.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
         axis.legend(loc="lower right")
 
 
-def draw_histograms(result: "Evaluated", path: Path) -> None:
+def draw_scores(result: Result, path: Path) -> None:
     """The scores of each machine ID with its threshold, on a logarithmic axis."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, clip in enumerate(result.clips):
-        groups.setdefault((clip.machine_type, clip.machine_id), []).append(index)
-    scores = np.log10(np.maximum(result.exact_scores, 1e-12))
-    bins = np.linspace(np.floor(scores.min()), np.ceil(scores.max()), 40)
-    with figure(path, PAGE, 1.4 * rows_of(len(groups)) + 0.5) as drawn:
-        axes = panels(drawn, len(groups))
-        for axis, (machine, index) in zip(axes, groups.items(), strict=True):
-            condition = np.array([result.clips[i].is_anomaly for i in index], dtype=object)
-            of = scores[index]
-            compare_histograms(axis, of[condition == False], of[condition == True], bins)  # noqa: E712 (may be None)
-            if any(condition == None):  # noqa: E711
-                axis.hist(of[condition == None], bins, density=True, color="0.6", label="unlabelled")  # noqa: E711
-            if machine in result.thresholds:
-                value = np.log10(max(result.thresholds[machine].value, 1e-12))
-                axis.axvline(value, color=THRESHOLD, linestyle=":", label="threshold")
-            axis.set(title=f"{machine[0]} {machine[1]:02d}")
-            axis.set_yticks([])
+    clips = result.clips.assign(log_score=np.log10(result.clips["exact_score"].clip(lower=1e-12)))
+    groups = clips.groupby(MACHINE, sort=False)
+    bins = np.linspace(np.floor(clips["log_score"].min()), np.ceil(clips["log_score"].max()), 40)
+    with panels(path, groups.ngroups, PAGE, 1.4) as (drawn, axes):
+        handles: dict[str, Any] = {}
+        for axis, (machine, group) in zip(axes, groups, strict=True):
+            draw_histograms(axis, group, "log_score", bins)
+            threshold = group["threshold"].iloc[0]
+            if not np.isnan(threshold):
+                axis.axvline(np.log10(max(threshold, 1e-12)), color="black", linestyle=":", label="threshold")
+            axis.set_title(f"{machine[0]} {machine[1]}")
             axis.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$")
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         drawn.supxlabel("anomaly score (cross-entropy)", fontsize=8)
         drawn.supylabel("density", fontsize=8)
-        handles = {
-            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
 
 
+def read_samples(path: Path) -> torch.Tensor:
+    """The samples of a recording as a batch of one, int16 `(1, T)`."""
+    samples = np.empty(N_SAMPLES, dtype=np.int16)
+    read_recording(path, samples)
+    return torch.from_numpy(samples).unsqueeze(0)
+
+
 @torch.no_grad()
-def draw_tastgram(result: "Evaluated", clips: ClipSet, path: Path) -> None:
-    """The channels of the first clip that is known to be normal (else the first), and the gate of the attention."""
-    index = next((i for i, clip in enumerate(result.clips) if clip.is_anomaly is False), 0)
-    model, device = result.trained.model, next(result.trained.model.parameters()).device
-    inputs = FrontEnd(("tgram", "sgram")).to(device)(clips.batch(np.array([index]), device)[0])
-    log_mel = inputs["log_mel"]
-    source = model.gate_source(log_mel)
-    images = {"log-mel (dB)": log_mel[0, 0], "TAgram: gate × log-mel (dB)": temporal_attention(log_mel, source)[0, 0]}
-    if "tgram" in model.channels:
-        images = {"Tgram (learned)": model.tgramnet(inputs["waveform"])[0]} | images
-    gate = temporal_gate(source)[0, 0, 0].cpu().numpy()
+def draw_tastgram(result: Result, path: Path) -> None:
+    """The input channels of the first clip known to be normal (else the first), and the gate of the attention."""
+    normal = result.clips[result.clips["condition"] == NORMAL]
+    clip = (normal if len(normal) else result.clips).iloc[0]
+    network = result.trained.network.cpu()
+    inputs = FrontEnd(CHANNELS)(read_samples(clip["path"]))
+    images = dict(zip(network.channels, network.features(**inputs)[0].numpy(), strict=True))
+    gate = temporal_gate(inputs["log_mel"])[0, 0, 0].numpy()
     with figure(path, COLUMN, 1.35 * (len(images) + 1)) as drawn:
         axes = drawn.subplots(len(images) + 1, 1, sharex=True)
         for axis, (name, image) in zip(axes, images.items(), strict=False):
-            shown = axis.imshow(
-                image.cpu().numpy(), origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis"
-            )
-            axis.set(title=name, ylabel="channel" if "Tgram" in name else "mel bin")
+            shown = axis.imshow(image, origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis")
+            axis.set(title=name if name == "tgram" else f"{name} (dB)", ylabel="row")
             drawn.colorbar(shown, ax=axis)
-        seconds = np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE
-        axes[-1].plot(seconds, np.maximum(gate, 1e-45), color=NORMAL)
+        axes[-1].plot(np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE, np.maximum(gate, 1e-45), color=BLUE)
         if gate.max() < 0.01:
             axes[-1].set_yscale("log")
         else:
             axes[-1].set_ylim(0, 1)
-        clip = result.clips[index]
-        axes[-1].set(
-            title=f"temporal attention ({result.trained.config.attention}), highest {gate.max():.2g}",
-            xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS),
-        )  # fmt: skip
-        drawn.suptitle(f"{clip.machine_type}, {clip.path.name}", fontsize=8)
+        title = f"temporal attention, highest {gate.max():.2g}"
+        axes[-1].set(title=title, xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS))
+        drawn.suptitle(f"{clip['machine_type']}, {clip['path'].name}", fontsize=8)
 
 
-def draw_embedding(result: "Evaluated", path: Path) -> None:
+def draw_embedding(result: Result, path: Path) -> None:
     """t-SNE of the embeddings (cosine distance), coloured by class; anomalous clips are crosses."""
     chosen = np.unique(np.linspace(0, len(result.clips) - 1, MAX_POINTS).astype(int))
-    embedding = result.outputs.embedding[chosen].double().numpy()
+    clips, embedding = result.clips.iloc[chosen], result.embedding[chosen].astype(np.float64)
     perplexity = min(30.0, (len(chosen) - 1) / 3)
-    map_ = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0).fit_transform(embedding)
-    machines = [f"{result.clips[i].machine_type} {result.clips[i].machine_id:02d}" for i in chosen]
-    is_anomaly = np.array([result.clips[i].is_anomaly is True for i in chosen])
-    names = list(dict.fromkeys(machines))
-    markers = "osD^v<>"  # of the IDs that share a colour
+    x, y = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0).fit_transform(embedding).T
+    is_anomaly = (clips["condition"] == ANOMALOUS).to_numpy()
+    machines = clips["machine_type"].str.cat(clips["machine_id"], sep=" ").to_numpy()
+    names, markers = list(dict.fromkeys(machines)), "osD^v<>"  # markers of the IDs that have the same colour
     with figure(path, PAGE, 4.2) as drawn:
         axis = drawn.subplots()
         for number, name in enumerate(names):
-            of = np.array([machine == name for machine in machines])
             colour, marker = COLOURS[number % len(COLOURS)], markers[number // len(COLOURS) % len(markers)]
-            normal, anomalous = map_[of & ~is_anomaly], map_[of & is_anomaly]
-            axis.scatter(*normal.T, s=10, color=colour, marker=marker, label=name, linewidths=0)
-            axis.scatter(*anomalous.T, s=10, color=colour, marker="x", linewidths=0.7)
+            normal, anomalous = ((machines == name) & (is_anomaly == condition) for condition in (False, True))
+            axis.scatter(x[normal], y[normal], s=10, color=colour, marker=marker, label=name, linewidths=0)
+            axis.scatter(x[anomalous], y[anomalous], s=10, color=colour, marker="x", linewidths=0.7)
         axis.scatter([], [], s=10, color="0.4", marker="x", label="anomalous")
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 18, markerscale=1.5)
 
 
-def draw_history(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def read_history(trained: TrainedModel) -> pd.DataFrame:
+    """The epochs of the whole run from history.csv; where that is gone, those up to the best, from the checkpoint."""
+    path = RunFiles(trained.path).history
+    if not path.exists():
+        return pd.DataFrame(trained.state.get("history", []))
+    try:
+        return pd.read_csv(path).astype(float)
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path}: not the history of a training; remove it, and the checkpoint's own is drawn"
+        ) from None
+
+
+def draw_history(history: pd.DataFrame, path: Path) -> None:
     """Loss, accuracy and learning rate over the epochs."""
-    epochs = [row["epoch"] for row in history]
     with figure(path, PAGE, 2.2) as drawn:
-        loss, accuracy, rate = drawn.subplots(1, 3)
+        loss, accuracy, lr = drawn.subplots(1, 3)
         for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-            axis.plot(epochs, [row[f"train_{name}"] for row in history], color=NORMAL, label="training (mixed)")
-            axis.plot(epochs, [row[f"valid_{name}"] for row in history], "--", color=ANOMALOUS, label="validation")
+            axis.plot(history["epoch"], history[f"train_{name}"], color=BLUE, label="training (mixed)")
+            axis.plot(history["epoch"], history[f"valid_{name}"], "--", color=RED, label="validation")
             axis.set(xlabel="epoch", ylabel=name)
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-        rate.plot(epochs, [row["lr"] for row in history], color="#009E73")
-        rate.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+        lr.plot(history["epoch"], history["lr"], color=GREEN)
+        lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))

@@ -1,16 +1,19 @@
 """The metrics as text and files: the table on the terminal, metrics.csv, metrics.json, results.md, score files."""
 
-import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
-from dataloader import Clip
-from evaluation.metrics import BOUNDS, COLUMNS, COVERAGE, DRAWS, SEED, Table
-from utils import Config, notice, replace_file
+from checkpoint import TABLES, clear
+from config import Config
+from dataloader import LABEL_LIST, MACHINE
+from evaluation.decisions import count_decisions
+from evaluation.metrics import COVERAGE, DRAWS, SEED
+from evaluation.result import Result
+from model import CHANNELS
+from utils import notice, write_csv, write_text
 
 # AUC, pAUC, mAUC in percent on the development test set: the table in the authors' README
 PUBLISHED = {
@@ -25,87 +28,59 @@ PUBLISHED = {
     }
 }
 Published = dict[str, tuple[float, float, float]]
+# What a machine type is summed up in: the row of the metrics, the column, and its title
+SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"), ("min", "AUC", "mAUC"),
+           ("mean", "AUC", "AUC, mean over IDs"), ("mean", "pAUC", "pAUC, mean over IDs"))  # fmt: skip
 
 
-def published_rows(config: Config, part: str) -> Published:
-    """The published rows for what was evaluated: the development test set, all three channels as published."""
-    is_published = part == "test" and len(config.input) == 3 and config.attention == "published"
-    return PUBLISHED.get(config.mode, {}) if is_published else {}
+def published_rows(config: Config, split: str) -> Published:
+    """The published rows for what was evaluated: the development test set, all three channels."""
+    return PUBLISHED.get(config.mode, {}) if split == "test" and config.input == list(CHANNELS) else {}
 
 
-def name_gaps(table: Table) -> None:
-    """Say which rows have no AUC because all their test clips are of one class."""
-    gaps = [f"{t} {row}" for t, rows in table.items() for row, metrics in rows.items() if metrics["AUC"] is None]
-    if gaps:
-        notice(f"no AUC, and left out of the averages, for want of normal or anomalous test clips: {', '.join(gaps)}")
+def percent(value: float) -> str:
+    return "-" if pd.isna(value) else f"{100 * value:.2f}"
 
 
-def percent(value: float | None) -> str:
-    return f"{'-' if value is None else format(100 * value, '.2f'):>8}"
-
-
-def format_table(table: Table, published: Published) -> str:
-    """The table in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row."""
-    has_all = set(published) <= set(table)
+def format_table(table: pd.DataFrame, published: Published) -> str:
+    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row."""
+    types = table.index.unique("machine_type")
     lines = [
         f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published, DCASE 2020':^26}",
         f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  "
         f"|{'AUC':>8} {'pAUC':>8} {'mAUC':>8}",
     ]
-    for machine_type, rows in table.items():
-        pooled, mean, least = rows["pooled"], rows["mean"], rows["min"]
-        row = published.get(machine_type) if machine_type != "average" or has_all else None
-        shown = " ".join(f"{value:8.2f}" for value in row) if row else f"{'-':>8} {'-':>8} {'-':>8}"
+    for machine_type in types:
+        values = [f"{percent(table.loc[(machine_type, row), column]):>8}" for row, column, _ in SUMMARY]
+        is_comparable = machine_type in published and (machine_type != "average" or set(published) <= set(types))
+        shown = [f"{value:8.2f}" for value in published[machine_type]] if is_comparable else [f"{'-':>8}"] * 3
         lines.append(
-            f"{machine_type:12} |{percent(pooled['AUC'])} {percent(pooled['pAUC'])}  |{percent(least['AUC'])}  "
-            f"|{percent(mean['AUC'])} {percent(mean['pAUC'])}  |{shown}"
+            f"{machine_type:12} |{values[0]} {values[1]}  |{values[2]}  |{values[3]} {values[4]}  |{' '.join(shown)}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown_table(table: Table) -> str:
-    """The table in Markdown, in percent, each figure with its interval."""
-    lines = [
-        "| | AUC, pooled | pAUC, pooled | mAUC | AUC, mean over IDs | pAUC, mean over IDs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for machine_type, rows in table.items():
-        cells = [(rows["pooled"], "AUC"), (rows["pooled"], "pAUC"), (rows["min"], "AUC"),
-                 (rows["mean"], "AUC"), (rows["mean"], "pAUC")]  # fmt: skip
-        lines.append(f"| {machine_type} | " + " | ".join(with_interval(*cell) for cell in cells) + " |")
+def markdown_header(title: str) -> list[str]:
+    return [f"| {title} | {' | '.join(name for *_, name in SUMMARY)} |", "| --- |" + " ---: |" * len(SUMMARY)]
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """The metrics of each machine type in Markdown, in percent, each with its interval."""
+    lines = markdown_header("machine type")
+    for machine_type in table.index.unique("machine_type"):
+        cells = [with_interval(table.loc[(machine_type, row)], column) for row, column, _ in SUMMARY]
+        lines.append(f"| {machine_type} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def with_interval(row: dict[str, Any], column: str) -> str:
-    if row[column] is None:
+def with_interval(row: pd.Series, column: str) -> str:
+    if pd.isna(row[column]):
         return "-"
-    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    interval = "" if low is None else f" ({100 * low:.2f} to {100 * high:.2f})"
-    return f"{100 * row[column]:.2f}{interval}"
-
-
-def write_results(folder: Path, table: Table, about: dict[str, Any]) -> None:
-    """results.md, metrics.json and metrics.csv of a table; `about` says what was evaluated, by name."""
-    text = [
-        f"# {about['mode']}, input {' + '.join(about['input'])}\n",
-        markdown_table(table) + "\n",
-        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within machine ID and "
-        "condition). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false "
-        "positive rates up to 0.1, standardised.\n",
-        *(f"- {name}: {in_words(value)}" for name, value in about.items()),
-    ]
-    with replace_file(folder / "results.md") as temporary:
-        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
-    content = {"about": about, "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED}, "metrics": table}
-    with replace_file(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-    columns = (*COLUMNS, *BOUNDS)
-    rows = [[t, name, *(row.get(column) for column in columns)] for t, of in table.items() for name, row in of.items()]
-    write_csv(folder / "metrics.csv", [["machine_type", "machine_id", *columns], *rows])
+    return f"{percent(row[column])} ({percent(row[f'{column}_low'])} to {percent(row[f'{column}_high'])})"
 
 
 def in_words(value: Any) -> str:
-    """A value of `about` for people."""
+    """A value of `Result.about` as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {x}" for name, x in value.items())
     if isinstance(value, list):
@@ -113,22 +88,56 @@ def in_words(value: Any) -> str:
     return "not known" if value in (None, "") else str(value)
 
 
-def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Fields with commas are quoted; names that are not UTF-8 and digits of numbers come back as they were."""
-    with (
-        replace_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        csv.writer(file, lineterminator="\n").writerows(rows)
+# ---- Files ----
 
 
-def write_per_machine(folder: Path, name: str, clips: Sequence[Clip], values: np.ndarray) -> None:
-    """`<name>_<type>_id_<XX>.csv` with `<file name>,<value>` lines, without header; those of before are removed."""
-    files: dict[Path, list[tuple[str, Any]]] = {}
-    for clip, value in zip(clips, values.tolist(), strict=True):
-        path = folder / f"{name}_{clip.machine_type}_id_{clip.machine_id:02d}.csv"
-        files.setdefault(path, []).append((clip.path.name, value))
-    for path, rows in files.items():
-        write_csv(path, rows)
-    for old in set(folder.glob(f"{name}_*.csv")) - set(files):
-        old.unlink()  # of an ID that has no clips any more
+def write_result(result: Result, folder: Path, split: str) -> None:
+    """Everything that an evaluation writes but figures and report, in place of what an earlier one wrote; and the table
+    on the terminal.
+    """
+    clear(folder, TABLES)
+    write_per_machine(folder, "anomaly_score", result.clips, "score")
+    n_unknown, n_clips = len(result.clips) - len(result.known), len(result.clips)
+    if n_unknown:
+        notice(
+            f"{n_unknown} of {n_clips} clips are not in {LABEL_LIST} and count in no metric "
+            f"(`python datasets/download.py --parts evaluation` fetches it into data_root)"
+        )
+    if result.metrics:
+        table = result.metrics.table
+        if gaps := [f"{machine_type} {row}" for machine_type, row in table.index[table["AUC"].isna()]]:
+            notice(f"no AUC, and left out of the averages, for want of normal or anomalous clips: {', '.join(gaps)}")
+        write_metrics(table, result.about, folder)
+        print(format_table(table, published_rows(result.trained.config, split)))
+    write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")
+    if len(result.thresholds):
+        write_csv(folder / "decisions.csv", count_decisions(result.clips, result.thresholds).reset_index())
+    print(f"{n_clips} scores{' and metrics' if result.metrics else ''}: {folder}")
+
+
+def write_metrics(table: pd.DataFrame, about: dict[str, Any], folder: Path) -> None:
+    """results.md, metrics.json and metrics.csv."""
+    text = [
+        f"# {about['mode']}, input {in_words(about['input'])}\n",
+        markdown_table(table) + "\n",
+        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within machine ID and "
+        "condition). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false "
+        "positive rates up to 0.1, standardised.\n",
+        *(f"- {name}: {in_words(value)}" for name, value in about.items()),
+    ]
+    write_text(folder / "results.md", "\n".join(text) + "\n")
+    rows = table.astype(object).where(table.notna(), None)
+    metrics = {
+        machine_type: rows.loc[machine_type].to_dict("index") for machine_type in rows.index.unique("machine_type")
+    }
+    content = {"about": about, "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED}, "metrics": metrics}
+    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    write_csv(folder / "metrics.csv", table.reset_index())
+
+
+def write_per_machine(folder: Path, name: str, clips: pd.DataFrame, column: str) -> None:
+    """`<name>_<type>_id_<XX>.csv` with `<file name>,<value>` lines, without header."""
+    for (machine_type, machine_id), group in clips.groupby(MACHINE):
+        values = group[column].astype(float if column == "score" else int)
+        rows = pd.DataFrame({"file": [path.name for path in group["path"]], "value": values})
+        write_csv(folder / f"{name}_{machine_type}_id_{machine_id}.csv", rows, header=False)

@@ -1,6 +1,7 @@
-"""From a batch of waveforms to embedding and class similarity."""
+"""From a batch of samples to embedding and class similarity."""
 
+from model.mobilefacenet import EMBEDDING_SIZE
 from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import TASTgramMFN
+from model.tastgram_mfn import CHANNELS, TASTgramMFN
 
-__all__ = ["FrontEnd", "LogMel", "TASTgramMFN"]
+__all__ = ["CHANNELS", "EMBEDDING_SIZE", "FrontEnd", "LogMel", "TASTgramMFN"]

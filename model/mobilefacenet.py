@@ -15,7 +15,16 @@ BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
 class ConvBlock(nn.Module):
     """Convolution, batch norm and, unless `linear`, PReLU."""
 
-    def __init__(self, inputs, outputs, kernel_size, stride=1, padding=0, groups=1, linear=False):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int | tuple[int, int],
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        linear: bool = False,
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
@@ -28,7 +37,7 @@ class ConvBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; residual where the shape allows it."""
 
-    def __init__(self, inputs, outputs, stride, expansion):
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
         width = inputs * expansion
         self.has_residual = stride == 1 and inputs == outputs
@@ -54,7 +63,7 @@ class MobileFaceNet(nn.Module):
     weight files hold it, but the embedding does not pass through it.
     """
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = ConvBlock(channels, 64, 3, stride=2, padding=1)  # (B, 64, 64, 157)
         self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)

@@ -23,18 +23,22 @@ POWER_FLOOR = 2.220446049250313e-16  # added to the mel power before the logarit
 class LogMel(nn.Module):
     """Log-mel spectrogram in dB: waveform `(B, T)` -> `(B, 1, M, F)`, always in float32.
 
-    Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor statistics
-    are normalised. It has no weights and stands outside the model, whose state dict it must not enter. The numbers
-    are those of `torchaudio.transforms.MelSpectrogram`, in 0.7 of its time on a CPU: that takes the root of each
-    power and squares it again.
+    Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor statistics are
+    normalised. It has no weights and is no part of the network: its buffers must not be in the state dict.
+
+    The numbers are those of `torchaudio.transforms.MelSpectrogram`, in 0.7 of its time on a CPU: that takes the root of
+    each power and squares it again.
     """
 
-    def __init__(self):
+    mel_weights: Tensor  # (N_FFT // 2 + 1, M)
+    window: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         mel_weights = torchaudio.functional.melscale_fbanks(
             N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
         )
-        self.register_buffer("mel_weights", mel_weights)  # (N_FFT // 2 + 1, M)
+        self.register_buffer("mel_weights", mel_weights)
         self.register_buffer("window", torch.hann_window(N_FFT))
 
     @torch.no_grad()
@@ -49,17 +53,18 @@ class LogMel(nn.Module):
 
 
 class FrontEnd(nn.Module):
-    """What the network is fed with, by name: waveform `(B, T)` -> `{"waveform": (B, T), "log_mel": (B, 1, M, F)}`.
+    """What the network is fed with, by name: samples int16 `(B, T)` -> `{"waveform": (B, T), "log_mel": (B, 1, M, F)}`.
 
-    Holds only what the channels need. Mixup works on these, each on its own.
+    The waveform lies in [-1, 1). Holds only what the channels need. Mixup works on these, each on its own.
     """
 
-    def __init__(self, channels: Collection[str]):
+    def __init__(self, channels: Collection[str]) -> None:
         super().__init__()
         self.keeps_waveform = "tgram" in channels
         self.log_mel = LogMel() if "sgram" in channels or "tagram" in channels else None
 
-    def forward(self, waveform: Tensor) -> dict[str, Tensor]:
+    def forward(self, samples: Tensor) -> dict[str, Tensor]:
+        waveform = samples.float() / 32768.0
         inputs = {"waveform": waveform} if self.keeps_waveform else {}
         return inputs if self.log_mel is None else inputs | {"log_mel": self.log_mel(waveform)}
 
@@ -72,7 +77,7 @@ class TgramNet(nn.Module):
     spelling included, are those of the published weight files.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv_extrctor = nn.Conv1d(1, N_MELS, kernel_size=1024, stride=HOP_LENGTH, padding=512, bias=False)
         self.conv_encoder = nn.Sequential(
@@ -95,9 +100,9 @@ def temporal_gate(log_mel: Tensor) -> Tensor:
     return torch.sigmoid(log_mel.amax(dim=-2, keepdim=True) + log_mel.mean(dim=-2, keepdim=True))
 
 
-def temporal_attention(log_mel: Tensor, gate_from: Tensor | None = None) -> Tensor:
-    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by the gate of `gate_from`.
+def temporal_attention(log_mel: Tensor) -> Tensor:
+    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by its gate.
 
-    The published gate is that of the dB values themselves, so that it is all but shut on quiet recordings.
+    As published the gate is that of the dB values themselves, so that it is all but shut on quiet recordings.
     """
-    return temporal_gate(log_mel if gate_from is None else gate_from) * log_mel
+    return temporal_gate(log_mel) * log_mel

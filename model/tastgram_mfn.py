@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
-from model.tastgram import N_MELS, TgramNet, temporal_attention
+from model.tastgram import TgramNet, temporal_attention
 
 CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
+MISSING = torch.empty(0)  # an input that no channel needs
 
 
 class CosineHead(nn.Module):
@@ -20,7 +21,7 @@ class CosineHead(nn.Module):
     rows of `weight`, of which the closest counts. The angular margin is added by the loss, which knows the labels.
     """
 
-    def __init__(self, num_classes: int, sub_centers: int = 1):
+    def __init__(self, num_classes: int, sub_centers: int = 1) -> None:
         super().__init__()
         self.sub_centers = sub_centers
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, EMBEDDING_SIZE))
@@ -39,28 +40,17 @@ class TASTgramMFN(nn.Module):
     The similarity is the cosine to each class centre with `head="arcface"`, and the output of the plain linear
     layer with `head="fc_out"`. Both heads are always built, as in the published weight files; the one that is not
     used is frozen. Of the input channels only those named in `channels` are built, stacked in the order `CHANNELS`.
-    With `attention="standardised"` the gate of the TAgram looks at the log-mel standardised per mel bin, with
-    statistics (the buffers `log_mel_mean` and `log_mel_std`, `(M, 1)`) that the trainer measures.
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        channels: Sequence[str] = CHANNELS,
-        head: str = "arcface",
-        sub_centers: int = 1,
-        attention: str = "published",
-    ):
+        self, num_classes: int, channels: Sequence[str] = CHANNELS, head: str = "arcface", sub_centers: int = 1
+    ) -> None:
         super().__init__()
         assert channels
         assert set(channels) <= set(CHANNELS), channels
         assert head in HEADS, head
         self.channels = tuple(channel for channel in CHANNELS if channel in channels)
         self.head = head
-        self.is_standardised = attention == "standardised" and "tagram" in self.channels
-        if self.is_standardised:
-            self.register_buffer("log_mel_mean", torch.zeros(N_MELS, 1))  # dB
-            self.register_buffer("log_mel_std", torch.ones(N_MELS, 1))
         if "tgram" in self.channels:
             self.tgramnet = TgramNet()
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
@@ -68,7 +58,11 @@ class TASTgramMFN(nn.Module):
         unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
         unused.requires_grad_(False)  # parameters without gradient would stop DistributedDataParallel
 
-    def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
+    def move_to(self, device: torch.device) -> "TASTgramMFN":
+        """Move the network to a device, in the memory format in which its convolutions are fastest."""
+        return self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(self, waveform: Tensor = MISSING, log_mel: Tensor = MISSING) -> Tensor:
         """The TASTgram `(B, channels, M, F)`."""
         stack = []
         if "tgram" in self.channels:
@@ -76,14 +70,10 @@ class TASTgramMFN(nn.Module):
         if "sgram" in self.channels:
             stack.append(log_mel)
         if "tagram" in self.channels:
-            stack.append(temporal_attention(log_mel, self.gate_source(log_mel)))
+            stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def gate_source(self, log_mel: Tensor) -> Tensor:
-        """What the attention looks at: the log-mel `(..., M, F)`, or the same standardised per mel bin."""
-        return (log_mel - self.log_mel_mean) / self.log_mel_std if self.is_standardised else log_mel
-
-    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, waveform: Tensor = MISSING, log_mel: Tensor = MISSING) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-import train
-import utils
+from config import load_config, parse_yaml
+from train import train
+from utils import run_script
 
 MACHINES = {"fan": [0, 2], "valve": [1]}
 
@@ -50,7 +51,6 @@ def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
     """Options of a tiny run that keeps all its files in `folder`."""
     options = {
         "data_root": data_root,
-        "store_path": folder / "store",
         "save_path": folder / "run.pth",
         "machines": MACHINES,
         "epoch": 1,
@@ -73,7 +73,7 @@ def call(monkeypatch, capfd):
     def call_script(main, *words: str):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            utils.run_script(main)
+            run_script(main)
         output, errors = capfd.readouterr()
         return end.value.code, output, errors
 
@@ -107,7 +107,8 @@ def trained_copy(trained, tmp_path) -> Path:
 def trained(tmp_path_factory, data_root) -> Path:
     """Folder of a finished tiny run: `run.pth`, `run.last.pth`, `run/`."""
     folder = tmp_path_factory.mktemp("trained")
-    options = dict(zip(*[iter(word.removeprefix("--") for word in arguments(folder, data_root))] * 2, strict=True))
-    options = {n: v if utils.FIELDS[n].type is str else utils.parse_yaml(v, n) for n, v in options.items()}
-    train.run(utils.load_config(**options))
+    words = iter(arguments(folder, data_root))
+    options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
+    paths = {name: options.pop(name) for name in ("data_root", "save_path")}
+    train(load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()}))
     return folder

@@ -1,20 +1,28 @@
 """Recordings spoilt on purpose: what a folder of real ones may hold after years on somebody's disk.
 
-`mutate(folder, sources, count, seed)` makes them from intact 16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and
-says of each what a reader may make of it.
+`broken(kind, path)` makes one of `BROKEN`. `spoilt_recordings(count)` makes `count` of them at random from intact
+16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and says of each what a reader may make of it. The intact files are
+synthetic unless the environment variable RECORDINGS names a folder of real ones, in any depth:
+RECORDINGS=/data/dcase2020 python -m pytest -m slow tests/test_audio.py tests/test_dataloader.py
 """
 
+import contextlib
+import faulthandler
 import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+from conftest import tone, write_clip, write_set
 
+NOBODY = 65534  # an ordinary user
 HEADER = 44  # bytes before the samples, in a WAV file with the chunks "fmt " and "data" alone
 NOT_A_CLIP = "passed over"  # its name is none of a clip
 
@@ -61,8 +69,9 @@ def data_size_too_large(content: bytes, samples: np.ndarray, rng: random.Random)
 
 
 def data_size_too_small(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """As a shorter clip may look, with something else behind it."""
     size = rng.choice([0, 2, 1000, rng.randrange(0, len(content) - HEADER - 100)])
-    return content[:40] + struct.pack("<I", size) + content[44:], None
+    return content[:40] + struct.pack("<I", size) + content[44:], samples[: size // 2] if size >= 2 else None
 
 
 def riff_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
@@ -125,6 +134,10 @@ def further_chunks(content: bytes, samples: np.ndarray, rng: random.Random) -> M
     return content[:12] + chunk + content[12:] + chunk, samples
 
 
+def foreign_bytes_behind(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    return content + rng.randbytes(rng.randrange(1, 300)), samples
+
+
 def other_encoding(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
     return rng.choice(
         [
@@ -148,7 +161,7 @@ def flac(path: Path, samples: np.ndarray) -> bytes:
 CONTENT: list[Callable[[bytes, np.ndarray, random.Random], Made]] = [
     header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small, riff_size_lies, format_size_lies,
     format_changed, chunk_name_changed, not_finite, empty, no_samples, noise, zeros, header_alone, web_page,
-    further_chunks, other_encoding, fewer_samples,
+    further_chunks, foreign_bytes_behind, other_encoding, fewer_samples,
 ]  # fmt: skip
 FILES = ["flac named wav", "flac cut", "flac flipped", "ogg named wav", "folder", "link to nothing", "link to itself",
          "pipe", "unreadable", "name not UTF-8", "line break in the name", "wrong ending"]  # fmt: skip
@@ -209,3 +222,99 @@ def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random)
         path = path.rename(path.with_suffix(rng.choice([".mp3", ".wav.part", ".wav~", ".txt", ""])))
         expected = NOT_A_CLIP
     return Spoilt(path, damage, expected)
+
+
+@contextlib.contextmanager
+def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
+    """A folder with a data set in `data`, whose machine fan has spoilt recordings among intact ones. All is done as an
+    ordinary user, whom the rights of a file stop, and within five minutes.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        write_set(folder / "data")
+        if given := os.environ.get("RECORDINGS"):
+            sources = sorted(Path(given).rglob("*.wav"))
+        else:
+            sources = [write_clip(folder / f"{index}.wav", tone(index)) for index in range(5)]
+        spoilt = mutate(folder / "data" / "fan" / "train", sources, count, seed=20)
+        faulthandler.dump_traceback_later(300, exit=True)  # a reader that hangs in C code hears no signal
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)
+        try:
+            yield folder, spoilt
+        finally:
+            os.seteuid(user)
+            faulthandler.cancel_dump_traceback_later()
+
+
+each_damage_and_200 = pytest.mark.parametrize(
+    "count", [pytest.param(len(DAMAGES), id="each"), pytest.param(200, id="200", marks=pytest.mark.slow)]
+)
+
+# ---- Recordings that cannot be used, one by one ----
+
+BROKEN = {  # how they are broken, and what is to be said
+    "empty": "empty", "no samples": "empty", "size 0": "empty|damaged", "cut in half": "truncated",
+    "header only": "damaged|truncated", "no audio": "unreadable|damaged", "wrong speed": "damaged",
+    "text": "unreadable", "nan": "not finite", "infinite, resampled": "not finite", "ogg": "it is OGG",
+    "absurd rate": "sample rate of 3 Hz", "folder": "unreadable: not a file", "flac cut": "truncated|unreadable",
+    "big-endian, cut": "truncated", "float, cut": "truncated", "pipe": "unreadable: not a file",
+    "missing": "unreadable: not a file",
+}  # fmt: skip
+
+
+def broken(kind: str, path: Path) -> None:
+    """Make `path` a recording that cannot be used."""
+    write_clip(path, tone(0, 2.0))
+    content = path.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "no samples":
+        write_clip(path, np.zeros(0))
+    elif kind == "size 0":
+        path.write_bytes(content[:40] + bytes(4) + content[44:])
+    elif kind == "cut in half":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "header only":
+        path.write_bytes(content[:30])
+    elif kind == "no audio":
+        path.write_bytes(content[:36])
+    elif kind == "wrong speed":
+        path.write_bytes(content[:24] + struct.pack("<I", 32_000) + content[28:])
+    elif kind == "text":
+        path.write_text("not audio\n")
+    elif kind == "nan":
+        samples = tone(0, 2.0)
+        samples[100] = np.nan
+        write_clip(path, samples, subtype="FLOAT")
+    elif kind == "infinite, resampled":
+        samples = tone(0, 2.0)
+        samples[100] = np.inf
+        write_clip(path, samples, rate=22_050, subtype="FLOAT")
+    elif kind == "ogg":
+        soundfile.write(path, tone(0, 2.0), 16_000, format="OGG")
+    elif kind == "absurd rate":
+        path.write_bytes(content[:24] + struct.pack("<II", 3, 6) + content[32:])
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "flac cut":
+        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000, format="FLAC")
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "big-endian, cut":
+        soundfile.write(path, tone(0, 2.0), 16_000, endian="BIG")
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "float, cut":
+        write_clip(path, tone(0, 2.0), subtype="FLOAT")
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "missing":
+        path.unlink()
+        path.symlink_to(path.with_name("nothing.wav"))  # listed in its folder all the same
+    else:
+        raise AssertionError(kind)

@@ -42,6 +42,11 @@ def waveforms() -> torch.Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
+def samples() -> torch.Tensor:
+    """The waveforms as int16 samples (4, 160000), exactly."""
+    return (waveforms() * 32768).to(torch.int16)
+
+
 def labels() -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(SEED + 1).randint(0, NUM_CLASSES, BATCH).astype(np.int64))
 

@@ -1,9 +1,6 @@
 """config.yaml, the command line, and the one-line errors they end in."""
 
-import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +8,17 @@ import yaml
 
 import eval as eval_script
 import train
-from utils import (
+from config import (
     DEFAULT_CONFIG,
-    FIELDS,
-    OneLineParser,
-    UserError,
+    KEYS,
     describe_keys,
     load_config,
+    make_config,
     parse_command_line,
     parse_yaml,
-    read_config,
+    read_yaml,
 )
-
-ROOT = Path(__file__).parent.parent
+from utils import OneLineParser, UserError
 
 
 def parse(*words: str):
@@ -31,8 +26,8 @@ def parse(*words: str):
 
 
 def test_config_yaml_holds_each_key_once_with_its_meaning():
-    assert list(read_config(DEFAULT_CONFIG)) == list(FIELDS)
-    assert list(describe_keys()) == list(FIELDS)
+    assert tuple(read_yaml(DEFAULT_CONFIG)) == KEYS
+    assert tuple(describe_keys()) == KEYS
     assert all(describe_keys().values())
 
 
@@ -75,18 +70,18 @@ def test_machine_types_may_look_like_numbers():
 
 def test_every_key_is_typed_on_the_command_line():
     values = {
-        "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9, "store_path": "1",
-        "store_device": "cpu", "mode": "arcmix",
+        "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9,
+        "data_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
-        "lr": 5e-4, "weight_decay": 0.0, "sync_batch_norm": False, "compile": "true", "eval_precision": "bf16",
+        "lr": 5e-4, "weight_decay": 0.0, "sync_batch_norm": False, "compile": True, "eval_precision": "bf16",
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",
-        "attention": "standardised", "threshold": "quantile", "threshold_percentile": 95.0,
+        "threshold": "quantile", "threshold_percentile": 95.0,
     }  # fmt: skip
-    assert set(values) == set(FIELDS)
+    assert set(values) == set(KEYS)
     words = [word for name, value in values.items() for word in (f"--{name}", yaml.safe_dump(value).strip("\n."))]
     words = [word.replace("\n...", "").strip("'") for word in words]
-    assert dataclasses.asdict(parse(*words)) == values
+    assert parse(*words).model_dump() == values
 
 
 def test_the_input_order_is_fixed_and_one_channel_needs_no_brackets():
@@ -143,8 +138,11 @@ def test_save_path_holds_mode_and_seed():
         (["--save_path", "{mdoe}.pth"], r"save_path: .* without braces but those of {mode} and {seed}"),
         (["--save_path", "x/.pth"], r"save_path: 'x/.pth' is not a file name"),
         (["--tensorboard", "maybe"], r"tensorboard: 'maybe' is not true or false"),
+        (["--tensorboard", "1"], r"tensorboard: 1 is not true or false"),
+        (["--compile", "maybe"], r"compile: 'maybe' is not auto, true or false"),
+        (["--lr", "true"], r"lr: True is not a number above 0"),
         (["--config", "none.yaml"], r"none.yaml: no such configuration file"),
-        (["--resume", "--overwrite"], r"--resume goes on with a run, --overwrite replaces it"),
+        (["--resume", "--overwrite"], r"--resume continues a run, --overwrite replaces it"),
     ],
 )
 def test_errors_on_the_command_line(fails, words, message):
@@ -181,7 +179,7 @@ def test_a_file_that_is_not_text(fails, tmp_path):
 def test_a_config_yaml_without_a_key_is_an_error(tmp_path, monkeypatch):
     file = tmp_path / "config.yaml"
     file.write_text(re.sub(r"(?m)^seed:.*$", "", DEFAULT_CONFIG.read_text()))
-    monkeypatch.setattr("utils.DEFAULT_CONFIG", file)
+    monkeypatch.setattr("config.DEFAULT_CONFIG", file)
     with pytest.raises(UserError, match="seed is missing"):
         load_config(file)
 
@@ -197,12 +195,19 @@ def test_help_lists_every_key_with_meaning_and_default(call, main):
     assert "(default: 0.0001)" in words
 
 
-def test_train_ddp_takes_the_same_options_and_says_how_it_is_started():
-    script = [sys.executable, ROOT / "train_ddp.py"]
-    result = subprocess.run([*script, "--help"], capture_output=True, text=True)
-    assert result.returncode == 0
-    assert all(f"--{name} VALUE" in result.stdout for name in FIELDS)
-    result = subprocess.run([*script, "--lr", "1"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert "torchrun --standalone --nproc_per_node=N train_ddp.py" in result.stderr
+def test_what_a_checkpoint_holds_is_read_back_as_the_same_configuration():
+    config = parse("--compile", "false", "--input", "tgram", "--data_root", "~/data")
+    assert make_config(("checkpoint", config.model_dump())) == config
+
+
+def test_differences_see_the_order_of_the_machines():
+    config = load_config(machines={"fan": [0], "pump": [0]})
+    assert config.differences(config.model_dump(), KEYS) == []
+    other = config.model_dump() | {"machines": {"pump": [0], "fan": [0]}, "lr": 1}
+    assert config.differences(other, KEYS) == ["machines", "lr"]
+    assert config.differences(other, ["lr", "seed"]) == ["lr"]
+
+
+def test_the_source_of_a_wrong_value_is_the_last_that_gave_it():
+    with pytest.raises(UserError, match=r"^later: lr: -1 is not a number above 0$"):
+        make_config(("first", load_config().model_dump()), ("later", {"lr": -1}))

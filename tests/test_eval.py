@@ -1,270 +1,187 @@
-"""Metrics on hand-made scores, the files that are written, and which configuration counts."""
+"""eval.py as a user calls it: what it writes, which configuration counts, single recordings, how it fails."""
 
 import csv
-import re
+import json
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import MACHINES, arguments, write_clip, write_set
+from conftest import MACHINES, arguments, tone, write_clip, write_set
 from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
-from dataloader import Clip, ClipSet
-from evaluation.metrics import Scores, bootstrap, combine, rate, rate_all, resample, weighted_areas
-from evaluation.tables import format_table, name_gaps, published_rows, write_per_machine
+from checkpoint import build_network, load_checkpoint, save_checkpoint
+from config import load_config
+from dataloader import class_labels
 from model import TASTgramMFN
-from utils import UserError, load_checkpoint, load_config
-
-CPU = torch.device("cpu")
 
 
-def clips(counts: dict[tuple[str, int], tuple[int, int]]) -> list[Clip]:
-    """Clips with so many normal and anomalous ones per machine."""
-    return [
-        Clip(Path(f"{condition}_id_{machine_id:02d}_{index}.wav"), machine_type, machine_id, 0, condition == "anomaly")
-        for (machine_type, machine_id), (normal, anomaly) in counts.items()
-        for condition, count in (("normal", normal), ("anomaly", anomaly))
-        for index in range(count)
-    ]
-
-
-# ---- Metrics ----
-
-
-def test_auc_counts_pairs_and_half_of_the_ties():
-    is_anomaly = np.array([0, 0, 0, 1, 1], dtype=bool)
-    row = rate(is_anomaly, np.array([0.1, 0.4, 0.3, 0.3, 0.9]))
-    assert row["AUC"] == pytest.approx((1 + 0 + 0.5 + 3) / 6)
-    assert (row["n_normal"], row["n_anomaly"]) == (3, 2)
-
-
-def test_partial_auc_is_standardised():
-    rng = np.random.default_rng(0)
-    is_anomaly = np.repeat([False, True], 2000)
-    chance = rate(is_anomaly, rng.normal(size=4000))
-    assert chance["pAUC"] == pytest.approx(0.5, abs=0.02)
-    assert rate(is_anomaly, is_anomaly.astype(float))["pAUC"] == 1.0
-    scores = rng.normal(size=4000) + is_anomaly
-    assert rate(is_anomaly, scores)["pAUC"] == roc_auc_score(is_anomaly, scores, max_fpr=0.1)
-
-
-def test_pooled_mean_and_lowest():
-    # Each ID is separated perfectly, or not at all, but on scales of their own: pooling sees that, the mean does not.
-    of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 2), ("pump", 0): (1, 3)})
-    scores = np.array([1, 2, 3, 4, 11, 12, 13, 10, 1, 2, 3, 0], dtype=float)
-    table = rate_all(of, scores)
-    assert list(table) == ["fan", "pump", "average"]
-    assert list(table["fan"]) == ["00", "02", "pooled", "mean", "min"]
-    assert [table["fan"][name]["AUC"] for name in ("00", "02", "pooled", "mean", "min")] == [
-        1.0, 0.5, (2 * 2 + 4 + 2) / 16, 0.75, 0.5
-    ]  # fmt: skip
-    assert table["pump"]["00"]["AUC"] == pytest.approx(2 / 3)
-    assert table["average"]["mean"]["AUC"] == pytest.approx((0.75 + 2 / 3) / 2)
-    assert table["average"]["min"]["AUC"] == pytest.approx((0.5 + 2 / 3) / 2)
-    assert table["average"]["pooled"]["AUC"] == pytest.approx((10 / 16 + 2 / 3) / 2)
-    assert table["fan"]["pooled"]["n_normal"] == 4
-    assert set(table["average"]) == {"pooled", "mean", "min"}
-
-
-def test_the_lowest_is_of_each_column_on_its_own():
-    rows = [
-        {"AUC": 0.9, "pAUC": 0.5, "n_normal": 3, "n_anomaly": 8},
-        {"AUC": 0.6, "pAUC": 0.8, "n_normal": 5, "n_anomaly": 7},
-    ]
-    assert combine(rows, np.min) == {"AUC": 0.6, "pAUC": 0.5, "n_normal": 3, "n_anomaly": 7}
-    assert str(combine(rows, np.mean)["n_normal"]) == "4", "a whole number of clips"
-    assert combine(rows, np.mean)["n_anomaly"] == 7.5
-
-
-def test_one_class_only_is_left_out_and_named(capsys):
-    of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 0), ("pump", 0): (0, 2)})
-    table = rate_all(of, np.arange(8.0))
-    assert table["fan"]["02"]["AUC"] is None
-    assert table["fan"]["mean"]["AUC"] == table["fan"]["00"]["AUC"] == 1.0
-    assert table["pump"]["pooled"]["AUC"] is table["pump"]["mean"]["AUC"] is None
-    assert table["average"]["mean"]["AUC"] == 1.0
-    name_gaps(table)
-    assert "test clips: fan 02, pump 00, pump pooled, pump mean, pump min" in capsys.readouterr().err
-
-
-def test_scores_that_are_not_finite_have_no_place_in_an_order():
-    with pytest.raises(UserError, match="1 of 4 scores are not finite"):
-        rate_all(clips({("fan", 0): (2, 2)}), np.array([1.0, np.nan, 2.0, 3.0]))
-
-
-# ---- Intervals ----
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_weighted_areas_are_those_of_repeated_clips(ties):
-    rng = np.random.default_rng(1)
-    is_anomaly = np.repeat([False, True], [60, 40])
-    scores = rng.normal(size=100) + is_anomaly
-    if ties:
-        scores = np.round(scores)
-    weights = np.concatenate([np.ones((1, 100)), resample(is_anomaly, 20, rng)])
-    assert (weights[:, :60].sum(axis=1) == 60).all()
-    assert (weights[:, 60:].sum(axis=1) == 40).all()
-    auc, pauc = weighted_areas(is_anomaly, scores, weights)
-    for index, weight in enumerate(weights.astype(int)):
-        expected = rate(np.repeat(is_anomaly, weight), np.repeat(scores, weight))
-        assert auc[index] == pytest.approx(expected["AUC"], abs=1e-12)
-        assert pauc[index] == pytest.approx(expected["pAUC"], abs=1e-12)
-
-
-def test_the_bootstrap_draws_within_machine_and_condition():
-    of = clips({("fan", 0): (30, 30), ("fan", 2): (30, 30), ("pump", 0): (3, 0)})
-    scores = np.random.default_rng(0).normal(size=123) + [clip.is_anomaly for clip in of]
-    draws, again = (bootstrap(of, scores, draws=200, seed=3) for _ in range(2))
-    assert set(draws) == {
-        *(("fan", name) for name in ("00", "02", "pooled", "mean", "min")),
-        *(("average", name) for name in ("pooled", "mean", "min")),
-    }
-    assert all(np.array_equal(draws[key], again[key]) for key in draws)
-    for column in range(2):
-        one, other = draws["fan", "00"][column], draws["fan", "02"][column]
-        assert np.allclose(draws["fan", "mean"][column], (one + other) / 2)
-        assert np.array_equal(draws["fan", "min"][column], np.minimum(one, other))
-        assert np.array_equal(draws["average", "min"][column], draws["fan", "min"][column])
-    auc = rate_all(of, scores)["fan"]["pooled"]["AUC"]
-    drawn = draws["fan", "pooled"][0]
-    # Hanley and McNeil's standard error of an AUC, with 60 normal and 60 anomalous clips
-    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    error = np.sqrt((auc * (1 - auc) + 59 * (q1 - auc**2) + 59 * (q2 - auc**2)) / 3600)
-    assert drawn.mean() == pytest.approx(auc, abs=0.02)
-    assert drawn.std() == pytest.approx(error, rel=0.25)
-
-
-def test_perfect_scores_leave_no_room():
-    of = clips({("fan", 0): (5, 5)})
-    draws = bootstrap(of, np.arange(10.0), draws=50)
-    assert (draws["fan", "00"][0] == 1).all()
-    assert np.allclose(draws["fan", "00"][1], 1)
-    assert Scores(of, np.arange(10.0)).machines["fan"]["00"].tolist() == list(range(10))
-
-
-# ---- Table and files ----
-
-
-def test_the_table_labels_both_ways_and_shows_the_published_row():
-    of = clips({(t, 0): (2, 2) for t in load_config().machines})
-    table = rate_all(of, np.tile([0.0, 1.0, 0.5, 2.0], 6))
-    text = format_table(table, published_rows(load_config(), "test"))
-    assert "pooled over IDs" in text
-    assert "mean over IDs" in text
-    assert "mAUC" in text
-    fan, average = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("fan", "average"))
-    assert "75.00" in fan
-    assert fan.endswith("98.32    95.34    92.67")
-    assert average.endswith("94.65    89.31    89.78")
-    for other in (load_config(mode="arcface"), load_config(input=["sgram"]), load_config(attention="standardised")):
-        assert "98.32" not in format_table(table, published_rows(other, "test"))
-    del table["fan"]
-    assert "94.65" not in format_table(table, published_rows(load_config(), "test")), "an average over other types"
+def read_csv(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
 
 
 def evaluate(call, folder: Path, data_root: Path, *words: str):
-    """Evaluate run.pth in a copy of `folder`'s files."""
-    return call(
-        eval_script.main, folder / "run.pth", "--data_root", data_root, "--store_path", folder / "store",
-        "--device", "cpu", *words,
-    )  # fmt: skip
+    """Evaluate the run.pth of a folder."""
+    return call(eval_script.main, folder / "run.pth", "--data_root", data_root, "--device", "cpu", *words)
 
 
-def read_metrics(folder: Path) -> dict[tuple[str, str], list[str]]:
-    with (folder / "run" / "eval" / "metrics.csv").open(newline="") as file:
-        header, *lines = csv.reader(file)
-    assert header == [
-        "machine_type", "machine_id", "AUC", "pAUC", "n_normal", "n_anomaly",
-        "AUC_low", "AUC_high", "pAUC_low", "pAUC_high",
-    ]  # fmt: skip
-    return {(line[0], line[1]): line[2:] for line in lines}
+def make_lively(folder: Path) -> None:
+    """Give run.pth weights under which clips differ, which one epoch on a few clips does not achieve, and held-out
+    scores of every machine, of which fan 02 has too few of its own.
+    """
+    rng, rows = np.random.default_rng(0), []
+    for *machine, shape, scale, count in (
+        ("fan", "00", 20, 1, 25),
+        ("fan", "02", 20, 1, 5),
+        ("valve", "01", 45, 0.43, 30),
+    ):
+        rows += [(*machine, score) for score in rng.gamma(shape, scale, count).tolist()]
+    held_out = dict(zip(("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True))
+    state = load_checkpoint(folder / "run.pth") | {"held_out": held_out}
+    state["model"] = {
+        name: value[: len(state["model"][name])] if value.ndim else value  # the centres of three classes
+        for name, value in reference.parameters().items()
+    }
+    save_checkpoint(folder / "run.pth", state)
+
+
+@pytest.fixture
+def lively(trained_copy) -> Path:
+    """A copy of the tiny run in which clips differ, with held-out scores of every machine."""
+    make_lively(trained_copy)
+    return trained_copy
+
+
+# ---- What an evaluation writes ----
 
 
 def test_what_an_evaluation_writes(trained_copy, data_root, call):
     status, output, _ = evaluate(call, trained_copy, data_root)
     assert status == 0
-    folder = trained_copy / "run" / "eval"
+    folder = trained_copy / "run" / "test"
     names = {"anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv", "anomaly_score_valve_id_01.csv"}
     others = {"metrics.csv", "metrics.json", "results.md", "decisions.csv"}
-    decisions = {f"decision_result_{machine}.csv" for machine in held_out_machines(trained_copy)}
+    types = load_checkpoint(trained_copy / "run.pth")["held_out"]["machine_type"]  # those with held-out clips
+    decisions = {f"decision_result_{t}_id_{i:02d}.csv" for t, ids in MACHINES.items() for i in ids if t in types}
     assert {path.name for path in folder.iterdir()} == names | decisions | others
-    metrics = read_metrics(trained_copy)
+    assert f"12 scores and metrics: {folder}" in output
+    header, *lines = read_csv(folder / "metrics.csv")
+    assert header == [
+        "machine_type", "machine_id", "AUC", "pAUC", "n_normal", "n_anomaly",
+        "AUC_low", "AUC_high", "pAUC_low", "pAUC_high",
+    ]  # fmt: skip
+    metrics = {(line[0], line[1]): line[2:] for line in lines}
     assert list(metrics) == [
         ("fan", "00"), ("fan", "02"), ("fan", "pooled"), ("fan", "mean"), ("fan", "min"),
         ("valve", "01"), ("valve", "pooled"), ("valve", "mean"), ("valve", "min"),
         ("average", "pooled"), ("average", "mean"), ("average", "min"),
     ]  # fmt: skip
-    for name in names:  # the metrics follow from the score files, at full precision
-        lines = [line.rsplit(",", 1) for line in (folder / name).read_text().splitlines()]
-        assert [file for file, _ in lines] == sorted(file for file, _ in lines)
-        assert all(float(np.float32(score)) == float(score) for _, score in lines), "float32, read back exactly"
-        auc = roc_auc_score([file.startswith("anomaly") for file, _ in lines], [float(score) for _, score in lines])
+    for name in names:  # the metrics follow from the score files
+        rows = read_csv(folder / name)
+        assert [file for file, _ in rows] == sorted(file for file, _ in rows)
+        assert all(float(np.float32(score)) == float(score) for _, score in rows), "float32, read back exactly"
+        auc = roc_auc_score([file.startswith("anomaly") for file, _ in rows], [float(score) for _, score in rows])
         machine_type, machine_id = name.removeprefix("anomaly_score_").removesuffix(".csv").split("_id_")
-        assert float(metrics[machine_type, machine_id][0]) == auc
+        assert float(metrics[machine_type, machine_id][0]) == pytest.approx(auc, abs=1e-12)
         assert metrics[machine_type, machine_id][2:4] == ["2", "2"]
-    assert f"12 scores and metrics: {folder}" in output
+
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content["about"]["seed"] == 2023
+    assert content["about"]["clips trained on"] == 11
+    assert content["about"]["clips of test"] == "6 normal, 6 anomalous"
+    assert content["interval"] == {"coverage": 0.95, "draws": 2000, "seed": 0}
+    assert [(t, row) for t, of in content["metrics"].items() for row in of] == list(metrics)
+    for machine_type, of in content["metrics"].items():
+        for name, values in of.items():
+            assert [str(value) for value in values.values()] == metrics[machine_type, name]
+            assert values["AUC_low"] <= values["AUC"] <= values["AUC_high"]
+    assert "- mode: noisy_arcmix" in (folder / "results.md").read_text()
 
 
-def held_out_machines(folder: Path) -> list[str]:
-    """The machines of the types that have held-out clips, as file names have them."""
-    types = load_checkpoint(folder / "run.pth")["held_out"]
-    return [f"{t}_id_{i:02d}" for t, ids in MACHINES.items() for i in ids if t in types]
-
-
-def test_scores_do_not_depend_on_the_batch_size(trained, data_root):
-    config = load_config(
-        data_root=str(data_root), store_path=str(trained / "store"), machines=MACHINES, score_dtype="float64"
-    )
-    one, five = (
-        eval_script.evaluate(
-            eval_script.load_model(trained / "run.pth", load_config(**vars(config) | {"batch_size": size}), set()),
-            ClipSet.load(config, "test"),
-            CPU,
-        ).scores
-        for size in (2, 5)
-    )
-    assert one.dtype == np.float64
-    assert one == pytest.approx(five, rel=1e-4, abs=1e-6)
-
-
-def test_one_class_only_gives_empty_cells(trained, tmp_path, call):
-    root = write_set(tmp_path / "data")
-    for path in (root / "fan/test").glob("anomaly_id_02_*"):
-        path.unlink()
-    shutil.copy(trained / "run.pth", tmp_path / "run.pth")
-    status, _, errors = evaluate(call, tmp_path, root)
+def test_evaluation_clips_with_and_without_labels(lively, tmp_path, data_root, call, fails):
+    root, lines = tmp_path / "data", {"fan": [], "valve": []}
+    for machine_type, pattern in (("fan", "*_id_00_*"), ("valve", "*_00000000.wav")):
+        for path in sorted((data_root / machine_type / "test").glob(pattern)):
+            condition, _, machine_id, number = path.stem.split("_")
+            is_anomaly = int(condition == "anomaly")
+            name = f"id_{machine_id}_{is_anomaly}{number[1:]}.wav"  # which does not tell
+            lines[machine_type].append(f"{name},{path.name},{is_anomaly}")
+            for link in (root / machine_type / "test" / path.name, root / machine_type / "evaluation" / name):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+    status, output, _ = evaluate(call, lively, root)
     assert status == 0
-    assert "fan 02" in errors
-    metrics = read_metrics(tmp_path)
-    assert metrics["fan", "02"] == ["", "", "2", "0", "", "", "", ""]
-    assert metrics["fan", "mean"][:2] == metrics["fan", "00"][:2]
+    assert "98.32" in output
+    folder, label_list = lively / "run" / "evaluation", root / "eval_data_list.csv"
+    names = {
+        "anomaly_score_fan_id_00.csv", "anomaly_score_valve_id_01.csv", "decision_result_fan_id_00.csv",
+        "decision_result_valve_id_01.csv", "decisions.csv",
+    }  # fmt: skip
+
+    label_list.write_text("\n".join(["fan", *lines["fan"], "valve", *lines["valve"]]) + "\n")
+    status, output, _ = evaluate(call, lively, root, "--split", "evaluation")
+    assert status == 0
+    assert "98.32" not in output, "the published table is of the test clips"
+    assert {path.name for path in folder.iterdir()} == names | {"metrics.csv", "metrics.json", "results.md"}
+    of_test, of_evaluation = (lively / "run" / split / "metrics.csv" for split in ("test", "evaluation"))
+    assert of_test.read_text() == of_evaluation.read_text()
+
+    label_list.write_text("\n".join(["fan", *lines["fan"][1:]]) + "\n")
+    status, output, errors = evaluate(call, lively, root, "--split", "evaluation")
+    assert status == 0
+    assert "3 of 6 clips are not in eval_data_list.csv and count in no metric" in errors
+    assert "valve" not in output
+    assert len(read_csv(folder / "anomaly_score_valve_id_01.csv")) == 2
+
+    label_list.unlink()
+    status, output, errors = evaluate(call, lively, root, "--split", "evaluation")
+    assert status == 0
+    assert "6 of 6 clips are not in eval_data_list.csv and count in no metric" in errors
+    assert "AUC" not in output
+    assert f"6 scores: {folder}" in output
+    assert {path.name for path in folder.iterdir()} == names, "no metrics of labels that are not there any more"
+    fails(
+        eval_script.main, lively / "run.pth", "--data_root", data_root, "--split", "evaluation",
+        match="download.py --parts evaluation",
+    )  # fmt: skip
 
 
-def test_scores_of_an_id_that_went_are_removed(trained, tmp_path, call):
-    root = write_set(tmp_path / "data")
-    shutil.copy(trained / "run.pth", tmp_path / "run.pth")
-    evaluate(call, tmp_path, root)
-    for path in (root / "fan/test").glob("*_id_02_*"):
-        path.unlink()
-    evaluate(call, tmp_path, root)
-    assert not (tmp_path / "run/eval/anomaly_score_fan_id_02.csv").exists()
+def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(trained, tmp_path, data_root, call):
+    state = load_checkpoint(trained / "run.pth")
+    state["config"] |= {"mode": "cross_entropy", "input": ["sgram"]}
+    state["model"] = build_network(load_config(**state["config"])).state_dict()
+    save_checkpoint(tmp_path / "run.pth", state)
+    folder = tmp_path / "data" / "fan" / "evaluation"
+    folder.mkdir(parents=True)
+    for path in (data_root / "fan" / "test").glob("normal*"):
+        (folder / path.name.removeprefix("normal_")).symlink_to(path)
+    status, output, _ = evaluate(call, tmp_path, tmp_path / "data", "--split", "evaluation", "--report")
+    assert status == 0
+    results = tmp_path / "run" / "evaluation"
+    assert {path.stem for path in (results / "figures").iterdir()} == {"scores", "tastgram", "embedding", "history"}
+    assert f"4 figures: {results / 'figures'}" in output
+    assert f"report: {results / 'report.html'}" in output
+    assert "Hardest" not in (results / "report.html").read_text()
 
 
 # ---- Which configuration counts ----
 
 
-def test_editing_the_configuration_cannot_move_a_score(trained_copy, data_root, tmp_path, call):
-    evaluate(call, trained_copy, data_root)
-    before = (trained_copy / "run/eval/anomaly_score_fan_id_00.csv").read_text()
-    file = tmp_path / "other.yaml"
-    file.write_text("machines: {valve: [1], fan: [2, 0]}\nmode: cross_entropy\ninput: [sgram]\nm: 0.1\ns: 3\n")
-    assert evaluate(call, trained_copy, data_root, "--config", file)[0] == 0
-    assert (trained_copy / "run/eval/anomaly_score_fan_id_00.csv").read_text() == before
+def test_editing_the_configuration_cannot_move_a_score(lively, data_root, tmp_path, call):
+    agreeing = ("--mode", "noisy_arcmix", "--m", "0.7")
+    assert evaluate(call, lively, data_root, *agreeing)[0] == 0
+    file = lively / "run" / "test" / "anomaly_score_fan_id_00.csv"
+    before = file.read_text()
+    file.unlink()
+    other = tmp_path / "other.yaml"
+    other.write_text("machines: {valve: [1], fan: [2, 0]}\nmode: cross_entropy\ninput: [sgram]\nm: 0.1\ns: 3\n")
+    assert evaluate(call, lively, data_root, "--config", other)[0] == 0
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -279,93 +196,137 @@ def test_contradicting_the_checkpoint_is_an_error(trained, data_root, fails, opt
     fails(eval_script.main, *words, match=rf"command line: {option} .* is not the checkpoint's, .*run.pth")
 
 
-def test_agreeing_with_the_checkpoint_is_none(trained_copy, data_root, call):
-    assert evaluate(call, trained_copy, data_root, "--mode", "noisy_arcmix", "--m", "0.7")[0] == 0
-
-
-def test_a_bare_state_dict_takes_the_configuration(tmp_path, data_root, call, fails):
-    """Published weights: a state dict in the names of the reference, scored in the published configuration."""
+@pytest.mark.filterwarnings("error")
+def test_published_weights_give_the_scores_of_the_reference(tmp_path, call, fails):
+    """From WAV files and a bare state dict, scored in the published configuration; no held-out scores come with it."""
+    table, root = list(class_labels(load_config().machines)), tmp_path / "data"
+    for index, (label, waveform) in enumerate(zip(reference.labels(), reference.waveforms().numpy(), strict=True)):
+        machine_type, machine_id = table[label]
+        clip = write_clip(root / machine_type / "test" / f"normal_id_{machine_id}_{index}.wav", waveform)
     torch.save(reference.parameters(), tmp_path / "run.pth")
-    status, _, errors = evaluate(call, tmp_path, data_root)
+    status, _, errors = evaluate(call, tmp_path, root)
     assert status == 0
     assert "run.pth is a bare state dict: machines, mode, input" in errors
+    assert "run.pth: no scores of held-out clips, so there are no decisions" in errors
+    folder = tmp_path / "run" / "test"
+    rows = [row for path in folder.glob("anomaly_score_*.csv") for row in read_csv(path)]
+    scores = {int(Path(name).stem[-1]): float(score) for name, score in rows}
+    assert reference.distance(np.array([scores[index] for index in range(4)]), reference.VALUES["eval_score"]) < 1e-4
+    assert not list(folder.glob("decision*"))
+
+    _, output, _ = score(call, tmp_path, clip, "--machine_type", machine_type, "--machine_id", machine_id)
+    assert output.rstrip("\n").split("\t")[3:] == ["-", "-"]
     fails(
-        eval_script.main, tmp_path / "run.pth", "--machines", "{fan: [0, 2]}", "--data_root", data_root,
+        eval_script.main, tmp_path / "run.pth", "--machines", "{fan: [0, 2]}", "--data_root", root,
         match=r"does not fit the configuration .*arcface.weight is \(41, 128\) in the file and \(2, 128\)",
     )  # fmt: skip
     fails(eval_script.main, tmp_path / "run.pth", "--input", "sgram", match="conv1.conv.weight|tgramnet")
 
 
-def test_scores_of_published_weights_are_the_reference(tmp_path):
-    """From WAV files and a bare state dict to the scores that the reference values give."""
-    labels, machines = reference.labels().tolist(), load_config().machines
-    table = [(machine_type, machine_id) for machine_type, ids in machines.items() for machine_id in ids]
-    for index, (label, waveform) in enumerate(zip(labels, reference.waveforms().numpy(), strict=True)):
-        machine_type, machine_id = table[label]
-        write_clip(tmp_path / machine_type / "test" / f"normal_id_{machine_id:02d}_{index}.wav", waveform)
-    torch.save(reference.parameters(), tmp_path / "published.pth")
-    config = load_config(data_root=str(tmp_path), store_path=str(tmp_path / "store"))
-    trained = eval_script.load_model(tmp_path / "published.pth", config, set())
-    test_clips = ClipSet.load(config, "test")
-    scores = eval_script.evaluate(trained, test_clips, CPU).scores
-    order = [int(clip.path.stem[-1]) for clip in test_clips.clips]
-    assert reference.distance(scores, reference.VALUES["eval_score"][order]) < 1e-4
+# ---- Single recordings ----
 
 
-# ---- The challenge's evaluation clips ----
+def score(call, folder: Path, *words):
+    return call(eval_script.main, folder / "run.pth", "--device", "cpu", "--score", *words)
 
 
-def test_evaluation_clips_with_and_without_labels(trained_copy, tmp_path, data_root, call, fails):
-    root, test_scores = tmp_path / "data", {}
-    assert evaluate(call, trained_copy, data_root)[0] == 0
-    for path in sorted(data_root.glob("*/test/*.wav")):  # the test clips, under names that do not tell
-        machine_type, name = path.parent.parent.name, path.name.replace("normal_", "").replace("anomaly_id", "id_1")
-        new = root / machine_type / "evaluation" / re.sub(r"id_1_(\d\d)_0", r"id_\1_1", name)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, new)
-        test_scores[new.name, machine_type] = path.name
-    folder = trained_copy / "run" / "evaluation"
-
-    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
+def test_single_recordings_score_as_in_an_evaluation(lively, data_root, call):
+    assert evaluate(call, lively, data_root, "--score_dtype", "float64")[0] == 0
+    expected = dict(read_csv(lively / "run" / "test" / "anomaly_score_fan_id_00.csv"))
+    decisions = dict(read_csv(lively / "run" / "test" / "decision_result_fan_id_00.csv"))
+    folder = data_root / "fan" / "test"
+    status, output, errors = score(call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json")
     assert status == 0
-    assert "12 of 12 clips are not in eval_data_list.csv and count in no metric" in errors
-    assert "AUC" not in output
-    assert f"12 scores: {folder}" in output
-    names = {"anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv", "anomaly_score_valve_id_01.csv"}
-    names |= {f"decision_result_{machine}.csv" for machine in held_out_machines(trained_copy)} | {"decisions.csv"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert "fan 02 (5 of 30)" in errors
+    rows = {Path(row["file"]).name: row for row in json.loads(output)}
+    assert set(rows) == {path.name for path in folder.iterdir()}
+    for name, value in expected.items():
+        assert rows[name]["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+        assert (rows[name]["decision"] == "anomalous") == (rows[name]["score"] > rows[name]["threshold"])
+        assert rows[name]["decision"] == {"0": "normal", "1": "anomalous"}[decisions[name]]
 
-    lines = {"fan": [], "valve": []}
-    for (name, machine_type), original in test_scores.items():
-        lines[machine_type].append(f"{name},{original},{int(original.startswith('anomaly'))}")
-    (root / "eval_data_list.csv").write_text("\n".join(["fan", *lines["fan"], "valve", *lines["valve"]]) + "\n")
-    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
+
+def test_the_best_fitting_id_is_named(lively, data_root, call):
+    clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
+    each = {}
+    for machine_id in (0, 2):
+        _, output, _ = score(call, lively, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json")
+        each[machine_id] = json.loads(output)[0]["score"]
+    status, output, _ = score(call, lively, clip, "--machine_type", "fan")
     assert status == 0
-    assert "98.32" not in output, "the published table is of the test clips"
-    assert {path.name for path in folder.iterdir()} == names | {"metrics.csv", "metrics.json", "results.md"}
-    of_test, of_evaluation = (trained_copy / "run" / part / "metrics.csv" for part in ("eval", "evaluation"))
-    assert of_test.read_text() == of_evaluation.read_text()
+    file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
+    best = min(each, key=each.get)
+    assert (file, machine, float(value)) == (str(clip), f"fan {best:02d}", pytest.approx(each[best], rel=1e-4))
+    assert decision == ("anomalous" if float(value) > float(threshold) else "normal")
 
-    (root / "eval_data_list.csv").write_text("\n".join(["fan", *lines["fan"][1:]]) + "\n")
-    status, output, errors = evaluate(call, trained_copy, root, "--part", "evaluation")
-    assert "5 of 12 clips are not in" in errors
-    assert "valve" not in output.replace("anomaly_score_valve", "")
-    assert len((folder / "anomaly_score_valve_id_01.csv").read_text().splitlines()) == 4
-    (root / "eval_data_list.csv").unlink()
-    evaluate(call, trained_copy, root, "--part", "evaluation")
-    assert {path.name for path in folder.iterdir()} == names, "of labels that are not there any more"
+
+def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_path, fails, call):
+    good = write_clip(tmp_path / "folder" / "b.wav", tone(5, 2.0), rate=44_100)
+    (tmp_path / "folder" / "a.wav").write_text("not audio")
+    places = (tmp_path / "folder", tmp_path / "nowhere.wav", "--machine_type", "fan", "--machine_id", "2")
+    status, output, errors = score(call, lively, *places)
+    assert status == 2
+    lines = output.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
+    assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
+    assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
+    assert errors.splitlines()[-1] == "error: 2 of 3 recordings could not be scored; their lines say why"
     fails(
-        eval_script.main, trained_copy / "run.pth", "--data_root", data_root, "--part", "evaluation",
-        match="download.py --parts evaluation",
+        eval_script.main, lively / "run.pth", "--score", good, "--machine_type", "fan", "--machine_id", "7",
+        match=r"run.pth knows no machine fan 7; it was trained on fan 0, 2; valve 1",
+    )  # fmt: skip
+    fails(eval_script.main, lively / "run.pth", "--score", good, match="--score needs --machine_type")
+    (tmp_path / "empty").mkdir()
+    fails(
+        eval_script.main, lively / "run.pth", "--score", tmp_path / "empty", "--machine_type", "fan",
+        match="empty: no WAV or FLAC files in this folder",
     )  # fmt: skip
 
 
-def test_file_names_with_commas_are_quoted(tmp_path):
-    of = [Clip(Path('normal_id_00_a,"b".wav'), "fan", 0, 0, False)]
-    write_per_machine(tmp_path, "anomaly_score", of, np.array([1.5]))
-    (path,) = tmp_path.iterdir()
-    with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [['normal_id_00_a,"b".wav', "1.5"]]
+# ---- Several checkpoints ----
+
+
+def test_several_checkpoints_are_compared(lively, tmp_path, data_root, call, fails):
+    """Two seeds of one configuration and one of another, which differ in weights made up here."""
+    paths = []
+    for name, seed, m in (("a", 1, 0.7), ("b", 2, 0.7), ("c", 1, 0.5)):
+        state = load_checkpoint(lively / "run.pth")
+        generator = torch.Generator().manual_seed(len(paths))
+        weight = state["model"]["arcface.weight"]
+        state["model"]["arcface.weight"] = weight + 0.5 * torch.randn(weight.shape, generator=generator)
+        state["config"] |= {"seed": seed, "m": m}
+        paths.append(tmp_path / f"{name}.pth")
+        save_checkpoint(paths[-1], state)
+    options = ("--data_root", data_root, "--device", "cpu")
+    status, output, _ = call(eval_script.main, *paths, *options, "--output", tmp_path / "comparison")
+    assert status == 0
+    text = (tmp_path / "comparison" / "comparison.md").read_text()
+    pooled = [100 * float(row[2]) for path in paths for row in read_csv(path.with_suffix("") / "test" / "metrics.csv")
+              if row[:2] == ["average", "pooled"]]  # fmt: skip
+    assert len(set(pooled)) == 3
+    for path, value in zip(paths, pooled, strict=True):
+        assert f"| {path} | {value:.2f} |" in text
+    both = pooled[:2]
+    assert f"| m 0.7 (n = 2) | {np.mean(both):.2f} ± {np.std(both, ddof=1):.2f} |" in text
+    assert f"| m 0.5 (n = 1) | {pooled[2]:.2f} |" in text
+    assert f"| m 0.7 minus m 0.5 | {np.mean(both) - pooled[2]:+.2f} (" in text
+    assert output.count("in percent") == 3
+    rows = read_csv(tmp_path / "comparison" / "comparison.csv")
+    assert len(rows) == 1 + 3 * 12
+    torch.save(TASTgramMFN(2).state_dict(), tmp_path / "other.pth")
+    fails(eval_script.main, paths[0], tmp_path / "other.pth", *options, match="other.pth does not fit")
+
+
+@pytest.mark.slow
+def test_figures_of_several_checkpoints(trained, tmp_path, data_root, call):
+    paths = [Path(shutil.copy(trained / "run.pth", tmp_path / f"{name}.pth")) for name in "ab"]
+    options = ("--data_root", data_root, "--device", "cpu", "--output", tmp_path / "both")
+    status, output, _ = call(eval_script.main, *paths, *options, "--plots")
+    assert status == 0
+    assert output.count("6 figures: ") == 2
+    assert f"angles.png: {tmp_path / 'both'}" in output
+    height, width, _ = matplotlib.image.imread(tmp_path / "both" / "angles.png").shape
+    assert width > 2 * height
 
 
 # ---- Errors ----
@@ -382,9 +343,11 @@ def test_no_test_clips(trained, tmp_path, fails):
     fails(eval_script.main, trained / "run.pth", "--data_root", tmp_path, match="no folder .*fan/test")
 
 
-def test_scores_that_are_not_finite(tmp_path, data_root, fails):
-    model = TASTgramMFN(3)
+def test_scores_that_are_not_finite(tmp_path, fails):
+    machines = {"fan": [0, 1]}
+    root = write_set(tmp_path / "data", machines, train_clips=0, test_clips=1)
+    model = TASTgramMFN(2)
     torch.nn.init.constant_(model.mobilefacenet.linear1.bn.bias, float("nan"))
     torch.save(model.state_dict(), tmp_path / "run.pth")
-    options = arguments(tmp_path, data_root)
-    fails(eval_script.main, tmp_path / "run.pth", *options, match="12 of 12 scores are not finite")
+    options = arguments(tmp_path, root, machines=machines)
+    fails(eval_script.main, tmp_path / "run.pth", *options, match="4 of 4 scores are not finite")

@@ -1,57 +1,341 @@
-"""Decisions, single recordings, comparisons, figures and report of an evaluation; the attention's two gates."""
+"""The rooms of the evaluation: metrics and intervals, scoring, decisions, tables, comparison, figures, report."""
 
-import csv
 import html.parser
 import itertools
-import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import arguments, tone, write_clip
-from test_eval import clips, evaluate
+from conftest import MACHINES
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_auc_score
+from test_eval import make_lively, read_csv
 
-import eval as eval_script
-import train
-from dataloader import ClipSet
-from evaluation.decisions import Threshold, decide, fit_threshold, fit_thresholds, rate_decisions
-from evaluation.tables import markdown_table
-from model import FrontEnd, TASTgramMFN
-from model.tastgram import temporal_gate
-from utils import load_checkpoint, load_config, save_checkpoint
+from checkpoint import RunFiles, build_network, load_checkpoint, load_model
+from config import load_config
+from dataloader import MACHINE, ClipSet, load_clips
+from evaluation.comparison import compare
+from evaluation.decisions import count_decisions, decide, fit_threshold, fit_thresholds
+from evaluation.figures import draw_all, draw_angles, read_history, read_samples
+from evaluation.metrics import Metrics, compute, measure, resample
+from evaluation.report import write_report
+from evaluation.result import Result, evaluate
+from evaluation.tables import (
+    format_table,
+    markdown_table,
+    published_rows,
+    with_interval,
+    write_per_machine,
+    write_result,
+)
+from model import LogMel
+from utils import UserError
 
 CPU = torch.device("cpu")
 
 
-def read_csv(path: Path) -> list[list[str]]:
-    with path.open(newline="") as file:
-        return list(csv.reader(file))
+def clips(counts: dict[tuple[str, int], tuple[int, int]]) -> pd.DataFrame:
+    """A table of clips with so many normal and anomalous ones per machine."""
+    rows = [
+        (Path(f"{prefix}_id_{number:02d}_{index}.wav"), machine_type, f"{number:02d}", label, condition)
+        for label, ((machine_type, number), (normal, anomalous)) in enumerate(counts.items())
+        for prefix, condition, count in (("normal", "normal", normal), ("anomaly", "anomalous", anomalous))
+        for index in range(count)
+    ]
+    return pd.DataFrame(rows, columns=["path", *MACHINE, "label", "condition"])
 
 
-@pytest.fixture
-def decided(trained_copy) -> Path:
-    """The tiny run with held-out scores of every machine, of which one ID has enough of its own."""
-    path = trained_copy / "run.pth"
-    rng = np.random.default_rng(0)
-    held_out = {"fan": {"00": rng.gamma(2, 3, 25).tolist(), "02": rng.gamma(2, 5, 5).tolist()},
-                "valve": {"01": rng.gamma(1, 1, 30).tolist()}}  # fmt: skip
-    save_checkpoint(path, load_checkpoint(path) | {"held_out": held_out})
-    return trained_copy
+def measured(of: pd.DataFrame, scores, draws: int = 10, seed: int = 0) -> Metrics:
+    return measure(of.assign(score=scores), draws, seed)
 
 
-# ---- Score files and results ----
+@pytest.fixture(scope="module")
+def test_clips(data_root) -> ClipSet:
+    return load_clips(data_root, MACHINES, "test", 4)
 
 
-def test_the_dcase_rule_on_score_files_gives_the_mean_rows(trained_copy, data_root, call):
+@pytest.fixture(scope="module")
+def result(trained, test_clips, tmp_path_factory) -> Result:
+    """An evaluation of the tiny run with lively weights and with held-out scores; scores in float64."""
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
+    make_lively(folder)
+    config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
+    return evaluate(load_model(folder / "run.pth", config, {}), test_clips, "test", CPU)
+
+
+# ---- Metrics ----
+
+
+def test_auc_counts_pairs_and_half_of_the_ties():
+    table = measured(clips({("fan", 0): (3, 2)}), [0.1, 0.4, 0.3, 0.3, 0.9]).table
+    row = table.loc["fan", "00"]
+    assert row["AUC"] == pytest.approx((1 + 0 + 0.5 + 3) / 6)
+    assert (row["n_normal"], row["n_anomaly"]) == (3, 2)
+
+
+def test_partial_auc_is_standardised():
+    of, rng = clips({("fan", 0): (2000, 2000)}), np.random.default_rng(0)
+    is_anomaly = np.repeat([False, True], 2000)
+    chance, separated = rng.normal(size=4000), rng.normal(size=4000) + is_anomaly
+    pauc = [measured(of, scores).table.loc[("fan", "00"), "pAUC"] for scores in (chance, is_anomaly * 1.0, separated)]
+    assert pauc[0] == pytest.approx(0.5, abs=0.02)
+    assert pauc[1] == 1.0
+    assert pauc[2] == pytest.approx(roc_auc_score(is_anomaly, separated, max_fpr=0.1), abs=1e-12)
+
+
+def test_every_row_agrees_with_scikit_learn():
+    """Random scores with many ties; the rows of several IDs combined by hand."""
+    of = clips(
+        {("fan", 2): (30, 20), ("fan", 0): (7, 45), ("fan", 11): (50, 1), ("pump", 0): (1, 9), ("valve", 4): (40, 40)}
+    )
+    rng = np.random.default_rng(5)
+    of["score"] = np.round(rng.normal(size=len(of)) + 0.5 * (of["condition"] == "anomalous"), 1)
+    assert of["score"].nunique() < len(of) / 3
+    table = measure(of, draws=10).table
+
+    def expected(chosen: pd.DataFrame) -> list[float]:
+        is_anomaly = chosen["condition"] == "anomalous"
+        auc, pauc = (roc_auc_score(is_anomaly, chosen["score"], max_fpr=max_fpr) for max_fpr in (None, 0.1))
+        return [auc, pauc, sum(~is_anomaly), sum(is_anomaly)]
+
+    rows = {}
+    for machine_type, of_type in of.groupby("machine_type"):
+        per_id = {name: expected(chosen) for name, chosen in of_type.groupby("machine_id")}
+        rows |= {(machine_type, name): row for name, row in per_id.items()}
+        rows[machine_type, "pooled"] = expected(of_type)
+        rows[machine_type, "mean"] = [sum(column) / len(per_id) for column in zip(*per_id.values(), strict=True)]
+        rows[machine_type, "min"] = [min(column) for column in zip(*per_id.values(), strict=True)]
+    for name in ("pooled", "mean", "min"):
+        columns = zip(*(rows[machine_type, name] for machine_type in ("fan", "pump", "valve")), strict=True)
+        rows["average", name] = [sum(column) / 3 for column in columns]
+    assert list(table.index) == list(rows)
+    for key, row in rows.items():
+        assert table.loc[key, ["AUC", "pAUC", "n_normal", "n_anomaly"]].tolist() == pytest.approx(row, abs=1e-12), key
+
+
+def test_pooled_mean_and_lowest():
+    # Each ID is separated perfectly, or not at all, but on scales of their own: pooling sees that, the mean does not.
+    of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 2), ("pump", 0): (1, 3)})
+    table = measured(of, [1, 2, 3, 4, 11, 12, 13, 10, 1, 2, 3, 0]).table
+    assert list(table.index) == [
+        ("fan", "00"), ("fan", "02"), ("fan", "pooled"), ("fan", "mean"), ("fan", "min"),
+        ("pump", "00"), ("pump", "pooled"), ("pump", "mean"), ("pump", "min"),
+        ("average", "pooled"), ("average", "mean"), ("average", "min"),
+    ]  # fmt: skip
+    assert table.loc["fan"]["AUC"].tolist() == [1.0, 0.5, (2 * 2 + 4 + 2) / 16, 0.75, 0.5]
+    assert table.loc[("pump", "00"), "AUC"] == pytest.approx(2 / 3)
+    assert table.loc[("average", "mean"), "AUC"] == pytest.approx((0.75 + 2 / 3) / 2)
+    assert table.loc[("average", "min"), "AUC"] == pytest.approx((0.5 + 2 / 3) / 2)
+    assert table.loc[("average", "pooled"), "AUC"] == pytest.approx((10 / 16 + 2 / 3) / 2)
+    assert table.loc[("fan", "pooled"), "n_normal"] == 4
+
+
+def test_the_lowest_is_of_each_column_on_its_own():
+    """One ID has the lower AUC, the other, whose highest clip is a normal one, the lower pAUC."""
+    of = clips({("fan", 0): (3, 8), ("fan", 2): (5, 7)})
+    table = measured(of, [9, 0, 0, *[5] * 8, *[5] * 5, *[9] * 4, *[0] * 3]).table.loc["fan"]
+    assert table.loc["00", "AUC"] > table.loc["02", "AUC"] == table.loc["min", "AUC"]
+    assert table.loc["02", "pAUC"] > table.loc["00", "pAUC"] == table.loc["min", "pAUC"]
+    assert table.loc["min", ["n_normal", "n_anomaly"]].tolist() == [3, 7]
+    assert str(table.loc["mean", "n_normal"]) == "4", "a whole number of clips"
+    assert table.loc["mean", "n_anomaly"] == 7.5
+
+
+def test_one_class_only_is_left_out_and_named(result, tmp_path, capsys):
+    of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 0), ("pump", 0): (0, 2)})
+    of = of.assign(score=np.arange(8.0), exact_score=0.0, decision=pd.Series(pd.NA, of.index, "Int64"))
+    metrics = measure(of)
+    auc = metrics.table["AUC"]
+    assert math.isnan(auc["fan", "02"])
+    assert auc["fan", "mean"] == auc["fan", "00"] == 1.0
+    assert math.isnan(auc["pump", "pooled"])
+    assert math.isnan(auc["pump", "mean"])
+    assert auc["average", "mean"] == 1.0
+    write_result(replace(result, clips=of, metrics=metrics), tmp_path, "test")
+    said = capsys.readouterr().err
+    assert "for want of normal or anomalous clips: fan 02, pump 00, pump pooled, pump mean, pump min" in said
+    rows = {(row[0], row[1]): row[2:] for row in read_csv(tmp_path / "metrics.csv")}
+    assert rows["fan", "02"] == ["", "", "2", "0", "", "", "", ""]
+    assert rows["fan", "mean"][:2] == rows["fan", "00"][:2] == ["1.0", "1.0"]
+
+
+# ---- Intervals ----
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_weighted_areas_are_those_of_repeated_clips(ties):
+    rng = np.random.default_rng(1)
+    is_anomaly = np.repeat([False, True], [60, 40])
+    scores = rng.normal(size=100) + is_anomaly
+    if ties:
+        scores = np.round(scores)
+    counts = resample(is_anomaly, 20, rng)
+    assert (counts[0] == 1).all(), "first the clips themselves"
+    assert (counts[:, :60].sum(axis=1) == 60).all()
+    assert (counts[:, 60:].sum(axis=1) == 40).all()
+    for count, row in zip(counts.astype(int), compute(is_anomaly, scores, counts), strict=True):
+        repeated = np.repeat(is_anomaly, count), np.repeat(scores, count)
+        assert row[0] == pytest.approx(roc_auc_score(*repeated), abs=1e-12)
+        assert row[1] == pytest.approx(roc_auc_score(*repeated, max_fpr=0.1), abs=1e-12)
+
+
+def test_the_bootstrap_draws_within_machine_and_condition():
+    of = clips({("fan", 0): (30, 30), ("fan", 2): (30, 30), ("pump", 0): (3, 0)})
+    scores = np.random.default_rng(0).normal(size=123) + (of["condition"] == "anomalous")
+    (table, draws), again, turned = (
+        (metrics.table, metrics.draws) for metrics in (measured(of, s, 200, 3) for s in (scores, scores, -scores))
+    )
+    assert set(draws) == set(table.index)
+    assert all(len(drawn) == 201 for drawn in draws.values())
+    assert all(np.array_equal(draws[key], again[1][key], equal_nan=True) for key in draws)
+    for column, name in enumerate(("AUC", "pAUC")):
+        drawn = {key: of_row[:, column] for key, of_row in draws.items()}
+        assert [of_row[0] for of_row in drawn.values()] == pytest.approx(table[name].tolist(), nan_ok=True)
+        assert np.allclose(drawn["fan", "mean"], (drawn["fan", "00"] + drawn["fan", "02"]) / 2)
+        assert np.array_equal(drawn["fan", "min"], np.minimum(drawn["fan", "00"], drawn["fan", "02"]))
+        assert np.array_equal(drawn["average", "min"], drawn["fan", "min"])
+        bounds = np.percentile(drawn["fan", "pooled"][1:], [2.5, 97.5])
+        assert table.loc[("fan", "pooled"), [f"{name}_low", f"{name}_high"]].tolist() == pytest.approx(bounds)
+    auc, drawn = draws["fan", "pooled"][0, 0], draws["fan", "pooled"][1:, 0]
+    assert np.allclose(turned[1]["fan", "pooled"][1:, 0], 1 - drawn), "the same clips whatever the scores"
+    # Hanley and McNeil's standard error of an AUC, with 60 normal and 60 anomalous clips
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    error = np.sqrt((auc * (1 - auc) + 59 * (q1 - auc**2) + 59 * (q2 - auc**2)) / 3600)
+    assert drawn.mean() == pytest.approx(auc, abs=0.02)
+    assert drawn.std() == pytest.approx(error, rel=0.25)
+
+
+def test_perfect_scores_leave_no_room():
+    draws = measured(clips({("fan", 0): (5, 5)}), np.arange(10.0), draws=50).draws
+    assert (draws["fan", "00"][:, 0] == 1).all()
+    assert np.allclose(draws["fan", "00"][:, 1], 1)
+
+
+# ---- Scoring ----
+
+
+def test_scores_do_not_depend_on_the_batch_size(result, test_clips):
+    config = load_config(score_dtype="float64", batch_size=5)
+    again = evaluate(load_model(result.trained.path, config, {}), test_clips, "test", CPU)
+    assert again.clips["score"].dtype == np.float64
+    assert again.clips["score"].tolist() == pytest.approx(result.clips["score"].tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_half_precision_scores_stay_near(result, test_clips):
+    model = load_model(result.trained.path, load_config(eval_precision="bf16"), {})
+    scores = evaluate(model, ClipSet(test_clips.clips[:4], 4), "test", CPU).clips["score"]
+    differences = (scores - result.clips["score"][:4]).abs()
+    assert differences.max() > 1e-4
+    assert differences.max() < 0.5, "of scores around 20"
+
+
+def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
+    """float64 scores of the best weights for the clips that were not trained on."""
+    state = load_checkpoint(trained / "run.pth")
+    config = load_config(**state["config"])
+    _, valid_clips = load_clips(data_root, config.machines, "train", 4).split(config.split_ratio, config.seed)
+    clips_ = evaluate(load_model(trained / "run.pth", config, {}), valid_clips, "validation", CPU).clips
+    assert state["held_out"]["score"] == pytest.approx(clips_["exact_score"].tolist(), rel=1e-6, abs=1e-9)
+    assert {name: state["held_out"][name] for name in MACHINE} == clips_[MACHINE].to_dict("list")
+
+
+@pytest.mark.parametrize("mode", ["noisy_arcmix", "cross_entropy"])
+def test_angles_are_those_to_the_centre_of_the_own_class(result, test_clips, mode):
+    network = build_network(load_config(machines=MACHINES, mode=mode))
+    config = result.trained.config.model_copy(update={"mode": mode})
+    again = evaluate(
+        replace(result.trained, network=network, config=config), ClipSet(test_clips.clips[2:6], 4), "test", CPU
+    )
+    centres = (network.mobilefacenet.fc_out if mode == "cross_entropy" else network.arcface).weight.detach().numpy()
+    for angle, embedding, label in zip(again.clips["angle"], again.embedding, again.clips["label"], strict=True):
+        centre = centres[label]
+        cosine = embedding @ centre / np.linalg.norm(embedding) / np.linalg.norm(centre)
+        assert angle == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-2)
+
+
+def test_the_hardest_clips_are_high_normal_and_low_anomalous_ones(result):
+    of = clips({("pump", 3): (5, 4), ("fan", 0): (1, 2)})
+    scores = [3.0, 9.0, 1.0, 5.0, 7.0, 4.0, 2.0, 8.0, 6.0, 1.0, 2.0, 1.0]
+    hardest = replace(result, clips=of.assign(exact_score=scores)).hardest
+    assert hardest["exact_score"].tolist() == [9.0, 7.0, 5.0, 2.0, 4.0, 6.0, 1.0, 1.0, 2.0]
+    assert hardest["machine_id"].tolist() == ["03"] * 6 + ["00"] * 3
+
+
+# ---- Decisions ----
+
+
+def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
+    scores = scipy.stats.gamma.rvs(2.0, scale=3.0, size=5000, random_state=0)
+    assert fit_threshold(scores, "gamma", 90) == pytest.approx(scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0), rel=0.03)
+    assert fit_threshold(scores, "quantile", 95) == np.percentile(scores, 95)
+
+
+@pytest.mark.parametrize("scores", [[0.0] * 30, [1e-9] * 30, [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10])
+def test_thresholds_of_odd_scores_are_finite(scores):
+    assert np.isfinite(fit_threshold(np.array(scores), "gamma", 90))
+    assert fit_threshold(np.array(scores), "gamma", 90) >= 0
+
+
+def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
+    rows = [("fan", "00", 1.0)] * 20 + [("fan", "02", 3.0)] * 5
+    held_out = pd.DataFrame(rows, columns=[*MACHINE, "score"])
+    thresholds = fit_thresholds({"fan": [0, 2, 4], "pump": [1]}, held_out, "quantile", 90)
+    assert thresholds.to_dict("index") == {
+        ("fan", "00"): {"threshold": 1.0, "held_out": "20 clips of the ID"},
+        ("fan", "02"): {"threshold": 3.0, "held_out": "25 clips of the type"},
+        ("fan", "04"): {"threshold": 3.0, "held_out": "25 clips of the type"},
+    }
+    said = capsys.readouterr().err
+    assert "fewer than 20 held-out clips" in said
+    assert "that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)" in said
+    assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
+
+
+def test_decisions_and_how_they_are_rated():
+    of = clips({("fan", 0): (2, 2), ("fan", 2): (1, 0), ("pump", 0): (2, 0)})
+    thresholds = pd.Series([2.0] * 4 + [np.nan] + [9.0] * 2)
+    decisions = decide(pd.Series([1.0, 3.0, 2.0, 9.0, 5.0, 1.0, 2.0]), thresholds)
+    assert decisions[:4].tolist() == [0, 1, 0, 1], "a score equal to the threshold is normal"
+    assert decisions.isna().tolist() == [False] * 4 + [True] + [False] * 2
+    of = pd.concat([of.assign(decision=decisions), of[:1].assign(condition="unlabelled", decision=1)])
+    machines = pd.MultiIndex.from_tuples([("fan", "00"), ("pump", "00"), ("valve", "01")], names=MACHINE)
+    counted = count_decisions(of, pd.DataFrame({"threshold": [2.0, 9.0, 1.0]}, machines))
+    assert counted.loc["fan", "00"].to_dict() == {"threshold": 2.0, "precision": 0.5, "recall": 0.5, "F1": 0.5}
+    assert counted.loc[["pump", "valve"], ["precision", "recall", "F1"]].isna().all(axis=None), "nothing to count"
+
+
+# ---- Tables and files ----
+
+
+def test_the_table_labels_both_ways_and_shows_the_published_row():
+    of = clips({(machine_type, 0): (2, 2) for machine_type in load_config().machines})
+    table = measured(of, np.tile([0.0, 1.0, 0.5, 2.0], 6)).table
+    text = format_table(table, published_rows(load_config(), "test"))
+    assert "pooled over IDs" in text
+    assert "mean over IDs" in text
+    assert "mAUC" in text
+    fan, average = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("fan", "average"))
+    assert "75.00" in fan
+    assert fan.endswith("98.32    95.34    92.67")
+    assert average.endswith("94.65    89.31    89.78")
+    for other in (load_config(mode="arcface"), load_config(input=["sgram"])):
+        assert "98.32" not in format_table(table, published_rows(other, "test"))
+    others = table.drop("fan", level="machine_type")
+    assert "94.65" not in format_table(others, published_rows(load_config(), "test")), "an average over other types"
+
+
+def test_the_dcase_rule_on_score_files_gives_the_mean_rows(result, tmp_path):
     """Recomputed by counting pairs, from the files alone; pAUC by the area under the first tenth of the curve."""
-    assert evaluate(call, trained_copy, data_root, "--score_dtype", "float64")[0] == 0
-    folder = trained_copy / "run" / "eval"
+    write_result(result, tmp_path, "test")
     per_type: dict[str, list[tuple[float, float]]] = {}
-    for path in sorted(folder.glob("anomaly_score_*.csv")):
+    for path in sorted(tmp_path.glob("anomaly_score_*.csv")):
         rows = read_csv(path)
         normal, anomalous = (
             np.array([float(score) for name, score in rows if name.startswith(condition)])
@@ -68,222 +352,173 @@ def test_the_dcase_rule_on_score_files_gives_the_mean_rows(trained_copy, data_ro
                 area += (end - x0) * (y0 + (y1 - y0) * (end - x0) / (x1 - x0) / 2)
         pauc = 0.5 * (1 + (area - 0.005) / (0.1 - 0.005))
         per_type.setdefault(path.name.split("_")[2], []).append((auc, pauc))
-    means = {row[0]: row for row in read_csv(folder / "metrics.csv") if row[1] == "mean"}
+    means = {row[0]: row for row in read_csv(tmp_path / "metrics.csv") if row[1] == "mean"}
     for machine_type, values in per_type.items():
         auc, pauc = np.mean(values, axis=0)
         assert float(means[machine_type][2]) == pytest.approx(auc, abs=1e-9)
         assert float(means[machine_type][3]) == pytest.approx(pauc, abs=1e-9)
     averages = np.mean([np.mean(values, axis=0) for values in per_type.values()], axis=0)
     assert [float(value) for value in means["average"][2:4]] == pytest.approx(averages.tolist(), abs=1e-9)
+    assert markdown_table(result.metrics.table) in (tmp_path / "results.md").read_text()
 
 
-def test_results_say_what_they_are_of(trained_copy, data_root, call):
-    assert evaluate(call, trained_copy, data_root)[0] == 0
-    folder = trained_copy / "run" / "eval"
-    content = json.loads((folder / "metrics.json").read_text())
-    assert content["about"]["seed"] == 2023
-    assert content["about"]["clips trained on"] == 11
-    assert content["about"]["clips of test"] == "6 normal, 6 anomalous"
-    assert content["interval"] == {"coverage": 0.95, "draws": 2000, "seed": 0}
-    rows = {(row[0], row[1]): row for row in read_csv(folder / "metrics.csv")[1:]}
-    for machine_type, of in content["metrics"].items():
-        for name, metrics in of.items():
-            assert [str(value) for value in metrics.values()] == rows[machine_type, name][2:]
-            assert metrics["AUC_low"] <= metrics["AUC"] <= metrics["AUC_high"]
-    text = (folder / "results.md").read_text()
-    assert markdown_table(content["metrics"]) in text
-    assert "- mode: noisy_arcmix" in text
-
-
-# ---- Decisions ----
-
-
-def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
-    scores = scipy.stats.gamma.rvs(2.0, scale=3.0, size=5000, random_state=0)
-    assert fit_threshold(scores, "gamma", 90) == pytest.approx(scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0), rel=0.03)
-    assert fit_threshold(scores, "quantile", 95) == np.percentile(scores, 95)
-
-
-@pytest.mark.parametrize("scores", [[0.0] * 30, [1e-9] * 30, [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10])
-def test_thresholds_of_odd_scores_are_finite(scores):
-    assert np.isfinite(fit_threshold(scores, "gamma", 90))
-    assert fit_threshold(scores, "gamma", 90) >= 0
-
-
-def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
-    held_out = {"fan": {"00": [1.0] * 20, "02": [3.0] * 5}}
-    machines = {"fan": [0, 2, 4], "pump": [1]}
-    thresholds = fit_thresholds(machines, held_out, "quantile", 90)
-    assert thresholds == {
-        ("fan", 0): Threshold(1.0, 20, False),
-        ("fan", 2): Threshold(3.0, 25, True),
-        ("fan", 4): Threshold(3.0, 25, True),
-    }
-    said = capsys.readouterr().err
-    assert "fewer than 20 held-out clips" in said
-    assert "that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)" in said
-    assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
-
-
-def test_decisions_and_how_they_are_rated():
-    of = clips({("fan", 0): (2, 2), ("fan", 2): (1, 0)})
-    index, decisions = decide(of, np.array([1.0, 3.0, 2.0, 9.0, 5.0]), {("fan", 0): Threshold(2.0, 20, False)})
-    assert index == [0, 1, 2, 3]
-    assert decisions.tolist() == [0, 1, 0, 1], "a score equal to the threshold is normal"
-    rated = rate_decisions(np.array([0, 0, 1, 1]), decisions)
-    assert rated == {"precision": 0.5, "recall": 0.5, "F1": 0.5}
-    nothing = rate_decisions(np.array([0, 0]), np.array([0, 0]))
-    assert nothing == {"precision": None, "recall": None, "F1": None}
-
-
-def test_decision_files(decided, data_root, call):
-    status, _, errors = evaluate(call, decided, data_root, "--threshold", "quantile", "--threshold_percentile", "80")
-    assert status == 0
-    assert "fan 02 (5 of 30)" in errors
-    folder = decided / "run" / "eval"
-    held_out = load_checkpoint(decided / "run.pth")["held_out"]
-    whole = held_out["fan"]["00"] + held_out["fan"]["02"]
+def test_decision_files(result, tmp_path):
+    write_result(result, tmp_path, "test")
+    held_out = pd.DataFrame(result.trained.state["held_out"])
+    of = {machine: group["score"] for machine, group in held_out.groupby(MACHINE)}
+    whole = held_out.loc[held_out["machine_type"] == "fan", "score"]
     expected = {
-        ("fan", "00"): (np.percentile(held_out["fan"]["00"], 80), "25 clips of the ID"),
+        ("fan", "00"): (np.percentile(of["fan", "00"], 80), "25 clips of the ID"),
         ("fan", "02"): (np.percentile(whole, 80), "30 clips of the type"),
-        ("valve", "01"): (np.percentile(held_out["valve"]["01"], 80), "30 clips of the ID"),
+        ("valve", "01"): (np.percentile(of["valve", "01"], 80), "30 clips of the ID"),
     }
-    header, *rows = read_csv(folder / "decisions.csv")
+    header, *rows = read_csv(tmp_path / "decisions.csv")
     assert header == ["machine_type", "machine_id", "threshold", "held_out", "precision", "recall", "F1"]
     assert {(row[0], row[1]): (float(row[2]), row[3]) for row in rows} == expected
-    assert evaluate(call, decided, data_root, "--threshold", "quantile", "--threshold_percentile", "80",
-                    "--score_dtype", "float64")[0] == 0  # fmt: skip
+    decided = []
     for (machine_type, machine_id), (threshold, _) in expected.items():
         name = f"{machine_type}_id_{machine_id}.csv"
-        scores = read_csv(folder / f"anomaly_score_{name}")
-        assert read_csv(folder / f"decision_result_{name}") == [
-            [file, str(int(float(score) > threshold))] for file, score in scores
-        ]
+        scores = read_csv(tmp_path / f"anomaly_score_{name}")
+        decisions = read_csv(tmp_path / f"decision_result_{name}")
+        assert decisions == [[file, str(int(float(score) > threshold))] for file, score in scores]
+        decided += [decision for _, decision in decisions]
+    assert set(decided) == {"0", "1"}
 
 
-def test_without_held_out_scores_there_are_no_decisions(trained_copy, data_root, call):
-    assert evaluate(call, trained_copy, data_root)[0] == 0
-    state = load_checkpoint(trained_copy / "run.pth")
-    state.pop("held_out")
-    save_checkpoint(trained_copy / "run.pth", state)
-    status, _, errors = evaluate(call, trained_copy, data_root)
-    assert status == 0
-    assert "no scores of held-out clips (its training has not ended), so there are no decisions" in errors
-    assert not list((trained_copy / "run" / "eval").glob("decision*"))
+def test_files_of_an_earlier_evaluation_go(result, tmp_path):
+    """Those of an ID without clips, and of decisions without thresholds; what is somebody else's stays."""
+    write_result(result, tmp_path, "test")
+    (tmp_path / "mine.csv").touch()
+    rest = result.clips[result.clips["machine_id"] != "02"].assign(decision=pd.NA)
+    write_result(replace(result, clips=rest, thresholds=result.thresholds[:0]), tmp_path, "test")
+    names = {
+        "anomaly_score_fan_id_00.csv",
+        "anomaly_score_valve_id_01.csv",
+        "metrics.csv",
+        "metrics.json",
+        "results.md",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == names | {"mine.csv"}
 
 
-def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
-    """float64 scores of the best weights for the clips that were not trained on."""
-    state = load_checkpoint(trained / "run.pth")
-    config = load_config(**state["config"])
-    result = eval_script.load_model(trained / "run.pth", config, set())
-    _, valid_clips = ClipSet.load(config, "train").split(config.split_ratio, config.seed)
-    scores = eval_script.evaluate(result, valid_clips, CPU).exact_scores
-    stored = [score for ids in state["held_out"].values() for of in ids.values() for score in of]
-    assert stored == pytest.approx(scores.tolist(), rel=1e-6, abs=1e-9)
+def test_file_names_with_commas_are_quoted(tmp_path):
+    of = clips({("fan", 0): (1, 0)}).assign(path=[Path('normal_id_00_a,"b".wav')], score=1.5)
+    write_per_machine(tmp_path, "anomaly_score", of, "score")
+    (path,) = tmp_path.iterdir()
+    assert read_csv(path) == [['normal_id_00_a,"b".wav', "1.5"]]
 
 
-# ---- Single recordings ----
+# ---- Comparison ----
 
 
-def score(call, folder: Path, *words):
-    return call(eval_script.main, folder / "run.pth", "--device", "cpu", "--score", *words)
-
-
-def test_single_recordings_score_as_in_an_evaluation(decided, data_root, call):
-    assert evaluate(call, decided, data_root, "--score_dtype", "float64")[0] == 0
-    expected = dict(read_csv(decided / "run" / "eval" / "anomaly_score_fan_id_00.csv"))
-    folder = data_root / "fan" / "test"
-    status, output, _ = score(call, decided, folder, "--machine_type", "fan", "--machine_id", "0", "--json")
-    assert status == 0
-    rows = {Path(row["file"]).name: row for row in json.loads(output)}
-    assert set(rows) == {path.name for path in folder.iterdir()}
-    for name, value in expected.items():
-        assert rows[name]["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-        assert (rows[name]["decision"] == "anomalous") == (rows[name]["score"] > rows[name]["threshold"])
-
-
-def test_the_best_fitting_id_is_named(decided, data_root, call):
-    clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
-    each = {}
-    for machine_id in (0, 2):
-        _, output, _ = score(call, decided, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json")
-        each[machine_id] = json.loads(output)[0]["score"]
-    status, output, _ = score(call, decided, clip, "--machine_type", "fan")
-    assert status == 0
-    file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
-    best = min(each, key=each.get)
-    assert (file, machine, float(value)) == (str(clip), f"fan {best:02d}", pytest.approx(each[best], rel=1e-4))
-    assert decision == ("anomalous" if float(value) > float(threshold) else "normal")
-
-
-def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(decided, tmp_path, fails, call):
-    good = write_clip(tmp_path / "folder" / "b.wav", tone(5, 2.0), rate=44_100)
-    (tmp_path / "folder" / "a.wav").write_text("not audio")
-    places = (tmp_path / "folder", tmp_path / "nowhere.wav", "--machine_type", "fan", "--machine_id", "2")
-    status, output, errors = score(call, decided, *places)
-    assert status == 2
-    lines = output.splitlines()
-    assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
-    assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
-    assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
-    assert errors.splitlines()[-1] == "error: 2 of 3 recordings could not be scored; their lines say why"
-    fails(
-        eval_script.main, decided / "run.pth", "--score", good, "--machine_type", "fan", "--machine_id", "7",
-        match=r"run.pth knows no machine fan 7; it was trained on fan 0, 2; valve 1",
-    )  # fmt: skip
-    fails(eval_script.main, decided / "run.pth", "--score", good, match="--score needs --machine_type")
-    (tmp_path / "empty").mkdir()
-    fails(
-        eval_script.main, decided / "run.pth", "--score", tmp_path / "empty", "--machine_type", "fan",
-        match="empty: no WAV or FLAC files in this folder",
-    )  # fmt: skip
-
-
-def test_half_precision_scores_stay_near(decided, data_root, call):
-    scores = []
-    for precision in ("fp32", "bf16"):
-        assert evaluate(call, decided, data_root, "--eval_precision", precision)[0] == 0
-        rows = read_csv(decided / "run" / "eval" / "anomaly_score_fan_id_00.csv")
-        scores.append(np.array([float(value) for _, value in rows]))
-    assert not np.array_equal(*scores)
-    assert np.abs(scores[0] - scores[1]).max() < 0.5, "of scores around 10"
-
-
-# ---- Several checkpoints ----
-
-
-def test_several_checkpoints_are_compared(trained, tmp_path, data_root, call, fails):
-    """Two seeds of one configuration and one of another, which differ in weights made up here."""
-    paths = []
-    for name, seed, m in (("a", 1, 0.7), ("b", 2, 0.7), ("c", 1, 0.5)):
-        state = load_checkpoint(trained / "run.pth")
-        generator = torch.Generator().manual_seed(len(paths))
-        weight = state["model"]["arcface.weight"]
-        state["model"]["arcface.weight"] = weight + 0.2 * torch.randn(weight.shape, generator=generator)
-        state["config"] |= {"seed": seed, "m": m}
-        paths.append(tmp_path / f"{name}.pth")
-        save_checkpoint(paths[-1], state)
-    options = ("--data_root", data_root, "--store_path", trained / "store", "--device", "cpu")
-    status, output, _ = call(eval_script.main, *paths, *options, "--output", tmp_path / "comparison")
-    assert status == 0
-    text = (tmp_path / "comparison" / "comparison.md").read_text()
-    pooled = [100 * float(row[2]) for path in paths for row in read_csv(path.with_suffix("") / "eval" / "metrics.csv")
-              if row[:2] == ["average", "pooled"]]  # fmt: skip
-    for path, value in zip(paths, pooled, strict=True):
-        assert f"| {path} | {value:.2f} |" in text
-    both = pooled[:2]
-    assert f"| m 0.7 (n = 2) | {np.mean(both):.2f} ± {np.std(both, ddof=1):.2f} |" in text
-    assert f"| m 0.5 (n = 1) | {pooled[2]:.2f} |" in text
-    assert f"| m 0.7 minus m 0.5 | {np.mean(both) - pooled[2]:+.2f} (" in text
-    assert output.count("in percent") == 3
-    rows = read_csv(tmp_path / "comparison" / "comparison.csv")
-    assert len(rows) == 1 + 3 * 12
-    torch.save(TASTgramMFN(2).state_dict(), tmp_path / "other.pth")
-    fails(eval_script.main, paths[0], tmp_path / "other.pth", *options, match="other.pth does not fit")
+def test_what_cannot_be_compared(result, tmp_path):
+    with pytest.raises(UserError, match="nothing to compare: the condition of the clips is not known"):
+        compare([result, replace(result, metrics=None)], tmp_path)
+    with pytest.raises(UserError, match="were trained on different machines, so their test clips are not the same"):
+        compare([result, replace(result, clips=result.clips[1:])], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Figures and report ----
+
+
+@pytest.fixture(scope="module")
+def figures(result, tmp_path_factory) -> dict[Path, Figure]:
+    """All figures of an evaluation, by their files."""
+    kept, save = [], Figure.savefig
+
+    def keep_and_save(figure, *words, **options):
+        kept.append(figure)
+        save(figure, *words, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep_and_save)
+        files = draw_all(result, tmp_path_factory.mktemp("figures") / "figures")
+    return dict(zip(files, kept, strict=True))
+
+
+@pytest.fixture
+def axes(figures):
+    """The axes of a figure, by its name."""
+    return {file.stem: figure.axes for file, figure in figures.items()}
+
+
+def shows(axis, of: pd.DataFrame, values: pd.Series) -> bool:
+    """Whether the axis holds a density histogram of each condition's values."""
+    groups = [values[of["condition"] == condition] for condition in ("normal", "anomalous")]
+    for bars, group in zip(axis.containers, groups, strict=True):
+        shares = [bar.get_height() * bar.get_width() for bar in bars]
+        centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+        if abs(sum(shares) - 1) > 1e-6 or abs(np.dot(shares, centres) - group.mean()) > bars[0].get_width():
+            return False
+    return True
+
+
+def test_angles_and_scores_are_drawn_as_histograms(result, axes):
+    (axis,) = axes["angles"]
+    assert shows(axis, result.clips, result.clips["angle"])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["normal", "anomalous"]
+    assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
+    for axis, (_, of) in zip(axes["scores"], result.clips.groupby(MACHINE), strict=True):
+        assert shows(axis, of, np.log10(of["exact_score"]))
+        (line,) = axis.lines
+        assert line.get_xdata()[0] == pytest.approx(np.log10(of["threshold"].iloc[0]))
+
+
+def test_the_area_under_each_curve_is_its_auc(result, axes):
+    (axis,) = axes["roc"]
+    *curves, diagonal = axis.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+    for machine_type, curve in zip(("fan", "valve"), curves, strict=True):
+        auc = result.metrics.table.loc[(machine_type, "pooled"), "AUC"]
+        false, true = (np.array(values) for values in curve.get_data())
+        assert np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2) == pytest.approx(auc)
+        assert curve.get_label() == f"{machine_type}, AUC {100 * auc:.1f} %"
+
+
+def test_the_channels_are_those_of_a_normal_clip(result, figures, axes):
+    *channels, gate = axes["tastgram"][:4]  # the rest are colour bars
+    clip = result.clips[result.clips["condition"] == "normal"].iloc[0]
+    assert [axis.get_title() for axis in channels] == ["tgram", "sgram (dB)", "tagram (dB)"]
+    images = [axis.images[0].get_array() for axis in channels]
+    assert all(image.shape == (128, 313) for image in images)
+    assert np.std(images[0]) > 0.01
+    assert np.allclose(images[1], LogMel()(read_samples(clip["path"]) / 32768.0)[0, 0], atol=1e-3)
+    assert len(gate.lines[0].get_ydata()) == 313
+    (title,) = (figure.get_suptitle() for file, figure in figures.items() if file.stem == "tastgram")
+    assert title == f"fan, {clip['path'].name}"
+
+
+def test_the_map_has_a_point_for_each_clip(axes):
+    (axis,) = axes["embedding"]
+    points = np.concatenate([collection.get_offsets() for collection in axis.collections])
+    assert len(np.unique(points, axis=0)) == 12
+    assert [len(collection.get_offsets()) for collection in axis.collections] == [2] * 6 + [0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["fan 00", "fan 02", "valve 01", "anomalous"]
+
+
+def test_the_history_is_drawn(result, axes):
+    history = pd.read_csv(RunFiles(result.trained.path).history)
+    names = [["train_loss", "valid_loss"], ["train_accuracy", "valid_accuracy"], ["lr"]]
+    for axis, columns in zip(axes["history"], names, strict=True):
+        assert [list(line.get_ydata()) for line in axis.lines] == [list(history[name]) for name in columns]
+
+
+def test_panels_of_several_checkpoints(result, tmp_path):
+    draw_angles([result, result], tmp_path / "angles.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "angles.png").shape
+    assert width > 2 * height
+
+
+def test_a_spoilt_history_is_named_and_a_lost_one_is_in_the_checkpoint(trained_copy):
+    trained, history = load_model(trained_copy / "run.pth", load_config(), {}), trained_copy / "run" / "history.csv"
+    whole = read_history(trained)
+    history.write_text("epoch,lr\n1,fast\n")
+    with pytest.raises(UserError, match=r"history.csv: not the history of a training"):
+        read_history(trained)
+    history.unlink()
+    pd.testing.assert_frame_equal(read_history(trained), whole, check_dtype=False)
 
 
 class Reader(html.parser.HTMLParser):
@@ -291,7 +526,7 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.references, self.images = [], [], 0
+        self.open, self.references, self.images, self.text = [], [], 0, ""
 
     def handle_starttag(self, tag, attributes):
         self.references += [value for name, value in attributes if name in ("src", "href")]
@@ -302,83 +537,25 @@ class Reader(html.parser.HTMLParser):
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        self.text += data
 
-def test_figures_and_report(decided, data_root, call):
-    status, output, _ = evaluate(call, decided, data_root, "--report")
-    assert status == 0
-    folder = decided / "run" / "eval"
-    figures = {path.stem: matplotlib.image.imread(path) for path in (folder / "figures").iterdir()}
-    assert set(figures) == {"angles", "roc", "scores", "tastgram", "embedding", "history"}
-    assert all(image.std() > 0.02 for image in figures.values()), "not empty"
-    assert f"6 figures: {folder / 'figures'}" in output
-    page = (folder / "report.html").read_text()
+
+def test_figures_and_report(result, figures, tmp_path):
+    assert {file.stem for file in figures} == {"angles", "roc", "scores", "tastgram", "embedding", "history"}
+    assert all(matplotlib.image.imread(file).ndim == 3 for file in figures)
+    odd = tmp_path / "normal_id_00_<i>&amp;.wav"
+    odd.symlink_to(result.clips["path"][3])
+    paths = [odd, *result.clips["path"][1:]]
+    write_report(replace(result, clips=result.clips.assign(path=paths)), list(figures), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
     assert reader.images == 6 + 12  # of each of three IDs two normal and two anomalous clips, all there are
     assert all(reference.startswith("data:image/png;base64,") for reference in reader.references)
-    assert "anomaly_id_02_00000001.wav" in page
-    assert "epoch: 1\n" in page, "the training's configuration"
-
-
-def test_figures_of_unlabelled_clips_and_of_the_linear_head(tmp_path, data_root, call):
-    options = arguments(tmp_path, data_root, mode="cross_entropy", input="[sgram]")
-    assert call(train.main, *options)[0] == 0
-    assert evaluate(call, tmp_path, data_root, "--plots")[0] == 0
-    assert (tmp_path / "run/eval/figures/angles.png").exists()
-    root = tmp_path / "data"
-    for path in (data_root / "fan" / "test").glob("normal*"):
-        (root / "fan" / "evaluation").mkdir(parents=True, exist_ok=True)
-        (root / "fan" / "evaluation" / path.name.removeprefix("normal_")).symlink_to(path)
-    assert evaluate(call, tmp_path, root, "--part", "evaluation", "--report")[0] == 0
-    names = {path.stem for path in (tmp_path / "run/evaluation/figures").iterdir()}
-    assert names == {"scores", "tastgram", "embedding", "history"}
-    assert "Hardest" not in (tmp_path / "run/evaluation/report.html").read_text()
-
-
-def test_panels_of_several_checkpoints(trained, tmp_path, data_root, call):
-    paths = [Path(shutil.copy(trained / "run.pth", tmp_path / f"{name}.pth")) for name in "ab"]
-    options = ("--data_root", data_root, "--store_path", trained / "store", "--device", "cpu")
-    assert call(eval_script.main, *paths, *options, "--output", tmp_path / "both", "--plots")[0] == 0
-    height, width, _ = matplotlib.image.imread(tmp_path / "both" / "angles.png").shape
-    assert width > 2 * height
-
-
-def test_a_spoilt_history_is_named(trained_copy, data_root, fails):
-    (trained_copy / "run" / "history.csv").write_text("epoch,lr\n1,fast\n")
-    options = ("--data_root", data_root, "--store_path", trained_copy / "store", "--device", "cpu", "--plots")
-    fails(eval_script.main, trained_copy / "run.pth", *options, match="history.csv: not the history of a training")
-
-
-# ---- The attention ----
-
-
-def test_the_standardised_gate_is_open_where_the_published_one_is_shut(tmp_path, data_root, call):
-    options = arguments(tmp_path, data_root, attention="standardised")
-    assert call(train.main, *options)[0] == 0
-    state = load_checkpoint(tmp_path / "run.pth")
-    config = load_config(**state["config"])
-    clips_ = ClipSet.load(config, "train")
-    train_clips, _ = clips_.split(config.split_ratio, config.seed)
-    log_mel = FrontEnd(["sgram"])(train_clips.batch(np.arange(len(train_clips)), CPU)[0])["log_mel"]
-    mean, std = state["model"]["log_mel_mean"], state["model"]["log_mel_std"]
-    assert torch.allclose(mean[:, 0], log_mel.mean(dim=(0, 1, 3)), atol=1e-3)
-    assert torch.allclose(std[:, 0], log_mel.std(dim=(0, 1, 3)), rtol=1e-3)
-    model = eval_script.load_model(tmp_path / "run.pth", load_config(), set()).model
-    assert temporal_gate(log_mel).max() < 1e-3
-    assert temporal_gate(model.gate_source(log_mel)).min() > 0.5
-    assert evaluate(call, tmp_path, data_root)[0] == 0
-
-
-def test_the_published_attention_adds_nothing_to_the_weights():
-    plain, standardised = TASTgramMFN(3).state_dict(), TASTgramMFN(3, attention="standardised").state_dict()
-    assert set(standardised) - set(plain) == {"log_mel_mean", "log_mel_std"}
-    without = TASTgramMFN(3, channels=["sgram"], attention="standardised")
-    assert not {"log_mel_mean", "log_mel_std"} & set(without.state_dict())
-
-
-def test_a_checkpoint_from_before_there_was_a_choice_is_of_the_published_attention(trained_copy, data_root, call):
-    state = load_checkpoint(trained_copy / "run.pth")
-    state["config"].pop("attention")
-    save_checkpoint(trained_copy / "run.pth", state)
-    assert evaluate(call, trained_copy, data_root)[0] == 0
+    assert "anomaly_id_02_00000001.wav" in reader.text
+    assert odd.name in reader.text, "as it is, whatever it means in HTML"
+    assert "epoch: 1\n" in reader.text, "the training's configuration"
+    assert with_interval(result.metrics.table.loc["fan", "pooled"], "AUC") in reader.text
+    assert "30 clips of the type" in reader.text

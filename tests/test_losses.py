@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from losses import MODES, Mix, Objective, margin_logits
 
 M, S = 0.7, 30.0
+CPU = torch.device("cpu")
 
 
 def on_unit_circle(*angles: float, dtype=torch.float64) -> torch.Tensor:
@@ -53,15 +54,14 @@ def test_margin_refuses_half_precision():
 
 def test_mix_is_the_published_sum():
     x = torch.arange(6.0).reshape(3, 2)
-    mixed = Mix(0.25, torch.tensor([2, 0, 1]))(x)
+    mixed = Mix(torch.tensor(0.25), torch.tensor([2, 0, 1]))(x)
     assert torch.equal(mixed, 0.25 * x + 0.75 * x[[2, 0, 1]])
-    assert Mix()(x) is x
 
 
 def test_each_mode_is_its_formula():
     torch.manual_seed(0)
     cosine, a, partner = torch.rand(6, 4) * 2 - 1, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([3, 0, 5, 1, 2, 4])
-    b, lam, mix = a[partner], 0.3, Mix(0.3, partner)
+    b, lam, mix = a[partner], 0.3, Mix(torch.tensor(0.3), partner)
 
     def ce(margin_on, target):
         return F.cross_entropy(margin_logits(cosine, margin_on, M, S), target)
@@ -74,40 +74,41 @@ def test_each_mode_is_its_formula():
     }
     assert set(expected) == set(MODES)
     for mode, value in expected.items():
-        objective = Objective(mode, 0.5, M, S)
-        assert objective.loss(cosine, a, mix if MODES[mode].mixes else Mix()) == pytest.approx(value.item(), rel=1e-6)
+        objective = Objective(mode, M, S)
+        assert objective.loss(cosine, a, mix if MODES[mode].mixes else None) == pytest.approx(value.item(), rel=1e-6)
     assert expected["noisy_arcmix"] != pytest.approx(expected["arcmix"].item(), rel=1e-3)
 
 
 def test_validation_loss_is_unmixed():
     cosine, labels = torch.rand(4, 3) * 2 - 1, torch.tensor([0, 1, 2, 0])
     expected = F.cross_entropy(margin_logits(cosine, labels, M, S), labels)
-    assert Objective("noisy_arcmix", 0.5, M, S).loss(cosine, labels) == expected
+    assert Objective("noisy_arcmix", M, S).loss(cosine, labels) == expected
 
 
 def test_accuracy_counts_the_partner_with_its_share():
     similarity, labels = torch.eye(2), torch.tensor([0, 1])
-    objective = Objective("noisy_arcmix", 0.5, M, S)
+    objective = Objective("noisy_arcmix", M, S)
     assert objective.accuracy(similarity, labels).item() == 1.0
-    assert objective.accuracy(similarity, labels, Mix(0.75, torch.tensor([1, 0]))).item() == 0.75
+    assert objective.accuracy(similarity, labels, Mix(torch.tensor(0.75), torch.tensor([1, 0]))).item() == 0.75
 
 
 def test_mixing_is_drawn_from_a_beta_distribution():
-    objective = Objective("noisy_arcmix", 0.5, M, S)
-    mixes = [objective.draw_mix(np.random.default_rng(i), np.random.default_rng(i), 5, "cpu") for i in range(2000)]
-    shares = np.array([mix.lam for mix in mixes])
+    objective = Objective("noisy_arcmix", M, S)
+    streams = [(np.random.default_rng(i), np.random.default_rng(i)) for i in range(2000)]
+    mixes = [objective.draw_mix(0.5, common, own, 5, CPU) for common, own in streams]
+    shares = np.array([mix.lam.item() for mix in mixes])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
     assert all(sorted(mix.partner.tolist()) == [0, 1, 2, 3, 4] for mix in mixes)
-    arcface = Objective("arcface", 0.5, M, S)
-    assert arcface.draw_mix(np.random.default_rng(0), np.random.default_rng(0), 5, "cpu") == Mix()
+    arcface = Objective("arcface", M, S)
+    assert arcface.draw_mix(0.5, *streams[0], 5, CPU) is None
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_score_is_the_cross_entropy_of_the_own_class(mode):
     torch.manual_seed(1)
     similarity, labels = torch.rand(5, 3) * 2 - 1, torch.tensor([0, 1, 2, 1, 0])
-    objective = Objective(mode, 0.5, M, S)
+    objective = Objective(mode, M, S)
     scores = objective.anomaly_score(similarity, labels)
     assert scores.shape == (5,)
     assert scores.mean().item() == pytest.approx(objective.loss(similarity, labels).item(), rel=1e-6)
@@ -115,7 +116,7 @@ def test_score_is_the_cross_entropy_of_the_own_class(mode):
 
 def test_float64_scores_order_what_float32_ties():
     similarity = torch.tensor([[0.99, -0.2], [0.999, -0.3]])
-    objective, labels = Objective("arcface", 0.5, M, S), torch.tensor([0, 0])
+    objective, labels = Objective("arcface", M, S), torch.tensor([0, 0])
     assert objective.anomaly_score(similarity, labels).tolist() == [0.0, 0.0]
     first, second = objective.anomaly_score(similarity, labels, torch.float64).tolist()
     assert first > second > 0

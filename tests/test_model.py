@@ -7,9 +7,9 @@ import reference
 import torch
 
 from losses import margin_logits
-from model import LogMel, TASTgramMFN
+from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN
 from model.tastgram import N_FRAMES, temporal_attention
-from model.tastgram_mfn import CHANNELS, CosineHead
+from model.tastgram_mfn import CosineHead
 
 VALUES = reference.VALUES
 
@@ -48,6 +48,14 @@ def test_log_mel_matches_librosa(log_mel):
 def test_log_mel_is_float32_inside_autocast(log_mel):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(LogMel()(reference.waveforms()), log_mel)
+
+
+def test_the_front_end_turns_samples_into_what_the_channels_need(log_mel):
+    inputs = FrontEnd(CHANNELS)(reference.samples())
+    assert torch.equal(inputs["waveform"], reference.waveforms())
+    assert torch.equal(inputs["log_mel"], log_mel)
+    assert set(FrontEnd(["tgram"])(reference.samples())) == {"waveform"}
+    assert set(FrontEnd(["sgram"])(reference.samples())) == {"log_mel"}
 
 
 def test_log_mel_of_digital_silence_is_the_floor():

@@ -1,0 +1,138 @@
+"""One recording to samples, or the reason why it cannot be used.
+
+Of a WAV or FLAC file the first 10 s of the first channel count, as int16 at 16 kHz; a shorter one is repeated.
+"""
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+
+from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
+from utils import UserError
+
+
+def check_recording(path: Path) -> list[str]:
+    """What has to be changed in a recording, as in "12 clips ...". Raises `UserError` with the reason for a file that
+    is unreadable, empty, cut short, damaged or not finite.
+
+    16-bit PCM WAV is judged by its header against its size, anything else by reading it.
+    """
+    with open_audio(path) as file:
+        if (file.format, file.subtype) == ("WAV", "PCM_16"):
+            return list_changes(file)
+        return decode(file, np.empty(N_SAMPLES, dtype=np.int16))
+
+
+def read_recording(path: Path, out: np.ndarray) -> list[str]:
+    """Fill `out`, int16 `(N_SAMPLES,)`, with the samples. Returns and raises the same as `check_recording`, and also
+    whether resampling a 16-bit recording clipped it.
+    """
+    with open_audio(path) as file:
+        return decode(file, out)
+
+
+@contextlib.contextmanager
+def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
+    """The open file; a WAV file's header agrees with itself and with the file's size."""
+    try:
+        if not path.is_file():
+            raise UserError("unreadable: not a file")
+        with path.open("rb", buffering=0) as raw:  # its position is that of the descriptor
+            check_wav(raw)
+            raw.seek(0)
+            with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+                if file.format not in ("WAV", "WAVEX", "FLAC"):
+                    raise UserError(f"unreadable: it is {file.format}, neither WAV nor FLAC")
+                yield file
+    except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", None) or str(error)
+        raise UserError(f"unreadable: {reason.strip().rstrip('.')}") from None
+    except OSError as error:
+        raise UserError(f"unreadable: {error.strerror}") from None
+
+
+def check_wav(file: BinaryIO) -> None:
+    """Walk through the chunks of a WAV file to its audio. soundfile reads half a file, or one whose numbers contradict
+    each other, without an error: sound at another speed or pitch, or noise. FLAC has checksums of its own.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        raise UserError("empty")
+    file.seek(0)
+    order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
+    if order is None:
+        return
+    while len(header := file.read(8)) == 8:
+        name, length = struct.unpack(f"{order}4sI", header)
+        start = file.tell()
+        if name == b"fmt " and len(chunk := file.read(16)) == 16:
+            kind, channels, rate, byte_rate, frame, bits = struct.unpack(f"{order}HHIIHH", chunk)
+            is_uncompressed = kind in (1, 3, 0xFFFE)  # PCM, float, extensible
+            if is_uncompressed and (frame != channels * ((bits + 7) // 8) or byte_rate != rate * frame):
+                raise UserError(
+                    f"damaged: the header contradicts itself ({rate} Hz, {channels} channels of {bits} bits, {frame} "
+                    f"bytes at a time, {byte_rate} bytes a second)"
+                )
+        if name == b"data":
+            if size - start < length < 0xFFFFFFFF:  # a program that wrote to a pipe could not know the length
+                raise UserError(f"truncated: {size - start} of {length} bytes of audio are there")
+            return
+        file.seek(start + length + length % 2)  # chunks are padded to even lengths
+    raise UserError("damaged: there is no audio behind its header")
+
+
+def list_changes(file: soundfile.SoundFile) -> list[str]:
+    if not 1_000 <= file.samplerate <= 1_000_000:
+        raise UserError(f"unreadable: the header gives a sample rate of {file.samplerate} Hz")
+    if file.frames == 0:
+        raise UserError("empty: no samples")
+    changes = {
+        "have several channels: the first is used": file.channels > 1,
+        f"are resampled to {SAMPLE_RATE} Hz at each reading; `sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once": (
+            file.samplerate != SAMPLE_RATE
+        ),
+        "are rounded to 16 bits": file.subtype != "PCM_16",
+        f"are shorter than {SECONDS} s and are repeated": file.frames < SECONDS * file.samplerate,
+    }
+    return [change for change, is_needed in changes.items() if is_needed]
+
+
+def decode(file: soundfile.SoundFile, out: np.ndarray) -> list[str]:
+    changes = list_changes(file)
+    expected = min(file.frames, SECONDS * file.samplerate)
+    is_exact = file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
+    if is_exact and file.channels == 1 and expected == N_SAMPLES:
+        samples = file.read(out=out)  # twice as fast as through an array of its own
+    else:
+        samples = file.read(expected, dtype="int16" if is_exact else "float64", always_2d=True)[:, 0]
+    if len(samples) < expected:
+        raise UserError(f"truncated: {len(samples)} of {expected} samples can be read")
+    if not is_exact:
+        samples, is_clipped = round_to_int16(resample(samples, file.samplerate))
+        if is_clipped:
+            changes.append("exceed full scale and were clipped")
+    if samples is not out:
+        out[:] = np.resize(samples, N_SAMPLES)
+    return changes
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    if not np.isfinite(samples).all():
+        raise UserError("not finite: it holds NaN or infinite samples")
+    if rate == SAMPLE_RATE:
+        return samples
+    import librosa  # slow to import, and most data sets do not need it
+
+    return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)
+
+
+def round_to_int16(samples: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Samples in [-1, 1] as int16, and whether any had to be clipped (full scale itself, 1.0, does not count)."""
+    scaled = np.round(samples * 32768.0)
+    return np.clip(scaled, -32768, 32767).astype(np.int16), bool((np.abs(scaled) > 32768).any())

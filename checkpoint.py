@@ -1,0 +1,211 @@
+"""The files of a run: their names, lock and removal; saving, finding and reading checkpoints; the model in one."""
+
+import contextlib
+import io
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor
+
+from config import MODEL_KEYS, Config, make_config
+from dataloader import class_labels
+from distributed import is_main
+from losses import MODES
+from model import TASTgramMFN
+from utils import UserError, check_writable, notice, replace_file
+
+State = dict[str, Any]  # what a checkpoint holds: tensors and plain values
+# What eval.py writes into the folder of its results
+TABLES = ("metrics.csv", "metrics.json", "results.md", "decisions.csv", "anomaly_score_*.csv", "decision_result_*.csv")
+FIGURES = ("report.html", "figures/*.png")
+
+# ---- Names ----
+
+
+class RunFiles:
+    """Where a run keeps its files: `best` is `save_path`, everything else derives from it."""
+
+    def __init__(self, best: Path) -> None:
+        self.best = best
+        self.last = best.with_name(f"{best.stem}.last.pth")  # state after the last epoch, for resuming
+        self.lock = best.with_name(f".{best.stem}.lock")
+        self.folder = best.with_suffix("")
+        self.history = self.folder / "history.csv"
+        self.tensorboard = self.folder / "tensorboard"
+
+    def results(self, split: str) -> Path:
+        """What eval.py writes for the clips of a split, "test" or "evaluation"."""
+        return self.folder / split
+
+
+@contextlib.contextmanager
+def lock_run(files: RunFiles) -> Iterator[None]:
+    """Keep other processes from training under the same `save_path`, and find out early whether it can be written."""
+    if not is_main():
+        yield
+        return
+    check_writable(files.best, "--save_path names another file")
+    try:
+        with filelock.FileLock(files.lock, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"{files.best}: another process is training this run; wait for its end, or --save_path names another"
+        ) from None
+
+
+def clear_run(files: RunFiles) -> None:
+    """Remove what an earlier run under this name has written, and nothing else."""
+    for file in (files.best, files.last, files.history):
+        file.unlink(missing_ok=True)
+    clear(files.tensorboard, ["events.out.tfevents.*"])
+    for split in ("test", "evaluation"):
+        clear(files.results(split), [*TABLES, *FIGURES])
+
+
+def clear(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove the files of these names, and folders that are empty then."""
+    for file in [file for pattern in patterns for file in folder.glob(pattern)]:
+        file.unlink()
+    for emptied in (folder / "figures", folder):
+        with contextlib.suppress(OSError):  # other files are in it, or it is not there
+            emptied.rmdir()
+
+
+# ---- Saving and finding ----
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all. An `OSError` (a full disk) leaves the one before."""
+    buffer = io.BytesIO()  # torch reports a full disk as a bug of its own, Python as an OSError
+    torch.save(dict(state), buffer)
+    with replace_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def find_state(files: RunFiles, resume: bool, overwrite: bool, restarted_job: str = "") -> State | None:
+    """The checkpoint to resume from, if any. Raises `UserError` rather than replace a run without being asked to.
+
+    A run that `restarted_job` has begun itself, before torchrun restarted its processes, is resumed in any case.
+    """
+    if resume and overwrite:
+        raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
+    found = [file for file in (files.last, files.best, files.history) if file.exists()]
+    if restarted_job and files.best in found:
+        state = load_newest(files)
+        if state.get("job") == restarted_job:
+            return state
+    if resume and found and files.best not in found:
+        raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")
+    if resume and found:
+        return load_newest(files)
+    if resume:
+        notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
+    elif found and not overwrite:
+        raise UserError(
+            f"{found[0]} is there: --resume continues that run, --overwrite replaces it, --save_path names another"
+        )
+    return None
+
+
+def load_newest(files: RunFiles) -> State:
+    """The state after the last epoch; where it is damaged or not there yet, that of the best weights."""
+    try:
+        best = load_checkpoint(files.best)
+    except UserError as error:
+        raise UserError(f"{error}; bring it back, or start again with --overwrite") from None
+    if not files.last.exists():
+        return best
+    try:
+        return load_checkpoint(files.last)
+    except UserError as error:
+        notice(f"{error}; continuing from the best weights, of epoch {best.get('epoch')}")
+        return best
+
+
+# ---- Reading ----
+
+
+def load_checkpoint(path: Path) -> State:
+    """Read a checkpoint of this project, or a bare state dict, onto the CPU.
+
+    A bare state dict comes back as `{"model": state_dict}`. Raises `UserError` for a file that is missing, is not
+    a checkpoint, or holds more than tensors and plain values (such a pickle could run code).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another")
+    try:
+        if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote another format
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch does not compare the checksums
+                    raise ValueError(damaged)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for what is not a checkpoint
+        raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
+    if is_state_dict(state):
+        return {"model": state}
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
+        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
+    return state
+
+
+def is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def build_network(config: Config) -> TASTgramMFN:
+    """The network of a configuration; its initial weights depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    return TASTgramMFN(len(class_labels(config.machines)), config.input, MODES[config.mode].head, config.sub_centers)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The network of a checkpoint, the configuration with the keys that the checkpoint decides, and its state."""
+
+    path: Path
+    network: TASTgramMFN
+    config: Config
+    state: State
+
+
+def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedModel:
+    """The model of a checkpoint. A bare state dict decides no key: `config` then serves as it is.
+
+    Raises `UserError` where a key of the command line (`given`) contradicts the checkpoint, or the weights do not fit.
+    """
+    state = load_checkpoint(path)
+    if "config" in state:
+        trained = state["config"]
+        for key in config.differences(trained, [key for key in MODEL_KEYS if key in given]):
+            raise UserError(
+                f"command line: {key} {getattr(config, key)!r} is not the checkpoint's, {trained[key]!r} ({path}); "
+                f"leave it out"
+            )
+        decided = {key: trained[key] for key in MODEL_KEYS}
+        config = make_config(("configuration", config.model_dump()), (str(path), decided))
+    else:
+        notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of the configuration")
+    network = build_network(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{path} does not fit the configuration (machines, input, sub_centers): {name} is "
+                f"{found.get(name, 'absent')} in the file and {expected.get(name, 'absent')} in the model"
+            )
+    network.load_state_dict(state["model"])
+    return TrainedModel(path, network.eval(), config, state)

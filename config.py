@@ -1,0 +1,253 @@
+"""What each key of config.yaml may be; how the file and the command line become a `Config`.
+
+config.yaml is the only place of values and meanings: `--help` prints its comments. This file holds types and ranges.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from losses import MODES
+from model import CHANNELS
+from utils import OneLineParser, UserError, suggest
+
+DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
+
+# ---- The keys. A description completes the sentence "<value> is not ..." ----
+
+
+def refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # which Python takes for numbers
+        raise ValueError
+    return value
+
+
+def refuse_repeats(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError
+    return values
+
+
+def refuse_one_machine(machines: dict[str, list[int]]) -> dict[str, list[int]]:
+    if sum(map(len, machines.values())) < 2:
+        raise ValueError
+    return machines
+
+
+Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(refuse_bool)]
+Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
+Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]
+# A folder name, but `average`, a row of the table of results. An ID may be written 2, "02" or 08.
+MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$")]
+MachineIDs = Annotated[
+    list[Annotated[Whole, Field(ge=0, lt=10**9)]], Field(min_length=1), AfterValidator(refuse_repeats)
+]
+Machines = Annotated[dict[MachineType, MachineIDs], AfterValidator(refuse_one_machine)]
+Channels = Annotated[
+    list[Literal[CHANNELS]],  # type: ignore[valid-type]
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
+    AfterValidator(refuse_repeats),
+    AfterValidator(lambda names: sorted(names, key=CHANNELS.index)),  # the order in which they are stacked
+]
+
+
+class Config(BaseModel):
+    """The configuration of a run: the keys of config.yaml, where each is explained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", regex_engine="python-re")
+
+    data_root: Annotated[Path_, Field(pattern=r"\S", description="the name of a folder (a number needs quotes)")]
+    machines: Annotated[
+        Machines,
+        Field(
+            description="a table of machine types with lists of different IDs, at least two in all, such as "
+            "{fan: [0, 2], pump: [0]}"
+        ),
+    ]
+    split_ratio: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
+    mode: Literal[tuple(MODES)]  # type: ignore[valid-type]
+    input: Annotated[Channels, Field(description=f"a list of different channels out of {', '.join(CHANNELS)}")]
+    alpha: Positive
+    m: Annotated[Real, Field(ge=0, le=math.pi, description="an angle from 0 to 3.14 radians")]
+    s: Positive
+    sub_centers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
+    epoch: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
+    batch_size: Annotated[Whole, Field(ge=2, description="a whole number of at least 2 (batch norm)")]
+    lr: Positive
+    weight_decay: Annotated[Real, Field(ge=0, description="a number of at least 0")]
+    sync_batch_norm: Flag
+    seed: Annotated[Whole, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
+    save_path: Annotated[
+        Path_,
+        Field(
+            pattern=r"^(?!(.*/)?\.pth$)([^{}]|\{mode\}|\{seed\})+\.pth$",
+            description="a file name that ends in .pth, without braces but those of {mode} and {seed}",
+        ),
+    ]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")]
+    data_device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    eval_precision: Literal["fp32", "bf16", "fp16"]
+    compile: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
+    num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
+    tensorboard: Flag
+    score_dtype: Literal["float32", "float64"]
+    threshold: Literal["gamma", "quantile"]
+    threshold_percentile: Annotated[Real, Field(gt=0, lt=100, description="a number above 0 and below 100")]
+
+    @property
+    def checkpoint(self) -> Path:
+        """`save_path` with its placeholders filled in."""
+        return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
+
+    def differences(self, other: dict[str, Any], keys: Sequence[str]) -> list[str]:
+        """Those of the keys whose values in another configuration differ; the order of the machines counts."""
+        return [key for key in keys if json.dumps(getattr(self, key)) != json.dumps(other.get(key))]
+
+
+KEYS = tuple(Config.model_fields)
+# Where things lie and how they are computed: a resumed run may have others.
+COMPUTATION_KEYS = (
+    "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "num_workers",
+    "tensorboard", "score_dtype", "threshold", "threshold_percentile",
+)  # fmt: skip
+# What makes the model and its score: eval.py takes it from the checkpoint.
+MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+
+
+def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
+    """The configuration of several sources, (name, values); a later one replaces the values of those before it.
+
+    Raises `UserError` for an unknown or missing key, a wrong type, or a value out of range; it names the source.
+    """
+    values = {str(key): value for _, given in sources for key, value in given.items()}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = str(first["loc"][0])
+    source = next((name for name, given in reversed(sources) if key in map(str, given)), str(DEFAULT_CONFIG))
+    if first["type"] == "missing":
+        raise UserError(f"{source}: {key} is missing")
+    if key not in KEYS:
+        raise UserError(f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {', '.join(KEYS)})")
+    field = Config.model_fields[key]
+    choices = CHANNELS if key == "input" else [name for name in get_args(field.annotation) if isinstance(name, str)]
+    allowed = field.description or f"one of {', '.join(choices)}"
+    raise UserError(f"{source}: {key}: {values[key]!r} is not {allowed}{suggest(str(values[key]), choices)}")
+
+
+# ---- YAML and the command line ----
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML with the plain scalars of YAML 1.2: 1e-4 is a number, 08 is 8, 010 is 10, `on` and `no` are words.
+
+    A key that is given twice is an error instead of the last one counting.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (replaces the table of the parent class)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def add_scalar(kind: str, pattern: str, first_letters: str, convert: Callable[[str], Any]) -> None:
+    tag = f"tag:yaml.org,2002:{kind}"
+    YamlLoader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), [*first_letters] or [""])
+    YamlLoader.add_constructor(tag, lambda loader, node: convert(loader.construct_scalar(node)))  # type: ignore[arg-type]
+
+
+add_scalar("null", "", "", lambda text: None)
+add_scalar("null", "~|null|Null|NULL", "~nN", lambda text: None)
+add_scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true")
+add_scalar("int", r"[-+]?[0-9]+", "-+0123456789", int)
+add_scalar("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; a `UserError` that names `source` and the line if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=YamlLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # such as !!int x
+        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys and values of a configuration file, not checked yet."""
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such configuration file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: not a text file in UTF-8") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{file}: a configuration is lines of `key: value`")
+    return values or {}
+
+
+def load_config(file: Path = DEFAULT_CONFIG, **overrides: Any) -> Config:
+    """The configuration of config.yaml, replaced by the keys of `file`, replaced by `overrides`."""
+    sources = [(str(path), read_yaml(path)) for path in dict.fromkeys((DEFAULT_CONFIG, file))]
+    return make_config(*sources, ("command line", overrides))
+
+
+def describe_keys() -> dict[str, str]:
+    """The meaning of each key: the comment above or behind it in config.yaml, on one line."""
+    meaning, above = {}, []
+    for line in DEFAULT_CONFIG.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            above.append(line.strip("# "))
+        elif match := re.match(r"(\w+):[^#]*(?:#(.*))?", line):
+            meaning[match[1]] = " ".join([*above, (match[2] or "").strip()]).strip()
+            above = []
+        elif not line.strip():
+            above = []
+    return meaning
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """`--config` and an option for each key."""
+    parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
+    values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
+    group = parser.add_argument_group("keys of the configuration")
+    for key in KEYS:
+        default = yaml.safe_dump(values.get(key), default_flow_style=True, width=math.inf, sort_keys=False)
+        default = default.removesuffix("\n").removesuffix("\n...")
+        help_text = f"{meaning.get(key, '')} (default: {default})"
+        group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=help_text.replace("%", "%%"))
+
+
+def parse_command_line(
+    parser: OneLineParser, arguments: Sequence[str] | None = None
+) -> tuple[Config, argparse.Namespace, dict[str, Any]]:
+    """The configuration, the options that are not keys of it, and the keys that stood on the command line."""
+    add_config_options(parser)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        word = unknown[0].split("=")[0]
+        raise UserError(f"command line: unknown option {word}{suggest(word, known)} (see --help)")
+    given = {key: vars(options).pop(key) for key in KEYS if key in options}
+    for key, text in given.items():
+        if Config.model_fields[key].annotation is not str:  # a path is taken as it stands
+            given[key] = parse_yaml(text, f"command line: {key}")
+    return load_config(options.config, **given), options, given

@@ -1,0 +1,160 @@
+"""What is made of one recording: 16-bit samples as they are, others changed as said, spoilt ones refused."""
+
+import contextlib
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import tone, write_clip
+from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_recordings
+
+from audio import check_recording, read_recording
+from model.tastgram import N_SAMPLES
+from utils import UserError
+
+SHORTER = ["are shorter than 10 s and are repeated"]
+
+
+def read(path) -> tuple[np.ndarray, list[str]]:
+    """The samples and what had to be changed, on which check and reading must agree."""
+    samples = np.full(N_SAMPLES, -12345, dtype=np.int16)
+    changes = read_recording(path, samples)
+    assert check_recording(path) == changes
+    return samples, changes
+
+
+# ---- What is read ----
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+@pytest.mark.parametrize("seconds", [10, 11])
+def test_16_bit_pcm_comes_through_exactly(tmp_path, name, seconds):
+    samples = np.random.default_rng(0).integers(-32768, 32768, seconds * 16_000).astype(np.int16)
+    soundfile.write(tmp_path / name, samples, 16_000)
+    decoded, changes = read(tmp_path / name)
+    assert np.array_equal(decoded, samples[:N_SAMPLES])
+    assert changes == []
+
+
+def test_a_short_clip_is_repeated(tmp_path):
+    decoded, changes = read(write_clip(tmp_path / "a.wav", tone(0, 3.0)))
+    samples, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert np.array_equal(decoded, np.concatenate([samples, samples, samples, samples[:16_000]]))
+    assert changes == SHORTER
+
+
+def test_the_first_of_several_channels_is_used(tmp_path):
+    left, right = tone(0), tone(1)
+    mono, _ = read(write_clip(tmp_path / "mono.wav", left))
+    decoded, changes = read(write_clip(tmp_path / "a.wav", np.stack([left, right], axis=1)))
+    assert np.array_equal(decoded, mono)
+    assert changes == ["have several channels: the first is used"]
+
+
+@pytest.mark.parametrize(
+    "rate", [44_100, pytest.param(8_000, marks=pytest.mark.slow), pytest.param(48_000, marks=pytest.mark.slow)]
+)
+def test_another_sample_rate_is_resampled(tmp_path, rate):
+    time = np.arange(10 * rate) / rate
+    decoded, changes = read(write_clip(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 1000 * time), rate))
+    expected = 0.1 * np.sin(2 * np.pi * 1000 * np.arange(N_SAMPLES) / 16_000)
+    assert len(changes) == 1
+    assert changes[0].startswith("are resampled to 16000 Hz at each reading; ")
+    assert np.abs(decoded / 32768 - expected)[800:-800].max() < 1e-3
+
+
+@pytest.mark.parametrize("subtype", ["PCM_24", "FLOAT", "DOUBLE"])
+def test_finer_samples_are_rounded(tmp_path, subtype):
+    samples = tone(0)
+    decoded, changes = read(write_clip(tmp_path / "a.wav", samples, subtype=subtype))
+    assert np.abs(decoded - samples * 32768).max() <= 0.51
+    assert changes == ["are rounded to 16 bits"]
+
+
+def test_clipping_is_not_silent(tmp_path):
+    samples = tone(0)
+    samples[5] = 1.0  # full scale is 1/32768 beyond the largest int16, which is not worth a word
+    assert "exceed" not in str(read(write_clip(tmp_path / "a.wav", samples, subtype="FLOAT"))[1])
+    samples[5:7] = -1.5, 1.5
+    decoded, changes = read(write_clip(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    assert decoded[5:7].tolist() == [-32768, 32767]
+    assert "exceed full scale and were clipped" in changes
+
+
+def test_a_wav_from_a_pipe_says_nothing_of_its_length(tmp_path):
+    expected, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[:40] + b"\xff\xff\xff\xff" + content[44:])
+    decoded, changes = read(tmp_path / "a.wav")
+    assert np.array_equal(decoded, expected)
+    assert changes == []
+
+
+@pytest.mark.parametrize("behind", [b"\0" * 512, b"TAG" + b" " * 125, bytes(range(256)), b"\x81"])
+def test_foreign_bytes_behind_the_audio_do_no_harm(tmp_path, behind):
+    expected, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
+    with (tmp_path / "a.wav").open("ab") as file:
+        file.write(behind)
+    assert np.array_equal(read(tmp_path / "a.wav")[0], expected)
+
+
+@pytest.mark.parametrize("size", [2, 1001, 32_000, 319_998])
+def test_a_header_that_gives_fewer_bytes_is_believed(tmp_path, size):
+    whole, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
+    content = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(content[:40] + struct.pack("<I", size) + content[44:])
+    decoded, changes = read(tmp_path / "a.wav")
+    assert np.array_equal(decoded, np.resize(whole[: size // 2], N_SAMPLES))
+    assert changes == SHORTER
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [(b"this should be pump 3", 1), (b"\ndata : 5 (should be 3)", 1), (b"bearing", 500)]
+)
+def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
+    """Whatever they say, and however many there are: they neither spoil a recording nor hide that it is cut short."""
+    expected, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
+    content, text = (tmp_path / "a.wav").read_bytes(), text.ljust(40, b"\0")
+    notes = count * (struct.pack("<4sI8sI", b"LIST", 12 + len(text), b"INFOICMT", len(text)) + text)
+    for whole in (content[:36] + notes + content[36:], content + notes):
+        (tmp_path / "a.wav").write_bytes(whole[:4] + struct.pack("<I", len(whole) - 8) + whole[8:])
+        assert np.array_equal(read(tmp_path / "a.wav")[0], expected)
+    (tmp_path / "a.wav").write_bytes((content[:36] + notes + content[36:])[:-1000])
+    with pytest.raises(UserError, match="truncated: 319000 of 320000 bytes"):
+        check_recording(tmp_path / "a.wav")
+
+
+# ---- What is refused ----
+
+
+def is_refused(path) -> bool:
+    """By the check. Reading it all the same may be refused too, and do no worse: a file may break after the check."""
+    try:
+        check_recording(path)
+    except UserError:
+        with contextlib.suppress(UserError):
+            read_recording(path, np.empty(N_SAMPLES, dtype=np.int16))
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("kind", "reason"), BROKEN.items())
+def test_a_broken_recording_is_refused(tmp_path, kind, reason):
+    broken(kind, tmp_path / "a.wav")
+    assert is_refused(tmp_path / "a.wav")
+    with pytest.raises(UserError, match=reason):
+        check_recording(tmp_path / "a.wav")
+
+
+@each_damage_and_200
+def test_each_spoilt_recording_is_refused_or_read_correctly(count):
+    with spoilt_recordings(count) as (_, spoilt):
+        for one in spoilt:
+            if one.expected is None:
+                assert is_refused(one.path), one
+            elif one.expected is not NOT_A_CLIP:
+                assert not is_refused(one.path), one
+                samples, changes = read(one.path)
+                assert np.array_equal(samples, np.resize(one.expected, N_SAMPLES)), one
+                assert (SHORTER[0] in changes) == (len(one.expected) < N_SAMPLES), one

@@ -1,0 +1,234 @@
+"""train_ddp.py under torchrun, with gloo on the CPU."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments
+
+import eval as eval_script
+import train
+from checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.ddp
+
+
+def torchrun(
+    processes: int, *words: str, script: Path = ROOT / "train_ddp.py", options=("--standalone",), **environment
+) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [*launcher, script, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def errors(result: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_it_takes_the_options_of_train_and_says_how_it_is_started():
+    script = [sys.executable, ROOT / "train_ddp.py"]
+    result = subprocess.run([*script, "--lr", "1"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "torchrun --standalone --nproc_per_node=N train_ddp.py" in result.stderr
+
+
+# Leaves the run after so many epochs, as if it had been stopped there.
+STOPPED = """
+import sys
+import trainer, train_ddp, utils
+
+last, run_epoch = int(sys.argv.pop(1)), trainer.Run.run_epoch
+
+def stop_or_go_on(self):
+    return sys.exit(0) if self.epoch == last else run_epoch(self)
+
+trainer.Run.run_epoch = stop_or_go_on
+utils.run_script(train_ddp.main)
+"""
+
+
+def epochs(folder: Path) -> list[str]:
+    with (folder / "run" / "history.csv").open(newline="") as file:
+        return [row["epoch"] for row in csv.DictReader(file)]
+
+
+def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, data_root, call):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    options = arguments(tmp_path, data_root, epoch=3, input="[sgram]", split_ratio=0.7)
+    result = torchrun(2, 2, *options, script=tmp_path / "stopped.py")
+    assert result.returncode == 0, result.stderr
+    assert sum(line.startswith("epoch ") for line in result.stdout.splitlines()) == 2, "rank 0 alone prints"
+    state = load_checkpoint(tmp_path / "run.last.pth")
+    assert state["epoch"] == 2
+    assert not any(name.startswith("module.") for name in state["model"])
+    assert len(state["held_out"]["score"]) == state["clip_counts"]["validation"] == 4
+    assert epochs(tmp_path) == ["1", "2"]
+    status, _, errors = call(train.main, *options, "--resume")
+    assert status == 0, errors
+    assert epochs(tmp_path) == ["1", "2", "3"]
+    status, output, errors = call(eval_script.main, tmp_path / "run.pth", "--data_root", data_root)
+    assert status == 0, errors
+    assert "12 scores and metrics" in output
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
+    """The tiny run has one epoch of one; a second one is asked for by editing what it was planned for."""
+    state = load_checkpoint(trained_copy / "run.last.pth")
+    state["config"]["epoch"] = 2
+    save_checkpoint(trained_copy / "run.last.pth", state)
+    result = torchrun(2, *arguments(trained_copy, data_root, epoch=2), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert epochs(trained_copy) == ["1", "2"]
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_validation_and_steps_do_not_depend_on_the_processes(processes, tmp_path, data_root):
+    """12 clips to validate and three steps, in one process and in several, whose shares differ in size.
+
+    Validation and gradients are equal up to the order of float32 sums. AdamW divides each gradient by its own size,
+    so that where that is all but zero the order of a sum decides the sign of a full step: of the way that the
+    parameters have gone, a hundredth may differ.
+    """
+    results = []
+    for number in (1, processes):
+        options = arguments(tmp_path, data_root, input="[sgram]", mode="arcface")
+        result = torchrun(number, *options, script=ROOT / "tests" / "ddp_worker.py")
+        assert result.returncode == 0, result.stderr
+        results.append(torch.load(tmp_path / "run.pth"))
+    one, several = results
+    assert several["scores"].tolist() == pytest.approx(one["scores"].tolist(), rel=1e-5)
+    assert several["accuracy"] == one["accuracy"]
+    for name, expected in one["gradients"].items():
+        assert torch.linalg.vector_norm(several["gradients"][name] - expected) <= 1e-4 * expected.norm() + 1e-6, name
+    ours, expected = (torch.cat([way.flatten() for way in result["changes"].values()]) for result in (several, one))
+    print("share of the way that differs:", ((ours - expected).norm() / expected.norm()).item())
+    assert (ours - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_an_error_is_said_once(tmp_path):
+    result = torchrun(2, *arguments(tmp_path, tmp_path / "nowhere"))
+    assert result.returncode == 1
+    assert len(errors(result)) == 1
+    assert "error: no folder" in errors(result)[0]
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
+
+
+@pytest.mark.slow
+def test_too_few_clips_for_the_processes(tmp_path, data_root):
+    result = torchrun(2, *arguments(tmp_path, data_root, batch_size=3))
+    assert len(errors(result)) == 1
+    assert "error: batch_size: 3 clips a step: each of 2 processes needs two" in errors(result)[0]
+
+
+# A process that ends itself at the end of an epoch, once.
+DYING = """
+import os, pathlib, signal, sys
+import trainer, train_ddp, utils
+
+way, rank, epoch = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+died, run_epoch = pathlib.Path(__file__).with_name("died"), trainer.Run.run_epoch
+
+def run_and_die(self):
+    result = run_epoch(self)
+    if self.epoch == epoch and os.environ["RANK"] == rank and not died.exists():
+        died.touch()
+        if way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise utils.UserError("this process has had enough")
+    return result
+
+trainer.Run.run_epoch = run_and_die
+utils.run_script(train_ddp.main)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path) -> Path:
+    (tmp_path / "dying.py").write_text(DYING)
+    return tmp_path / "dying.py"
+
+
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
+def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
+    result = torchrun(2, "kill", rank, 2, *arguments(tmp_path, data_root, epoch=3, input="[sgram]"), script=dying)
+    assert result.returncode == 1
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert len(errors(result)) <= 1
+    assert all("another process of the job has ended" in line for line in errors(result))
+    assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == (2 if rank == "1" else 1), "rank 0 writes"
+
+
+def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dying):
+    result = torchrun(2, "raise", "1", 1, *arguments(tmp_path, data_root, input="[sgram]"), script=dying)
+    assert result.returncode == 1
+    assert errors(result) == ["error: this process has had enough"]
+
+
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 2])  # without and with a checkpoint
+def test_restarted_processes_go_on_by_themselves(epoch, tmp_path, data_root, dying):
+    options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert torchrun(2, *arguments(unbroken, data_root, **options)).returncode == 0
+    result = torchrun(2, "kill", "1", epoch, *arguments(broken, data_root, **options), script=dying,
+                      options=("--standalone", "--max-restarts=1"))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ours, expected = (load_checkpoint(folder / "run.last.pth") for folder in (broken, unbroken))
+    assert all(torch.equal(ours["model"][name], value) for name, value in expected["model"].items())
+    keys = [{key: value for key, value in row.items() if key != "seconds"} for row in ours["history"]]
+    assert keys == [{key: row[key] for key in keys[0]} for row in expected["history"]]
+
+
+def test_a_restart_leaves_the_run_of_another_job_alone(trained_copy, data_root):
+    before = (trained_copy / "run.last.pth").read_bytes()
+    result = torchrun(2, *arguments(trained_copy, data_root), options=("--standalone", "--max-restarts=1"))
+    assert result.returncode == 1
+    assert [line.split(" is there")[0] for line in errors(result)] == [f"error: {trained_copy / 'run.last.pth'}"] * 2
+    assert (trained_copy / "run.last.pth").read_bytes() == before
+
+
+def on_two_machines(*words: str, options=(), **torchrun_options) -> list[subprocess.CompletedProcess]:
+    """The multi-node form of torchrun, a process on each node, both nodes here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", *options)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda _: torchrun(1, *words, options=nodes, **torchrun_options), range(2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
+def test_two_machines_train_as_one(dies, tmp_path, data_root, dying):
+    """Also where a process is killed and all are restarted."""
+    options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
+    apart, together = arguments(tmp_path / "apart", data_root, **options), arguments(tmp_path, data_root, **options)
+    assert torchrun(2, *together).returncode == 0
+    if dies:
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        words = ("kill", "1", 2, *apart)
+        results = on_two_machines(*words, options=("--max-restarts=3",), script=dying, **environment)
+        assert dying.with_name("died").exists()
+    else:
+        results = on_two_machines(*apart)
+    assert [result.returncode for result in results] == [0, 0], results
+    ours, expected = (load_checkpoint(folder / "run.last.pth")["model"] for folder in (tmp_path / "apart", tmp_path))
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("mode", [pytest.param("arcmix", marks=pytest.mark.slow), "cross_entropy"])  # one for each head
+def test_each_head_trains_without_unused_parameters(mode, tmp_path, data_root):
+    options = arguments(tmp_path, data_root, input="[sgram]", mode=mode)
+    result = torchrun(2, *options)
+    assert result.returncode == 0, result.stderr
+    assert all(torch.isfinite(value).all() for value in load_checkpoint(tmp_path / "run.pth")["model"].values())

@@ -1,0 +1,329 @@
+"""train.py as a user runs it: what a run leaves, what it refuses, how it is stopped, killed and resumed."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MACHINES, arguments, write_set
+
+import train
+from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run
+from config import load_config
+
+ROOT = Path(__file__).parent.parent
+HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
+
+
+# ---- A run ----
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_run_leaves(trained):
+    best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
+    assert set(best) == {
+        "model", "optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
+        "versions", "held_out", "job",
+    }  # fmt: skip
+    assert set(last) == set(best)
+    assert best["clip_counts"] == {"training": 11, "validation": 1}
+    assert best["config"]["machines"] == last["config"]["machines"] == MACHINES
+    assert list(best["model"]) == list(build_network(load_config(machines=MACHINES)).state_dict())
+    history = rows(trained / "run" / "history.csv")
+    assert list(history[0]) == HISTORY
+    assert [row["epoch"] for row in history] == ["1"]
+    assert float(history[0]["valid_loss"]) == best["best_loss"]
+    assert sorted(path.name for path in trained.iterdir() if path.suffix != ".lock") == [
+        "run",
+        "run.last.pth",
+        "run.pth",
+    ]
+
+
+def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root, fails, call):
+    options = arguments(trained_copy, data_root)
+    before = (trained_copy / "run.pth").read_bytes()
+    said = r"run.last.pth is there: --resume continues .*, --overwrite replaces it, --save_path"
+    fails(train.main, *options, match=said)
+    assert (trained_copy / "run.pth").read_bytes() == before
+    status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
+    assert status == 0
+    assert "epoch" not in output
+    assert (trained_copy / "run.pth").read_bytes() == before
+
+
+def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fails):
+    options = arguments(trained, data_root, epoch=2, lr=1e-3)
+    differing = r"another configuration: epoch \(was 1, is 2\); lr \(was 0.0001, is 0.001\)"
+    fails(train.main, *options, "--resume", match=differing)
+
+
+def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
+    other = write_set(tmp_path / "data", train_clips=5)
+    options = arguments(trained, other)
+    fails(train.main, *options, "--resume", match="the clips under .* are not those the run began with")
+
+
+def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
+    status, output, errors = call(train.main, *arguments(tmp_path, data_root), "--resume")
+    assert status == 0
+    assert "run.last.pth: nothing to resume, so the run starts from the beginning" in errors
+    assert "epoch 1/1" in output
+
+
+def test_overwriting_replaces_the_run(trained_copy, data_root, call):
+    files = RunFiles(trained_copy / "run.pth")
+    (files.folder / "mine.txt").write_text("mine")
+    files.results("test").mkdir()
+    (files.results("test") / "metrics.csv").write_text("old")
+    status, output, _ = call(
+        train.main, *arguments(trained_copy, data_root, tensorboard="true", lr=2e-4), "--overwrite"
+    )
+    assert status == 0
+    assert "valid loss" in output
+    assert load_checkpoint(files.best)["config"]["lr"] == 2e-4
+    assert sorted(path.name for path in files.folder.iterdir()) == ["history.csv", "mine.txt", "tensorboard"]
+
+
+def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
+    before = (trained_copy / "run.pth").read_bytes()
+    fails(
+        train.main,
+        *arguments(trained_copy, tmp_path / "nowhere"),
+        "--overwrite",
+        match=r"no folder \S*nowhere \(looked for",
+    )
+    one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
+    options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
+    fails(train.main, *options, "--overwrite", match="1 clips to train on")
+    assert (trained_copy / "run.pth").read_bytes() == before
+
+
+def test_too_few_clips_to_train_on(tmp_path, fails):
+    root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
+    options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
+    fails(train.main, *options, match="1 clips to train on: each of 1 processes needs two, for batch norm")
+
+
+# ---- Cut and resumed ----
+
+CUT = {"epoch": 3, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
+
+
+def start(folder: Path, data_root: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments(folder, data_root, **CUT), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for_epoch(process: subprocess.Popen, number: int) -> None:
+    """Read the run's output until this epoch is finished, then let it go some way into the next."""
+    for line in process.stdout:
+        if line.startswith(f"epoch {number}/"):
+            time.sleep(0.15)
+            return
+    raise AssertionError(f"ended before epoch {number}: {process.stderr.read()}")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data_root) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert start(folder, data_root).wait() == 0
+    return folder
+
+
+def assert_same_run(folder: Path, unbroken: Path) -> None:
+    """Weights and states equal bit for bit, and the history but for the seconds."""
+    for name in ("run.pth", "run.last.pth"):
+        ours, expected = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
+        assert ours["epoch"] == expected["epoch"]
+        assert all(torch.equal(ours["model"][key], value) for key, value in expected["model"].items())
+    ours, expected = (rows(folder / "run" / "history.csv") for folder in (folder, unbroken))
+    for row in ours + expected:
+        row.pop("seconds")
+    assert ours == expected
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(unbroken, tmp_path, data_root):
+    """Stopped twice, by Ctrl-C and by SIGTERM, in the midst of an epoch."""
+    options: list[str] = []
+    for number, (sent, status) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), start=1):
+        process = start(tmp_path, data_root, *options)
+        wait_for_epoch(process, number)
+        process.send_signal(sent)
+        errors = process.communicate()[1]
+        assert process.returncode == status
+        assert "Traceback" not in errors
+        assert f"stopped; --resume continues after epoch {number}" in errors
+        assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == number
+        options = ["--resume"]
+    resumed = start(tmp_path, data_root, "--resume")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert_same_run(tmp_path, unbroken)
+
+
+# train.py in a process group that kills itself at the so many-th step, file operation, or write of a checkpoint, of
+# which then half is on the disk.
+KILLED = """
+import os, pathlib, signal, sys
+import train, trainer, utils
+
+kind, moment, folder = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
+moments = iter(range(1, moment))
+
+def is_now():
+    return next(moments, None) is None
+
+def die():
+    os.killpg(0, signal.SIGKILL)
+
+def hook(event, arguments):
+    if event in ("open", "os.rename", "os.remove") and folder in str(arguments[0]) and is_now():
+        die()
+
+def write_half(path, data):
+    if is_now():
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        die()
+    return write(path, data)
+
+def step(*arguments, **options):
+    result = take(*arguments, **options)
+    if is_now():
+        die()
+    return result
+
+write, take = pathlib.Path.write_bytes, trainer.Trainer.step
+if kind == "file":
+    sys.addaudithook(hook)
+elif kind == "write":
+    pathlib.Path.write_bytes = write_half
+elif kind == "step":
+    trainer.Trainer.step = step
+utils.run_script(train.main)
+"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_unbroken_run(kills, tmp_path, data_root):
+    """SIGKILL at seeded random moments, the whole process group, resumed each time."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    options = CUT | {"epoch": 2 * kills}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(folder: Path, kind: str = "never", moment: int = 1) -> int:
+        words = [kind, moment, folder / "run", *arguments(folder, data_root, **options), "--resume"]
+        command = [sys.executable, tmp_path / "killed.py", *map(str, words)]
+        result = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
+        assert result.returncode in (0, -signal.SIGKILL), result.stderr
+        return result.returncode
+
+    rng = random.Random(3)
+    for number in range(kills):
+        kind = ("file", "write", "step")[number % 3]
+        moment = rng.randint(1, {"file": 25, "write": 3, "step": 6}[kind])  # within about two epochs
+        assert run(tmp_path / "killed", kind, moment) == -signal.SIGKILL
+        files = RunFiles(tmp_path / "killed" / "run.pth")
+        print(f"kill {number + 1}: {kind} {moment}, epoch {load_newest(files)['epoch'] if files.best.exists() else 0}")
+    assert run(tmp_path / "killed") == 0
+    assert run(tmp_path / "unbroken") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_root, call):
+    files = RunFiles(trained_copy / "run.pth")
+    history = files.history.read_text()
+    files.last.write_bytes(files.last.read_bytes()[:1000])
+    status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
+    assert status == 0
+    assert "run.last.pth: not a readable checkpoint (it is something else, or damaged); continuing from the" in errors
+    assert files.history.read_text() == history
+
+
+def test_two_runs_of_one_name_at_once_are_refused(trained_copy, data_root, fails):
+    with lock_run(RunFiles(trained_copy / "run.pth")):
+        said = "run.pth: another process is training this run"
+        fails(train.main, *arguments(trained_copy, data_root), "--overwrite", match=said)
+    assert (trained_copy / "run.pth").exists()
+
+
+def test_a_crash_between_checkpoint_and_history_is_mended(trained_copy, data_root, call):
+    history = trained_copy / "run" / "history.csv"
+    expected = history.read_text()
+    history.unlink()
+    assert call(train.main, *arguments(trained_copy, data_root), "--resume")[0] == 0
+    assert history.read_text() == expected
+
+
+def test_a_cut_before_the_first_last_state_resumes_from_the_best(trained_copy, data_root, call):
+    last = trained_copy / "run.last.pth"
+    expected = load_checkpoint(last)
+    last.unlink()
+    options = arguments(trained_copy, data_root)
+    assert call(train.main, *options, "--resume")[0] == 0
+    assert load_checkpoint(trained_copy / "run.pth")["epoch"] == expected["epoch"]
+
+
+def test_resuming_without_the_best_weights_is_an_error(trained_copy, data_root, fails):
+    (trained_copy / "run.pth").unlink()
+    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.pth, the best weights .* is missing")
+
+
+def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails):
+    for name in ("run.pth", "run.last.pth"):
+        torch.save(load_checkpoint(trained_copy / name)["model"], trained_copy / name)
+    fails(
+        train.main,
+        *arguments(trained_copy, data_root),
+        "--resume",
+        match="run.pth: only weights, no run to resume; start again with --overwrite",
+    )
+
+
+def test_a_resumed_run_must_number_the_classes_alike(trained, data_root, fails):
+    options = arguments(trained, data_root, machines="{valve: [1], fan: [0, 2]}")
+    fails(train.main, *options, "--resume", match="another configuration: machines")
+
+
+def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, fails):
+    for name in ("run.pth", "run.last.pth"):
+        (trained_copy / name).unlink()
+    options = arguments(trained_copy, data_root)
+    fails(train.main, *options, match="history.csv is there")
+    fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
+    assert (trained_copy / "run" / "history.csv").exists()
+
+
+def test_a_state_that_does_not_fit_is_refused(trained_copy, data_root, fails):
+    state = load_checkpoint(trained_copy / "run.last.pth")
+    torch.save(state | {"optimizer": {}}, trained_copy / "run.last.pth")
+    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.last.pth: .* do not fit")
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, data_root, fails):
+    (tmp_path / "file").touch()
+    options = arguments(tmp_path, data_root, save_path=tmp_path / "file" / "run.pth")
+    said = r"file/run.pth cannot be written \((Not a directory|File exists)\); --save_path"
+    fails(train.main, *options, match=said)
+
+
+def test_train_is_one_process(fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(train.main, match="with torchrun, start train_ddp.py")
