@@ -31,7 +31,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import requests
@@ -72,21 +72,15 @@ class Zip:
     url: str
     path: Path
     md5: str
-    size: int | None  # None: neither the table nor the server tells it
+    size: int  # 0 until `ask_size`, where the table does not have it
     unpacked_size: int
 
     @property
-    def max_size(self) -> int:
-        return self.size or self.unpacked_size
-
-    @property
-    def marker(self) -> Path:
-        """The file that says, once it exists, that the zip was unpacked to the end."""
+    def marker(self) -> Path:  # exists once the zip is unpacked to the end
         return self.path.with_suffix(".json")
 
     @property
-    def unpacking(self) -> Path:
-        """The folder, beside the data set, that the clips lie in until all are unpacked."""
+    def unpacking(self) -> Path:  # holds the clips until all are unpacked
         return self.path.with_suffix(".unpacking")
 
 
@@ -145,7 +139,7 @@ def choose_zips(table: dict, options: argparse.Namespace, state: Path) -> Iterat
                 file = record["file"].format(type=machine_type)
                 url = file_url(options.url, record["record"], file)
                 unpacked_size = row["clips"] * table["clip_bytes"][machine_type]
-                yield Zip(part, machine_type, url, state / file, row["md5"], row["size"], unpacked_size)
+                yield Zip(part, machine_type, url, state / file, row["md5"], row["size"] or 0, unpacked_size)
 
 
 def file_url(pattern: str, record: int, file: str) -> str:
@@ -153,20 +147,21 @@ def file_url(pattern: str, record: int, file: str) -> str:
 
 
 def ask_size(session: requests.Session, item: Zip) -> Zip:
-    """The same zip with the size that the server tells, if it does."""
+    """The same zip with the size that the server tells, or else the unpacked size, which it cannot exceed."""
+    size = item.unpacked_size
     with contextlib.suppress(requests.RequestException, KeyError):  # whatever lasts, fetching will report
         response = session.head(item.url, allow_redirects=True, timeout=TIMEOUT_SECONDS)
         response.raise_for_status()
-        return dataclasses.replace(item, size=int(response.headers["Content-Length"]))
-    return item
+        size = int(response.headers["Content-Length"]) or size
+    return dataclasses.replace(item, size=size)
 
 
 def print_plan(missing: list[Zip], output: Path) -> None:
     for item in missing:
-        size = f"{'' if item.size else 'at most '}{gigabytes(item.max_size)}"
+        limit = "at most " if item.size == item.unpacked_size else ""  # the server did not tell
         folder = output / item.machine_type / FOLDERS[item.part]
-        print(f"{item.path.name}: {size}, unpacked {gigabytes(item.unpacked_size)} -> {folder}")
-    size = gigabytes(sum(item.max_size for item in missing))
+        print(f"{item.path.name}: {limit}{gigabytes(item.size)}, unpacked {gigabytes(item.unpacked_size)} -> {folder}")
+    size = gigabytes(sum(item.size for item in missing))
     unpacked_size = gigabytes(sum(item.unpacked_size for item in missing))
     print(f"missing in {output}: {len(missing)} zips, {size}, unpacked {unpacked_size}")
 
@@ -177,11 +172,9 @@ def gigabytes(size: int) -> str:
 
 def check_space(missing: list[Zip], output: Path, keep_zips: bool) -> None:
     """Raise UserError if the disk cannot hold the clips and, beside them, the zips that exist at one time."""
-    zips = [0]
-    for item in missing:
-        here = sum(path.stat().st_size for path in item.path.parent.glob(f"{item.path.name}*"))
-        zips.append(item.max_size - here)
-    needed = sum(item.unpacked_size for item in missing) + (sum(zips) if keep_zips else max(zips))
+    here = [sum(path.stat().st_size for path in item.path.parent.glob(f"{item.path.name}*")) for item in missing]
+    zips = [item.size - size for item, size in zip(missing, here, strict=True)]
+    needed = sum(item.unpacked_size for item in missing) + (sum(zips) if keep_zips else max([0, *zips]))
     free = shutil.disk_usage(output).free
     if free < needed:
         remedy = "free some space, or choose fewer --types or --parts or another --output"
@@ -192,24 +185,25 @@ def is_complete(item: Zip, output: Path) -> bool:
     """Whether the zip was unpacked to the end and all its clips are still there."""
     try:
         done = json.loads(item.marker.read_text())
-        md5, unpacked = done["md5"], Counter(done["clips"])
+        here = {group: len(list(output.glob(f"{group}_????????.wav"))) for group in done["clips"]}
+        return done["md5"] == item.md5 and Counter(done["clips"]) <= Counter(here)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # or torn, when the machine lost its power
         return False
-    clips = (path.relative_to(output).as_posix() for path in (output / item.machine_type).glob("*/*.wav"))
-    return md5 == item.md5 and unpacked <= count_clips(clips)
-
-
-def count_clips(clips: Iterable[str]) -> Counter:
-    """How many clips there are of each machine and label, as in {"fan/train/normal_id_00": 911}."""
-    return Counter(clip[: -len("_NNNNNNNN.wav")] for clip in clips)
 
 
 def fetch_zip(session: requests.Session, item: Zip, output: Path, keep_zips: bool) -> None:
-    """Fetch, check and unpack one zip."""
+    """Fetch, check and unpack one zip: all its clips beside the data set at first, then into it."""
     fetch(session, item.url, item.path, lambda path: md5_of(path) == item.md5)
-    clips = unpack(item, output)
+    with zipfile.ZipFile(item.path) as archive:
+        clips = clips_in(archive, item)
+        archive.extractall(item.unpacking, tqdm(clips.values(), desc=f"unpacking {item.path.name}", unit="clip"))
+    for clip in clips:
+        (output / clip).parent.mkdir(parents=True, exist_ok=True)
+        (item.unpacking / clip).replace(output / clip)
+    shutil.rmtree(item.unpacking)
+    counts = Counter(clip[: -len("_NNNNNNNN.wav")] for clip in clips)  # as in {"fan/train/normal_id_00": 911}
     marker = item.marker.with_suffix(".json.part")
-    marker.write_text(json.dumps({"md5": item.md5, "clips": count_clips(clips)}, indent=2) + "\n")
+    marker.write_text(json.dumps({"md5": item.md5, "clips": counts}, indent=2) + "\n")
     os.sync()  # so that the marker reaches the disk after the clips
     marker.rename(item.marker)  # last of all: what has no marker is unpacked again
     if not keep_zips:
@@ -230,11 +224,7 @@ def md5_of(path: Path) -> str:
 
 
 def fetch(session: requests.Session, url: str, path: Path, is_right: Callable[[Path], bool]) -> None:
-    """Have the file of `url` at `path`: take one that is there already, and fetch a wrong one once more.
-
-    Raises:
-        UserError: The server does not answer, refuses, or sends something else twice.
-    """
+    """Have the file of `url` at `path`: take one that is there already, and fetch a wrong one once more."""
     part = path.with_name(f"{path.name}.part")
     for _ in range(2):
         if not path.exists():
@@ -248,24 +238,23 @@ def fetch(session: requests.Session, url: str, path: Path, is_right: Callable[[P
 
 
 def download(session: requests.Session, url: str, part: Path) -> None:
-    """Receive what is missing of `part`, in as many tries as it takes while they bring something.
-
-    Raises:
-        UserError: TRIES tries in a row brought nothing new, or the server refuses for good.
-    """
+    """Receive what is missing of `part`, in as many tries as it takes while they bring something."""
     tries = most = 0
     while True:
+        pause = 0.0
         try:
             receive(session, url, part)
             return
         except requests.HTTPError as error:
             if error.response is None or error.response.status_code not in TRY_AGAIN:
                 raise UserError(f"{error}; check --url or try again later") from None
-            reason, pause = str(error), asked_pause(error.response)
+            reason = str(error)
+            with contextlib.suppress(InvalidHeader):
+                pause = Retry().get_retry_after(error.response.raw) or 0  # from Retry-After, a number or a date
         except LOST as error:
             cause = getattr(error.args[0], "reason", error.args[0])  # from within urllib3's "max retries"
-            reason, pause = f"{url}: {cause.args[-1]}", 0
-        received = part.stat().st_size if part.exists() else 0
+            reason = f"{url}: {cause.args[-1]}"
+        received = part.stat().st_size
         tries = 1 if received > most else tries + 1
         most = max(most, received)
         if tries == TRIES:
@@ -275,80 +264,49 @@ def download(session: requests.Session, url: str, part: Path) -> None:
         time.sleep(pause)
 
 
-def asked_pause(response: requests.Response) -> float:
-    """The seconds of the server's Retry-After, which may be a number or a date; 0 without one."""
-    with contextlib.suppress(InvalidHeader):
-        return Retry().get_retry_after(response.raw) or 0
-    return 0
-
-
 def receive(session: requests.Session, url: str, part: Path) -> None:
     """Ask once for what is missing of `part` and append it; start over if the server ignores the range."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        if have and response.status_code == 416:  # nothing lies beyond: all of it is here, right or not
-            return
-        response.raise_for_status()
-        if response.status_code != 206:
-            have = 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
-        with part.open("ab" if have else "wb") as file, bar:
-            for chunk in response.iter_content(CHUNK_BYTES):
-                file.write(chunk)
-                bar.update(len(chunk))
-
-
-def unpack(item: Zip, output: Path) -> list[str]:
-    """Unpack all clips beside the data set, then move them into it; return their places there.
-
-    Raises:
-        UserError: The zip holds something other than its clips; none was unpacked.
-    """
-    with zipfile.ZipFile(item.path) as archive:
-        clips = clips_in(archive, item)
-        for clip, entry in tqdm(clips.items(), desc=f"unpacking {item.path.name}", unit="clip"):
-            (item.unpacking / clip).parent.mkdir(parents=True, exist_ok=True)
-            (item.unpacking / clip).write_bytes(archive.read(entry))
-    for clip in clips:
-        (output / clip).parent.mkdir(parents=True, exist_ok=True)
-        (item.unpacking / clip).replace(output / clip)
-    shutil.rmtree(item.unpacking)
-    return list(clips)
+    with part.open("ab") as file:
+        have = file.tell()
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+            if have and response.status_code == 416:  # nothing lies beyond: all of it is here, right or not
+                return
+            response.raise_for_status()
+            if response.status_code != 206:
+                have = file.truncate(0)
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True) as bar:
+                for chunk in response.iter_content(CHUNK_BYTES):
+                    bar.update(file.write(chunk))
 
 
 def clips_in(archive: zipfile.ZipFile, item: Zip) -> dict[str, zipfile.ZipInfo]:
-    """The entry of each clip by its place in the data set. Folders are passed over and made when needed, and so is
-    what lies in other people's zips: notes, and the files that macOS adds.
+    """The entries of the clips, each named as its place in the data set.
 
-    The names expected leave no room for absolute paths and "..", the kinds none for links.
-
-    Raises:
-        UserError: An entry that nobody would have put there in good faith, or by oversight.
+    Folders are passed over, and so are notes and the files that macOS adds. Anything else is an error: the names
+    expected leave no room for absolute paths and "..", the kinds none for links.
     """
     expected = re.compile(rf"{item.machine_type}/{CLIPS_IN_ZIP[item.part]}_\d\d_\d{{8}}\.wav", re.ASCII)
     clips, others = {}, []
     for entry in archive.infolist():
-        name, is_file = entry.filename, stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG)
+        name, path = entry.filename, PurePosixPath(entry.filename)
+        is_file = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG)
+        is_elsewhere = path.is_absolute() or ".." in path.parts or "\\" in name
+        is_recording = ".wav" in path.name.lower() and path.parts[0] != "__MACOSX"
         if entry.is_dir():
             continue
         if is_file and expected.fullmatch(name) and entry.file_size <= MAX_CLIP_BYTES:
-            clips[name.replace("/test/", "/evaluation/") if item.part == "evaluation" else name] = entry
-        elif is_file and is_harmless(PurePosixPath(name)):
-            others.append(name)
+            entry.filename = name.replace("/test/", "/evaluation/") if item.part == "evaluation" else name
+            clips[entry.filename] = entry
+        elif is_file and not is_elsewhere and not is_recording:
+            others.append(repr(name))
         else:
             raise UserError(f"{item.path}: {name!r} is no clip as expected there; nothing of it was unpacked")
     if others:
-        print(f"{item.path.name}: passed over {', '.join(map(repr, others))}", file=sys.stderr)
+        print(f"{item.path.name}: passed over {', '.join(others)}", file=sys.stderr)
     return clips
-
-
-def is_harmless(path: PurePosixPath) -> bool:
-    """Whether a file that is not expected in a zip may be passed over: no recording, and not on its way elsewhere."""
-    is_elsewhere = path.is_absolute() or ".." in path.parts or "\\" in str(path)
-    return not is_elsewhere and (".wav" not in path.name.lower() or path.parts[0] == "__MACOSX")
 
 
 if __name__ == "__main__":

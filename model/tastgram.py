@@ -61,7 +61,7 @@ class FrontEnd(nn.Module):
     def __init__(self, channels: Collection[str]) -> None:
         super().__init__()
         self.keeps_waveform = "tgram" in channels
-        self.log_mel = LogMel() if "sgram" in channels or "tagram" in channels else None
+        self.log_mel = LogMel() if set(channels) - {"tgram"} else None
 
     def forward(self, samples: Tensor) -> dict[str, Tensor]:
         waveform = samples.float() / 32768.0

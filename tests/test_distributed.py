@@ -189,6 +189,7 @@ def test_restarted_processes_go_on_by_themselves(epoch, tmp_path, data_root, dyi
     assert keys == [{key: row[key] for key in keys[0]} for row in expected["history"]]
 
 
+@pytest.mark.slow
 def test_a_restart_leaves_the_run_of_another_job_alone(trained_copy, data_root):
     before = (trained_copy / "run.last.pth").read_bytes()
     result = torchrun(2, *arguments(trained_copy, data_root), options=("--standalone", "--max-restarts=1"))
@@ -226,7 +227,8 @@ def test_two_machines_train_as_one(dies, tmp_path, data_root, dying):
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("mode", [pytest.param("arcmix", marks=pytest.mark.slow), "cross_entropy"])  # one for each head
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["arcmix", "cross_entropy"])  # one for each head
 def test_each_head_trains_without_unused_parameters(mode, tmp_path, data_root):
     options = arguments(tmp_path, data_root, input="[sgram]", mode=mode)
     result = torchrun(2, *options)

@@ -160,9 +160,11 @@ def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(trained, 
     folder.mkdir(parents=True)
     for path in (data_root / "fan" / "test").glob("normal*"):
         (folder / path.name.removeprefix("normal_")).symlink_to(path)
+    results = tmp_path / "run" / "evaluation"
+    (results / "figures").mkdir(parents=True)
+    (results / "figures" / "roc.png").touch()  # of an earlier evaluation, with labels
     status, output, _ = evaluate(call, tmp_path, tmp_path / "data", "--split", "evaluation", "--report")
     assert status == 0
-    results = tmp_path / "run" / "evaluation"
     assert {path.stem for path in (results / "figures").iterdir()} == {"scores", "tastgram", "embedding", "history"}
     assert f"4 figures: {results / 'figures'}" in output
     assert f"report: {results / 'report.html'}" in output

@@ -411,6 +411,26 @@ def test_file_names_with_commas_are_quoted(tmp_path):
 # ---- Comparison ----
 
 
+def test_a_difference_has_the_interval_of_the_same_draws(result, tmp_path):
+    of, rng = clips({("fan", 0): (40, 40), ("pump", 1): (30, 20)}), np.random.default_rng(0)
+    scores = rng.normal(size=130) + (of["condition"] == "anomalous")
+    both = [measured(of, scores + shift, 200) for shift in (0, 0.3 * rng.normal(size=130))]
+    compared = [
+        replace(
+            result,
+            trained=replace(result.trained, state={"config": load_config(m=m).model_dump()}),
+            clips=of,
+            metrics=metrics,
+        )
+        for m, metrics in zip((0.7, 0.5), both, strict=True)
+    ]
+    compare(compared, tmp_path)
+    one, other = (100 * metrics.draws["average", "pooled"][:, 0] for metrics in both)
+    low, high = np.percentile((one - other)[1:], [2.5, 97.5])
+    cell = f"| m 0.7 minus m 0.5 | {one[0] - other[0]:+.2f} ({low:+.2f} to {high:+.2f}) |"
+    assert cell in (tmp_path / "comparison.md").read_text()
+
+
 def test_what_cannot_be_compared(result, tmp_path):
     with pytest.raises(UserError, match="nothing to compare: the condition of the clips is not known"):
         compare([result, replace(result, metrics=None)], tmp_path)
