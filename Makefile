@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/python train.py --data_root $(DEMO_DATA) --machines '$(DEMO_MACHINES)' --save_path $(DEMO_WEIGHTS) \
 		--epoch 8 --batch_size 16 --lr 1e-3 --overwrite
 	$(BIN)/python eval.py $(DEMO_WEIGHTS) --data_root $(DEMO_DATA)
-	@echo 'The machines of the demo are synthetic: the published rows, of real ones, are no yardstick for it.'
+	@echo 'The machines of the demo are synthetic: its table cannot be compared with the published one.'
 
 test: lint
 	$(BIN)/python -m pytest

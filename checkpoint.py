@@ -21,9 +21,10 @@ from model import TASTgramMFN
 from utils import UserError, check_writable, notice, replace_file
 
 State = dict[str, Any]  # what a checkpoint holds: tensors and plain values
+HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds")  # history.csv
 # What eval.py writes into the folder of its results
-TABLES = ("metrics.csv", "metrics.json", "results.md", "decisions.csv", "anomaly_score_*.csv", "decision_result_*.csv")
-FIGURES = ("report.html", "figures/*.png")
+RESULT_FILES = ("metrics.csv", "metrics.json", "results.md", "decisions.csv", "report.html", "anomaly_score_*.csv",
+                "decision_result_*.csv", "figures/*.png")  # fmt: skip
 
 # ---- Names ----
 
@@ -66,7 +67,7 @@ def clear_run(files: RunFiles) -> None:
         file.unlink(missing_ok=True)
     clear(files.tensorboard, ["events.out.tfevents.*"])
     for split in ("test", "evaluation"):
-        clear(files.results(split), [*TABLES, *FIGURES])
+        clear(files.results(split), RESULT_FILES)
 
 
 def clear(folder: Path, patterns: Sequence[str]) -> None:

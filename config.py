@@ -24,7 +24,7 @@ DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
 
-def refuse_bool(value: Any) -> Any:
+def refuse_non_numbers(value: Any) -> Any:
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # which Python takes for numbers
         raise ValueError
     return value
@@ -42,8 +42,8 @@ def refuse_one_machine(machines: dict[str, list[int]]) -> dict[str, list[int]]:
     return machines
 
 
-Real = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(refuse_bool)]
+Real = Annotated[float, BeforeValidator(refuse_non_numbers), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(refuse_non_numbers)]
 Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]

@@ -7,11 +7,12 @@
     python eval.py a_1.pth a_2.pth b_1.pth b_2.pth      # several, and a comparison of their configurations
     python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
 
-Model, machines, mode, input, m and s come from the checkpoint. Writes, in the folder NAME/test (NAME/evaluation for the
-evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with bootstrap intervals),
-results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv as the
-DCASE evaluators read them, and decisions.csv with the thresholds. The names of the evaluation clips do not tell which
-are anomalous; eval_data_list.csv in data_root does, and without it there are scores and decisions but no metrics.
+Machines, mode, input, m, s and sub_centers come from the checkpoint. Written, in the folder NAME/test (NAME/evaluation
+for the evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with bootstrap
+intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
+decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them, and decisions.csv with the thresholds. The names
+of the evaluation clips do not tell which are anomalous; eval_data_list.csv in data_root does, and without it there are
+scores and decisions but no metrics.
 
 --score takes files and folders of recordings, scores each against the machine ID given, or against that ID of the
 machine type that it fits best, and prints a line for each: file, machine, score, threshold, normal or anomalous. A file
@@ -39,6 +40,10 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
     for path in paths:
         if not path.suffix:
             raise UserError(f"{path}: results go to a folder of this name without its ending; rename it to {path}.pth")
+    if len({RunFiles(path).folder for path in paths}) < len(paths):
+        raise UserError("two checkpoints of one name without its ending have the same folder of results; rename one")
+    if len(paths) > 1:
+        check_writable(options.output / "comparison.md", "--output names another folder")
     device, has_figures, results = choose_device(config.device), options.plots or options.report, []
     for path in paths:
         trained = load_model(path, config, given)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from checkpoint import RunFiles, State, build_network, save_checkpoint
+from checkpoint import HISTORY, RunFiles, State, build_network, save_checkpoint
 from config import COMPUTATION_KEYS, KEYS, Config
 from dataloader import MACHINE, ClipSet, batches, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
@@ -25,7 +25,6 @@ from losses import Mix, Objective
 from model import FrontEnd, TASTgramMFN
 from utils import UserError, notice, random_stream
 
-HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds")
 STEPS_BETWEEN_READINGS = 20  # reading a loss makes the host wait for the device
 
 
@@ -193,7 +192,7 @@ class Run:
 
     def __init__(self, config: Config, device: torch.device, train_clips: ClipSet, valid_clips: ClipSet) -> None:
         """Raises `UserError` where the clips are too few, or not the same on all machines."""
-        least, processes = 2 * world_size(), f"each of {world_size()} processes needs two, for batch norm"
+        least, processes = 2 * world_size(), f"each process (of {world_size()}) needs two, for batch norm"
         if len(train_clips) < least:
             raise UserError(
                 f"{len(train_clips)} clips to train on: {processes}; bring more recordings, or raise split_ratio"

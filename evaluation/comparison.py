@@ -11,7 +11,7 @@ from config import COMPUTATION_KEYS
 from evaluation.metrics import COLUMNS, COVERAGE, interval
 from evaluation.result import Result
 from evaluation.tables import SUMMARY, markdown_header, percent
-from utils import UserError, check_writable, write_csv, write_text
+from utils import UserError, write_csv, write_text
 
 
 def compare(results: Sequence[Result], folder: Path) -> None:
@@ -23,8 +23,9 @@ def compare(results: Sequence[Result], folder: Path) -> None:
     if any(result.metrics is None for result in results):
         raise UserError("nothing to compare: the condition of the clips is not known")
     if any(not result.clips["path"].equals(results[0].clips["path"]) for result in results):
-        raise UserError("the checkpoints were trained on different machines, so their test clips are not the same")
-    check_writable(folder / "comparison.md", "--output names another folder")
+        raise UserError(
+            "the checkpoints were not trained on the same machines in the same order, so their clips differ"
+        )
     draws = [average_draws(result) for result in results]
     names = name_configurations(results)
     groups = {name: [drawn for drawn, other in zip(draws, names, strict=True) if other == name] for name in names}
@@ -48,7 +49,7 @@ def compare(results: Sequence[Result], folder: Path) -> None:
 
 
 def average_draws(result: Result) -> np.ndarray:
-    """The averages over machine types, those of SUMMARY, of the clips themselves and of all draws `(1 + DRAWS, 5)`."""
+    """The averages over machine types, those of SUMMARY, of the clips themselves and of all draws `(1 + DRAWS, n)`."""
     assert result.metrics
     rows = [result.metrics.draws["average", row][:, COLUMNS.index(column)] for row, column, _ in SUMMARY]
     return np.stack(rows, axis=1)
@@ -62,7 +63,8 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
     for result in results:
         config = result.trained.state.get("config", {"mode": result.about["mode"], "file": result.trained.path})
         settings.append({key: str(x) for key, x in config.items() if key not in (*COMPUTATION_KEYS, "seed")})
-    differing = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    differing = [key for key in keys if any(other.get(key) != settings[0].get(key) for other in settings)]
     return [", ".join(f"{key} {own.get(key)}" for key in differing) or f"mode {own['mode']}" for own in settings]
 
 

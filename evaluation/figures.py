@@ -19,7 +19,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
 from audio import read_recording
-from checkpoint import FIGURES, RunFiles, TrainedModel, clear
+from checkpoint import HISTORY, RunFiles, TrainedModel
 from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
 from evaluation.metrics import MAX_FPR
 from evaluation.result import Result
@@ -72,7 +72,6 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
         "embedding": (lambda path: draw_embedding(result, path), len(result.clips) > 3),
         "history": (lambda path: draw_history(history, path), len(history) > 0),
     }
-    clear(folder.parent, FIGURES)  # of an earlier evaluation
     files = [folder / f"{name}.png" for name, (_, is_possible) in figures.items() if is_possible]
     for file in files:
         figures[file.stem][0](file)
@@ -196,8 +195,8 @@ def read_history(trained: TrainedModel) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(trained.state.get("history", []))
     try:
-        return pd.read_csv(path).astype(float)
-    except (ValueError, TypeError):
+        return pd.read_csv(path)[list(HISTORY)].astype(float)
+    except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path}: not the history of a training; remove it, and the checkpoint's own is drawn"
         ) from None

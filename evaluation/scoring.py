@@ -38,12 +38,12 @@ def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device) -> Ou
     network = trained.network.move_to(device).eval()
     size = min(config.batch_size, CPU_BATCH) if device.type == "cpu" else config.batch_size
     plan = batches(np.arange(len(clips)), size)
-    # Made once: small pieces between the large ones that a step frees would keep those from being used again.
+    # Allocated once: results of each batch by itself would fragment the memory that glibc keeps.
     similarity = torch.empty(len(clips), len(class_labels(config.machines)))
     embedding = torch.empty(len(clips), EMBEDDING_SIZE)
-    data = clips.batches(plan, device)
-    for indices in tqdm(plan, desc="scoring", unit="batch", leave=False, disable=None):
-        inputs = front_end(next(data)[0])
+    progress = tqdm(clips.batches(plan, device), "scoring", len(plan), unit="batch", leave=False, disable=None)
+    for indices, (samples, _) in zip(plan, progress, strict=True):
+        inputs = front_end(samples)
         with autocast(device, precision):
             similarity[indices], embedding[indices] = (output.cpu() for output in network(**inputs))
     return Outputs(similarity, embedding)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from checkpoint import TABLES, clear
+from checkpoint import RESULT_FILES, clear
 from config import Config
 from dataloader import LABEL_LIST, MACHINE
 from evaluation.decisions import count_decisions
@@ -92,10 +92,8 @@ def in_words(value: Any) -> str:
 
 
 def write_result(result: Result, folder: Path, split: str) -> None:
-    """Everything that an evaluation writes but figures and report, in place of what an earlier one wrote; and the table
-    on the terminal.
-    """
-    clear(folder, TABLES)
+    """Write the tables in place of everything that an earlier evaluation wrote, and print the metrics."""
+    clear(folder, RESULT_FILES)
     write_per_machine(folder, "anomaly_score", result.clips, "score")
     n_unknown, n_clips = len(result.clips) - len(result.known), len(result.clips)
     if n_unknown:
@@ -106,7 +104,8 @@ def write_result(result: Result, folder: Path, split: str) -> None:
     if result.metrics:
         table = result.metrics.table
         if gaps := [f"{machine_type} {row}" for machine_type, row in table.index[table["AUC"].isna()]]:
-            notice(f"no AUC, and left out of the averages, for want of normal or anomalous clips: {', '.join(gaps)}")
+            reason = "because normal or anomalous clips are missing"
+            notice(f"no AUC, and left out of the averages, {reason}: {', '.join(gaps)}")
         write_metrics(table, result.about, folder)
         print(format_table(table, published_rows(result.trained.config, split)))
     write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")

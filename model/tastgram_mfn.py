@@ -11,7 +11,6 @@ from model.tastgram import TgramNet, temporal_attention
 
 CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
-MISSING = torch.empty(0)  # an input that no channel needs
 
 
 class CosineHead(nn.Module):
@@ -62,18 +61,20 @@ class TASTgramMFN(nn.Module):
         """Move the network to a device, in the memory format in which its convolutions are fastest."""
         return self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def features(self, waveform: Tensor = MISSING, log_mel: Tensor = MISSING) -> Tensor:
+    def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
         """The TASTgram `(B, channels, M, F)`."""
         stack = []
         if "tgram" in self.channels:
             stack.append(self.tgramnet(waveform).unsqueeze(1))
         if "sgram" in self.channels:
+            assert log_mel is not None
             stack.append(log_mel)
         if "tagram" in self.channels:
+            assert log_mel is not None
             stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def forward(self, waveform: Tensor = MISSING, log_mel: Tensor = MISSING) -> tuple[Tensor, Tensor]:
+    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32

@@ -128,7 +128,7 @@ def test_an_error_is_said_once(tmp_path):
 def test_too_few_clips_for_the_processes(tmp_path, data_root):
     result = torchrun(2, *arguments(tmp_path, data_root, batch_size=3))
     assert len(errors(result)) == 1
-    assert "error: batch_size: 3 clips a step: each of 2 processes needs two" in errors(result)[0]
+    assert "error: batch_size: 3 clips a step: each process (of 2) needs two" in errors(result)[0]
 
 
 # A process that ends itself at the end of an epoch, once.

@@ -334,6 +334,12 @@ def test_figures_of_several_checkpoints(trained, tmp_path, data_root, call):
 # ---- Errors ----
 
 
+def test_two_checkpoints_of_one_folder_are_refused(trained_copy, data_root, fails):
+    shutil.copy(trained_copy / "run.pth", trained_copy / "run.pt")
+    words = [trained_copy / "run.pth", trained_copy / "run.pt", "--data_root", data_root]
+    fails(eval_script.main, *words, match="have the same folder of results; rename one")
+
+
 def test_missing_and_damaged_checkpoints(tmp_path, fails):
     fails(eval_script.main, tmp_path / "weights", match=r"weights: results go to a folder of this name .*weights.pth")
     fails(eval_script.main, tmp_path / "none.pth", match="none.pth: no such checkpoint; train one with")

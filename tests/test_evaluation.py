@@ -21,7 +21,7 @@ from test_eval import make_lively, read_csv
 from checkpoint import RunFiles, build_network, load_checkpoint, load_model
 from config import load_config
 from dataloader import MACHINE, ClipSet, load_clips
-from evaluation.comparison import compare
+from evaluation.comparison import compare, name_configurations
 from evaluation.decisions import count_decisions, decide, fit_threshold, fit_thresholds
 from evaluation.figures import draw_all, draw_angles, read_history, read_samples
 from evaluation.metrics import Metrics, compute, measure, resample
@@ -160,7 +160,7 @@ def test_one_class_only_is_left_out_and_named(result, tmp_path, capsys):
     assert auc["average", "mean"] == 1.0
     write_result(replace(result, clips=of, metrics=metrics), tmp_path, "test")
     said = capsys.readouterr().err
-    assert "for want of normal or anomalous clips: fan 02, pump 00, pump pooled, pump mean, pump min" in said
+    assert "because normal or anomalous clips are missing: fan 02, pump 00, pump pooled, pump mean, pump min" in said
     rows = {(row[0], row[1]): row[2:] for row in read_csv(tmp_path / "metrics.csv")}
     assert rows["fan", "02"] == ["", "", "2", "0", "", "", "", ""]
     assert rows["fan", "mean"][:2] == rows["fan", "00"][:2] == ["1.0", "1.0"]
@@ -434,9 +434,24 @@ def test_a_difference_has_the_interval_of_the_same_draws(result, tmp_path):
 def test_what_cannot_be_compared(result, tmp_path):
     with pytest.raises(UserError, match="nothing to compare: the condition of the clips is not known"):
         compare([result, replace(result, metrics=None)], tmp_path)
-    with pytest.raises(UserError, match="were trained on different machines, so their test clips are not the same"):
+    with pytest.raises(
+        UserError, match="were not trained on the same machines in the same order, so their clips differ"
+    ):
         compare([result, replace(result, clips=result.clips[1:])], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_without_configuration_are_groups_of_their_own(result):
+    def of(file: str, config: dict | None) -> Result:
+        state = {"model": {}} if config is None else {"model": {}, "config": config}
+        return replace(result, trained=replace(result.trained, path=Path(file), state=state))
+
+    config = load_config().model_dump()
+    runs = [of("x.pth", None), of("a.pth", config), of("b.pth", config | {"m": 0.5}), of("c.pth", config | {"seed": 7})]
+    for ordered in (runs, runs[::-1]):
+        names = dict(zip([run.trained.path.stem for run in ordered], name_configurations(ordered), strict=True))
+        assert names["a"] == names["c"]
+        assert len(set(names.values())) == 3
 
 
 # ---- Figures and report ----
@@ -534,9 +549,10 @@ def test_panels_of_several_checkpoints(result, tmp_path):
 def test_a_spoilt_history_is_named_and_a_lost_one_is_in_the_checkpoint(trained_copy):
     trained, history = load_model(trained_copy / "run.pth", load_config(), {}), trained_copy / "run" / "history.csv"
     whole = read_history(trained)
-    history.write_text("epoch,lr\n1,fast\n")
-    with pytest.raises(UserError, match=r"history.csv: not the history of a training"):
-        read_history(trained)
+    for content in ("epoch,lr\n1,fast\n", "a,b\n1,2\n", ""):
+        history.write_text(content)
+        with pytest.raises(UserError, match=r"history.csv: not the history of a training"):
+            read_history(trained)
     history.unlink()
     pd.testing.assert_frame_equal(read_history(trained), whole, check_dtype=False)
 

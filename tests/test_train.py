@@ -84,7 +84,7 @@ def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
 def test_overwriting_replaces_the_run(trained_copy, data_root, call):
     files = RunFiles(trained_copy / "run.pth")
     (files.folder / "mine.txt").write_text("mine")
-    files.results("test").mkdir()
+    files.results("test").mkdir(exist_ok=True)
     (files.results("test") / "metrics.csv").write_text("old")
     status, output, _ = call(
         train.main, *arguments(trained_copy, data_root, tensorboard="true", lr=2e-4), "--overwrite"
@@ -112,7 +112,7 @@ def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
 def test_too_few_clips_to_train_on(tmp_path, fails):
     root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
-    fails(train.main, *options, match="1 clips to train on: each of 1 processes needs two, for batch norm")
+    fails(train.main, *options, match="1 clips to train on: each process .of 1. needs two, for batch norm")
 
 
 # ---- Cut and resumed ----
