@@ -105,6 +105,11 @@ def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], spl
     return clips
 
 
+def known_clips(clips: pd.DataFrame) -> pd.DataFrame:
+    """The clips whose condition is known."""
+    return clips[clips["condition"] != UNLABELLED]
+
+
 def read_label_list(path: Path) -> dict[tuple[str, str], str]:
     """The condition of the evaluation clip of (machine type, file name without its ending); empty without a list.
 

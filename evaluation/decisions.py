@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from dataloader import ANOMALOUS, MACHINE, UNLABELLED
+from dataloader import ANOMALOUS, MACHINE, known_clips
 from utils import notice
 
 LEAST_CLIPS = 20  # of an ID; with fewer the scores of its machine type are pooled
@@ -69,7 +69,7 @@ def count_decisions(clips: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFra
     """The thresholds with precision, recall and F1 of the decisions about clips whose condition is known; missing where
     nothing was called, or is, anomalous.
     """
-    known = clips[(clips["condition"] != UNLABELLED) & clips["decision"].notna()]
+    known = known_clips(clips[clips["decision"].notna()])
     called, there = known["decision"].astype(int), (known["condition"] == ANOMALOUS).astype(int)
     counts = known[MACHINE].assign(hits=called * there, called=called, there=there).groupby(MACHINE).sum()
     counts = counts.reindex(thresholds.index, fill_value=0).astype(float)

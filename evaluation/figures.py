@@ -29,7 +29,7 @@ from utils import UserError, replace_file
 
 COLUMN, PAGE = 3.5, 7.2  # inches
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-BLUE, GREEN, RED = "#0072B2", "#009E73", "#D55E00"
+BLUE, GREEN, RED = COLOURS[0], COLOURS[2], COLOURS[5]
 CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}  # colour and line
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "figure.dpi": 200, "axes.spines.top": False,

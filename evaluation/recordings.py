@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 from checkpoint import TrainedModel
-from dataloader import ClipSet, check_recordings, class_labels
+from dataloader import ANOMALOUS, MACHINE, NORMAL, ClipSet, check_recordings, class_labels
+from evaluation.decisions import decide
 from evaluation.result import find_thresholds
 from evaluation.scoring import anomaly_scores, run_model
 from utils import UserError
@@ -42,25 +43,30 @@ def score_recordings(
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in trained.config.machines.items())
         which = machine_type if machine_id is None else f"{machine_type} {machine_id}"
         raise UserError(f"{trained.path} knows no machine {which}; it was trained on {known}")
-    thresholds = find_thresholds(trained)["threshold"]
     checked = check_recordings(paths, trained.config.num_workers)
     good = [path for path, result in checked.items() if not isinstance(result, UserError)]
-    scores = dict(
-        zip(good, score_files(trained, good, [labels[machine] for machine in candidates], device), strict=True)
-    )
-    results: list[dict[str, Any]] = []
-    for path, result in checked.items():
-        if path not in scores:
-            results.append({"file": str(path), "error": str(result)})
-            continue
-        machine, score = candidates[int(scores[path].argmin())], float(scores[path].min())
-        threshold = float(thresholds[machine]) if machine in thresholds else None
-        decision = None if threshold is None else "anomalous" if score > threshold else "normal"
-        results.append(
-            {"file": str(path), "machine_type": machine[0], "machine_id": int(machine[1]), "score": score,
-             "threshold": threshold, "decision": decision}
-        )  # fmt: skip
-    return results
+    scores = score_files(trained, good, [labels[machine] for machine in candidates], device)
+    rows = [(*candidates[index], score) for index, score in zip(scores.argmin(axis=1), scores.min(axis=1), strict=True)]
+    scored = pd.DataFrame(rows, columns=[*MACHINE, "score"]).join(find_thresholds(trained)["threshold"], on=MACHINE)
+    scored["decision"] = decide(scored["score"], scored["threshold"])
+    results = dict(zip(good, scored.to_dict("records"), strict=True))
+    return [
+        describe(path, results[path]) if path in results else {"file": str(path), "error": str(result)}
+        for path, result in checked.items()
+    ]
+
+
+def describe(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
+    """A scored recording in plain values; None where there is no threshold."""
+    is_decided = not pd.isna(row["threshold"])
+    return {
+        "file": str(path),
+        "machine_type": row["machine_type"],
+        "machine_id": int(row["machine_id"]),
+        "score": row["score"],
+        "threshold": row["threshold"] if is_decided else None,
+        "decision": (ANOMALOUS if row["decision"] else NORMAL) if is_decided else None,
+    }
 
 
 def score_files(trained: TrainedModel, paths: list[Path], labels: list[int], device: torch.device) -> np.ndarray:

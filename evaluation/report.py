@@ -15,7 +15,7 @@ from evaluation.figures import read_samples
 from evaluation.metrics import COUNTS, METRICS
 from evaluation.result import HARDEST, Result
 from evaluation.tables import in_words, with_interval
-from model import LogMel
+from model import FrontEnd
 from utils import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -52,17 +52,17 @@ def metric_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def hardest_clips(result: Result) -> list[dict]:
-    log_mel, clips = LogMel(), result.hardest[["path", *MACHINE, "condition", "exact_score"]]
-    return [clip | {"png": in_base64(small_picture(log_mel, clip["path"]))} for clip in clips.to_dict("records")]
+    front_end, clips = FrontEnd(["sgram"]), result.hardest[["path", *MACHINE, "condition", "exact_score"]]
+    return [clip | {"png": in_base64(small_picture(front_end, clip["path"]))} for clip in clips.to_dict("records")]
 
 
 def in_base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def small_picture(log_mel: LogMel, path: Path) -> bytes:
+def small_picture(front_end: FrontEnd, path: Path) -> bytes:
     """A PNG of 157 x 64 pixels: every second frame and mel bin of the log-mel."""
-    image = log_mel(read_samples(path) / 32768.0)[0, 0].numpy()[::2, ::2]
+    image = front_end(read_samples(path))["log_mel"][0, 0].numpy()[::2, ::2]
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, image, origin="lower", cmap="viridis", format="png")
     return buffer.getvalue()

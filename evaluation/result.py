@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import TrainedModel
-from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, ClipSet
+from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, ClipSet, known_clips
 from evaluation.decisions import decide, fit_thresholds
 from evaluation.metrics import Metrics, measure
 from evaluation.scoring import Outputs, anomaly_scores, run_model
@@ -35,8 +35,7 @@ class Result:
 
     @property
     def known(self) -> pd.DataFrame:
-        """The clips whose condition is known."""
-        return self.clips[self.clips["condition"] != UNLABELLED]
+        return known_clips(self.clips)
 
     @property
     def hardest(self) -> pd.DataFrame:
@@ -60,7 +59,7 @@ def evaluate(trained: TrainedModel, clip_set: ClipSet, split: str, device: torch
     thresholds = find_thresholds(trained)
     clips = clips.join(thresholds["threshold"], on=MACHINE)
     clips["decision"] = decide(clips["exact_score"], clips["threshold"])
-    known = clips[clips["condition"] != UNLABELLED]
+    known = known_clips(clips)
     metrics = None if known.empty else measure(known)
     return Result(trained, clips, outputs.embedding.numpy(), thresholds, metrics, describe(trained, clips, split))
 
