@@ -100,6 +100,7 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     eval_precision: Literal["fp32", "bf16", "fp16"]
     compile: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
+    cuda_graph: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
     num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     tensorboard: Flag
     score_dtype: Literal["float32", "float64"]
@@ -119,8 +120,8 @@ class Config(BaseModel):
 KEYS = tuple(Config.model_fields)
 # Where things lie and how they are computed: a resumed run may have others.
 COMPUTATION_KEYS = (
-    "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "num_workers",
-    "tensorboard", "score_dtype", "threshold", "threshold_percentile",
+    "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
+    "num_workers", "tensorboard", "score_dtype", "threshold", "threshold_percentile",
 )  # fmt: skip
 # What makes the model and its score: eval.py takes it from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")

@@ -179,24 +179,6 @@ class ClipSet:
         names = "\n".join(f"{machine_type}/{path.name} {label}" for machine_type, path, label in rows)
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
-    def keep_on(self, data_device: str, device: torch.device) -> None:
-        """Keep all samples in the memory of the GPU, where `data_device` says so: "cuda", or "auto" where they fill
-        half of its free memory at most. Raises `UserError` where "cuda" is not possible.
-        """
-        if data_device == "cpu" or (data_device == "auto" and device.type != "cuda"):
-            return
-        if device.type != "cuda":
-            raise UserError(f"data_device: cuda needs a GPU to train on, and device is {device}; use auto or cpu")
-        needed, free = 2 * N_SAMPLES * len(self), torch.cuda.mem_get_info(device)[0]
-        if data_device == "auto" and needed > free / 2:
-            return
-        if needed > free:
-            raise UserError(
-                f"data_device: cuda: the samples take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device} are "
-                f"free; use auto or cpu"
-            )
-        self.samples = self.read_all(device)
-
     def read_all(self, device: torch.device) -> Tensor:
         samples = torch.empty((len(self), N_SAMPLES), dtype=torch.int16, device=device)
         plan = batches(np.arange(len(self)), 64)
@@ -208,24 +190,30 @@ class ClipSet:
         """The batches of a plan, each a list of clips by number: samples int16 `(B, T)` and labels `(B,)` on the
         device. A batch is valid until the next one is asked for.
         """
-        source = self.read_batches if self.samples is None else self.select_batches
-        for indices, samples in zip(plan, source(plan, device), strict=True):
-            yield samples, self.labels[torch.from_numpy(indices)].to(device, non_blocking=True)
+        if not plan:
+            return
+        order, sizes = torch.from_numpy(np.concatenate(plan)), [len(indices) for indices in plan]
+        labels = self.labels[order].to(device).split(sizes)
+        samples = self.read_batches(plan, device) if self.samples is None else self.select_batches(order, sizes)
+        yield from zip(samples, labels, strict=True)
 
-    def select_batches(self, plan: Sequence[np.ndarray], device: torch.device) -> Iterator[Tensor]:
+    def select_batches(self, order: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         assert self.samples is not None
-        for indices in plan:
-            yield self.samples[torch.from_numpy(indices).to(device, non_blocking=True)]
+        return (self.samples[indices] for indices in order.to(self.samples.device).split(sizes))
 
     def read_batches(self, plan: Sequence[np.ndarray], device: torch.device) -> Iterator[Tensor]:
-        """Two buffers alternate: while one batch is computed the next one is read into the other."""
+        """Two buffers alternate: while one batch is computed the next one is read into the other.
+
+        To a GPU the samples travel on a stream of their own, beside the computation.
+        """
         is_cuda, paths = device.type == "cuda", self.clips["path"].tolist()
         size = max(map(len, plan), default=0)
         buffers = [torch.empty((size, N_SAMPLES), dtype=torch.int16, pin_memory=is_cuda) for _ in range(2)]
+        stream = torch.cuda.Stream(device) if is_cuda else None
         copies = [torch.cuda.Event() for _ in range(2)] if is_cuda else []
 
         def start(number: int) -> list[Future[None]]:
-            if is_cuda:
+            if stream:
                 copies[number % 2].synchronize()  # the samples read before may still be on their way to the GPU
             rows = buffers[number % 2].numpy()
             return [pool.submit(read, paths[index], row) for index, row in zip(plan[number], rows, strict=False)]
@@ -235,11 +223,45 @@ class ClipSet:
             for number, indices in enumerate(plan):
                 for future in reading:
                     future.result()
+                samples = buffers[number % 2][: len(indices)]
+                if stream:
+                    samples = upload(samples, device, stream, copies[number % 2])
                 reading = start(number + 1) if number + 1 < len(plan) else []
-                samples = buffers[number % 2][: len(indices)].to(device, non_blocking=True)
-                if is_cuda:
-                    copies[number % 2].record(torch.cuda.current_stream(device))
                 yield samples
+
+
+def upload(samples: Tensor, device: torch.device, stream: torch.cuda.Stream, end: torch.cuda.Event) -> Tensor:
+    """Copy pinned samples to the GPU on this stream; the current one waits for the event at the end of the copy."""
+    with torch.cuda.stream(stream):
+        uploaded = samples.to(device, non_blocking=True)
+        end.record()
+    current = torch.cuda.current_stream(device)
+    current.wait_event(end)
+    uploaded.record_stream(current)  # its memory is free for other copies after the computation only
+    return uploaded
+
+
+def keep_on_gpu(parts: Sequence[ClipSet], data_device: str, device: torch.device, others: int) -> None:
+    """Keep the samples of the clip sets in the memory of the GPU, where `data_device` says so: "cuda", or "auto" where
+    they fit beside the `others` bytes that training takes there. Raises `UserError` where "cuda" is not possible.
+    """
+    if data_device == "cpu" or (data_device == "auto" and device.type != "cuda"):
+        return
+    if device.type != "cuda":
+        raise UserError(f"data_device: cuda needs a GPU to train on, and device is {device}; use auto or cpu")
+    needed, free = 2 * N_SAMPLES * sum(map(len, parts)), torch.cuda.mem_get_info(device)[0]
+    sizes = f"the samples take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device} are free"
+    if data_device == "cuda" and needed > free:
+        raise UserError(f"data_device: cuda: {sizes}; use auto or cpu")
+    if data_device == "auto" and needed + others > free:
+        notice(
+            f"{sizes}, of which training takes about {others / 1e9:.1f}: the recordings are read from their files "
+            f"in every epoch, by num_workers threads, which have to keep up with the GPU; a lower batch_size leaves "
+            f"more room"
+        )
+        return
+    for part in parts:
+        part.samples = part.read_all(device)
 
 
 def read(path: Path, out: np.ndarray) -> None:

@@ -61,11 +61,8 @@ def attempt_store() -> dist.Store | None:
 
 
 def join(device: torch.device) -> None:
-    """Wait for the other processes of the job. Under NCCL `device` is this process's own GPU."""
-    backend, store = "gloo", attempt_store()
-    if device.type == "cuda":
-        backend = "nccl"
-        torch.cuda.set_device(device)
+    """Wait for the other processes of the job. `device` is the one this process uses, under NCCL its own GPU."""
+    backend, store = "nccl" if device.type == "cuda" else "gloo", attempt_store()
     if store is None:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:

@@ -30,7 +30,7 @@ from evaluation.comparison import compare
 from evaluation.recordings import find_recordings, print_scores, score_recordings
 from evaluation.result import evaluate
 from evaluation.tables import write_result
-from utils import OneLineParser, UserError, check_writable, choose_device, run_script
+from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 
@@ -44,7 +44,7 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
         raise UserError("two checkpoints of one name without its ending have the same folder of results; rename one")
     if len(paths) > 1:
         check_writable(options.output / "comparison.md", "--output names another folder")
-    device, has_figures, results = choose_device(config.device), options.plots or options.report, []
+    device, has_figures, results = use_device(config.device), options.plots or options.report, []
     for path in paths:
         trained = load_model(path, config, given)
         folder = RunFiles(path).results(options.split)
@@ -79,7 +79,7 @@ def score(config: Config, path: Path, given: dict[str, Any], options: Namespace)
     if options.machine_type is None:
         raise UserError("--score needs --machine_type, and takes --machine_id")
     trained, files = load_model(path, config, given), find_recordings(options.score)
-    device = choose_device(config.device)
+    device = use_device(config.device)
     results = score_recordings(trained, files, options.machine_type, options.machine_id, device)
     print_scores(results, options.json)
     if bad := sum("error" in row for row in results):

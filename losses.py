@@ -73,16 +73,14 @@ class Objective:
     def __init__(self, mode: str, m: float, s: float) -> None:
         self.mode, self.m, self.s = MODES[mode], m, s
 
-    def draw_mix(
-        self, alpha: float, common: np.random.Generator, own: np.random.Generator, size: int, device: torch.device
-    ) -> Mix | None:
+    def draw_mix(self, alpha: float, common: np.random.Generator, own: np.random.Generator, size: int) -> Mix | None:
         """Draw lambda ~ Beta(alpha, alpha) from `common`, the same in all processes, and partners from `own`; None
-        where the mode does not mix.
+        where the mode does not mix. On the CPU.
         """
         if not self.mode.mixes:
             return None
         lam, partner = torch.tensor(common.beta(alpha, alpha), dtype=torch.float32), own.permutation(size)
-        return Mix(lam.to(device, non_blocking=True), torch.from_numpy(partner).to(device, non_blocking=True))
+        return Mix(lam, torch.from_numpy(partner))
 
     def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
         """Class logits `(B, C)`; on the cosine head with the margin on `margin_labels` `(B,)`."""

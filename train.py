@@ -12,10 +12,10 @@ Several GPUs: see train_ddp.py.
 
 from checkpoint import RunFiles, clear_run, find_state, lock_run
 from config import Config, parse_command_line
-from dataloader import load_clips
+from dataloader import keep_on_gpu, load_clips
 from distributed import barrier, from_main, is_main, is_restarted, job_name, planned_processes
 from trainer import Run
-from utils import OneLineParser, UserError, choose_device, run_script
+from utils import OneLineParser, UserError, run_script, use_device
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
@@ -24,14 +24,13 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     with lock_run(files):
         restarted_job = job_name() if is_restarted() else ""
         state = from_main(lambda: find_state(files, resume, overwrite, restarted_job))
-        device = choose_device(config.device)
+        device = use_device(config.device)
         clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
         train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
         run = Run(config, device, train_clips, valid_clips)
         if state:
             run.resume(state)
-        for part in (train_clips, valid_clips):
-            part.keep_on(config.data_device, device)
+        keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
         if is_main():
             if not state:
                 clear_run(files)

@@ -16,7 +16,7 @@ recordings, and for restarts the same save_path on a shared disk.
 
 from distributed import is_lost_connection, is_started_by_torchrun, join, leave
 from train import parse_options, train
-from utils import UserError, choose_device, fail, run_script
+from utils import UserError, fail, run_script, use_device
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
             "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N train_ddp.py "
             "(for one process: python train.py)"
         )
-    join(choose_device(config.device))
+    join(use_device(config.device))
     try:
         train(config, resume, overwrite)
     except UserError as error:

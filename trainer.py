@@ -1,11 +1,12 @@
 """Training: one step, one epoch, validation; the run around them, with its history, checkpoints and resuming."""
 
-import importlib.util
-import logging
 import math
 import platform
-import shutil
+import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,19 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from checkpoint import HISTORY, RunFiles, State, build_network, save_checkpoint
+from acceleration import WARM_UP, GraphedFunction, WithFallback, is_to_compile, is_to_record
+from checkpoint import HISTORY, RunFiles, State, build_network, copy_state, save_checkpoint
 from config import COMPUTATION_KEYS, KEYS, Config
-from dataloader import MACHINE, ClipSet, batches, shuffled_batches
+from dataloader import MACHINE, ClipSet, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
+from inference import run_network
 from losses import Mix, Objective
 from model import FrontEnd, TASTgramMFN
-from utils import UserError, notice, random_stream
+from utils import UserError, copy_to_host, notice, random_stream
 
-STEPS_BETWEEN_READINGS = 20  # reading a loss makes the host wait for the device
+WINDOW = 20  # steps whose losses are read together
+ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
+OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
 
 class TrainingLoss(nn.Module):
@@ -51,14 +56,15 @@ class TrainingLoss(nn.Module):
 
 
 class Trainer:
-    """The network, its optimiser and schedule on one device. Under torchrun each process has one of its own, and
-    `batch_size` is divided between them.
+    """The network and its optimiser on one device. Under torchrun each process has one of its own, and `batch_size` is
+    divided between them.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         utils.set_up_numerics()
         utils.keep_freed_memory()
-        self.device, self.batch_size, self.seed, self.alpha = device, config.batch_size, config.seed, config.alpha
+        torch.backends.cudnn.benchmark = True  # choose the fastest kernels: the shapes of a training do not change
+        self.config, self.device = config, device
         self.objective = Objective(config.mode, config.m, config.s)
         self.precision = utils.choose_precision(config.precision, device)
         network = build_network(config).move_to(device)
@@ -66,92 +72,153 @@ class Trainer:
         self.loss = TrainingLoss(self.network, self.objective, self.precision).to(device)
         # Every process keeps batch norm statistics of its own; those of the main process count, at validation.
         self.model = DistributedDataParallel(self.loss, broadcast_buffers=False) if world_size() > 1 else self.loss
-        self.compiled = compile_model(self.model) if is_to_compile(config.compile, device) else None
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, T_max=config.epoch, eta_min=config.lr / 10
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=torch.tensor(config.lr, device=device),  # a tensor, which a CUDA graph reads at each replay
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.parts: dict[str, Any] = {
-            "model": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler
-        }  # fmt: skip
+        self.share = len(range(rank(), config.batch_size, world_size()))  # of this process in a full batch
+        self.is_recorded = is_to_record(config.cuda_graph, device)
+        self.full_step = self.build_full_step()
 
-    @property
-    def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+    def build_full_step(self) -> Callable[..., Tensor]:
+        """The step of full batches. Shorter ones run as they are: for them nothing is compiled or recorded."""
+        weight = self.share * world_size() / self.config.batch_size
+        step: Callable[..., Tensor] = partial(self.compute_step, self.model, weight)
+        if is_to_compile(self.config.compile, self.device):
+            compiled = partial(self.compute_step, torch.compile(self.model, dynamic=False), weight)
+            step = WithFallback("torch.compile", compiled, step, trials=WARM_UP)
+        if self.is_recorded:
+            step = WithFallback("a CUDA graph (cuda_graph)", GraphedFunction(step), step, trials=WARM_UP + 2)
+        return step
 
-    def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, weight: float = 1.0) -> Tensor:
-        """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)`, still on the device.
+    def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, total: int | None = None) -> Tensor:
+        """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)` on the device, valid until the
+        next step.
 
-        `weight` is that of this process's gradient where the processes' shares of the batch differ in size.
+        `total` is the size of the whole batch, where these clips are this process's share of it.
         """
+        total, arguments = total or len(labels), (samples, labels, *(mix or ()))
+        if total == self.config.batch_size:
+            return self.full_step(*arguments)
+        return self.compute_step(self.model, len(labels) * world_size() / total, *arguments)
+
+    def compute_step(self, model: Any, weight: float, samples: Tensor, labels: Tensor, *mix: Tensor) -> Tensor:
+        """`weight` is that of this process's gradient where the processes' shares of the batch differ in size."""
         self.optimizer.zero_grad(set_to_none=True)
-        # One size alone is compiled, that of full batches, so that a shorter last one costs no second compilation.
-        is_full = len(labels) == len(range(rank(), self.batch_size, world_size()))
-        model = self.compiled if self.compiled is not None and is_full else self.model
-        loss, accuracy = model(samples, labels, mix)
+        loss, accuracy = model(samples, labels, Mix(*mix) if mix else None)
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return torch.stack([loss.detach(), accuracy])
 
     def train_epoch(self, clips: ClipSet, epoch: int, title: str = "") -> tuple[float, float]:
-        """One pass over the clips. Returns mean loss and accuracy; raises `UserError` at a loss that is not finite."""
+        """One pass over the clips. Returns mean loss and accuracy; raises `UserError` at a loss that is not finite.
+
+        What is drawn for the epoch goes to the device at once, and losses are read one window of steps late, so that
+        the device need not wait for the host in between.
+        """
         self.model.train()
-        plan = shuffled_batches(len(clips), self.batch_size, self.seed, epoch, least=2 * world_size())
+        self.set_learning_rate(epoch)
+        batch_size, seed = self.config.batch_size, self.config.seed
+        plan = shuffled_batches(len(clips), batch_size, seed, epoch, least=2 * world_size())
         shares = [whole[rank() :: world_size()] for whole in plan]
-        totals, losses = torch.zeros(2, device=self.device), []
-        data = clips.batches(shares, self.device)
-        progress = tqdm(
-            data, desc=title, total=len(plan), unit="step", leave=False, disable=None if is_main() else True
-        )
-        for index, (samples, labels) in enumerate(progress):
-            step, size = epoch * len(plan) + index, len(labels)
-            common = random_stream(self.seed, utils.MIXING, step)
-            own = random_stream(self.seed, utils.PARTNERS, step, rank())
-            mix = self.objective.draw_mix(self.alpha, common, own, size, self.device)
-            result = self.step(samples, labels, mix, weight=size * world_size() / len(plan[index]))
-            totals += result * size
-            losses.append(result[0])
-            if len(losses) == STEPS_BETWEEN_READINGS or index + 1 == len(plan):
-                means = (sum_over_ranks(torch.stack(losses)) / world_size()).tolist()
-                for number, loss in enumerate(means, start=step + 2 - len(losses)):
-                    self.check_finite("loss", loss, f"step {number}")
-                progress.set_postfix_str(f"loss {means[-1]:.3f}")
-                losses = []
-        loss, accuracy = (sum_over_ranks(totals) / len(clips)).tolist()
+        mixes = self.draw_mixes(epoch, shares)
+        results = torch.zeros(len(plan), 2, device=self.device)
+        windows: list[tuple[int, Callable[[], Tensor]]] = []  # number of the first step, losses on their way
+        progress = tqdm(total=len(plan), desc=title, unit="step", leave=False, disable=None if is_main() else True)
+        with progress:
+            for index, (samples, labels) in enumerate(clips.batches(shares, self.device)):
+                results[index] = self.step(samples, labels, mixes[index], len(plan[index]))
+                progress.update()
+                if (index + 1) % WINDOW == 0 or index + 1 == len(plan):
+                    first = index - index % WINDOW
+                    means = sum_over_ranks(results[first : index + 1, 0] / world_size())
+                    windows.append((epoch * len(plan) + first, copy_to_host(means)))
+                    if len(windows) > 1:
+                        progress.set_postfix_str(f"loss {self.check_losses(*windows.pop(0)):.3f}")
+            for window in windows:
+                self.check_losses(*window)
+        sizes = torch.tensor([[len(share)] for share in shares], device=self.device)
+        loss, accuracy = (sum_over_ranks((results.double() * sizes).sum(dim=0)) / len(clips)).tolist()
         return loss, accuracy
+
+    def draw_mixes(self, epoch: int, shares: Sequence[np.ndarray]) -> Sequence[Mix | None]:
+        """The mixups of an epoch, one for each share of a batch, on the device."""
+        drawn = []
+        for step, share in enumerate(shares, start=epoch * len(shares)):
+            common = random_stream(self.config.seed, utils.MIXING, step)
+            own = random_stream(self.config.seed, utils.PARTNERS, step, rank())
+            drawn.append(self.objective.draw_mix(self.config.alpha, common, own, len(share)))
+        mixes = [mix for mix in drawn if mix is not None]
+        if not mixes:
+            return drawn
+        lam = torch.stack([mix.lam for mix in mixes]).to(self.device)
+        partner = torch.cat([mix.partner for mix in mixes]).to(self.device)
+        return [Mix(*pair) for pair in zip(lam.unbind(), partner.split([*map(len, shares)]), strict=True)]
+
+    def check_losses(self, first: int, read: Callable[[], Tensor]) -> float:
+        """Read the losses of a window of steps, the first of which has this number; returns the last."""
+        losses = read().tolist()
+        for number, loss in enumerate(losses, start=first + 1):
+            self.check_finite("loss", loss, f"step {number}")
+        return losses[-1]
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of the epoch with this number, from 0: a cosine from `lr` to a tenth of it."""
+        cosine = math.cos(math.pi * epoch / self.config.epoch)
+        return self.config.lr * (0.1 + 0.9 * (1.0 + cosine) / 2.0)
+
+    def set_learning_rate(self, epoch: int) -> None:
+        self.optimizer.param_groups[0]["lr"].fill_(self.learning_rate(epoch))
 
     def check_finite(self, name: str, loss: float, moment: str) -> None:
         """Raise `UserError` with what to try where a loss is not finite; no checkpoint has seen it."""
         if not math.isfinite(loss):
             remedies = "a lower --lr" if self.precision == torch.float32 else "a lower --lr or --precision fp32"
-            raise UserError(f"the {name} is {loss} at {moment} (learning rate {self.lr:.3g}): try {remedies}")
+            lr = self.optimizer.param_groups[0]["lr"].item()
+            raise UserError(f"the {name} is {loss} at {moment} (learning rate {lr:.3g}): try {remedies}")
 
-    @torch.no_grad()
     def validate(self, clips: ClipSet) -> tuple[np.ndarray, float]:
         """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed and in float32. The clips are
         divided between the processes, and every process gets all scores.
         """
         distributed.copy_buffers_from_main(self.network)
-        self.model.eval()
+        numbers = np.arange(len(clips))[rank() :: world_size()]
+        outputs = run_network(self.network, self.loss.front_end, clips, numbers, self.config.batch_size, self.device)
+        labels = clips.labels[numbers].to(self.device)
         results = torch.zeros(2, len(clips), dtype=torch.float64, device=self.device)
-        plan = batches(np.arange(len(clips))[rank() :: world_size()], self.batch_size)
-        for indices, (samples, labels) in zip(plan, clips.batches(plan, self.device), strict=True):
-            similarity, _ = self.network(**self.loss.front_end(samples))
-            results[0, indices] = self.objective.anomaly_score(similarity, labels, torch.float64)
-            results[1, indices] = (similarity.argmax(dim=1) == labels).double()
+        results[0, numbers] = self.objective.anomaly_score(outputs.similarity, labels, torch.float64)
+        results[1, numbers] = (outputs.similarity.argmax(dim=1) == labels).double()
         scores, hits = sum_over_ranks(results).cpu().numpy()
         return scores, float(hits.mean())
 
+    def memory_needed(self) -> int:
+        """Bytes of a GPU that training takes besides the clips, estimated from the batch.
+
+        A recorded step keeps activations of its own, beside those of steps that are not recorded.
+        """
+        clip = ACTIVATIONS * (2 if self.precision == torch.float32 else 1)
+        return OTHER_MEMORY + clip * self.share * (2 if self.is_recorded else 1)
+
     def state(self) -> State:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state(self, state: State) -> None:
-        for name, part in self.parts.items():
-            if name != "scaler" or state[name]:  # it has a state in fp16 only
-                part.load_state_dict(state[name])
+        """Continue from a state. How the optimiser computes, and its learning rate, are this run's own."""
+        self.network.load_state_dict(state["model"])
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        if state["scaler"]:  # it has a state in fp16 only
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def synchronise_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
@@ -160,31 +227,6 @@ def synchronise_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     notice("on CPUs batch norm sees the share of its process only (sync_batch_norm works on GPUs)")
     return network
-
-
-def is_to_compile(switch: bool | str, device: torch.device) -> bool:
-    """Whether to compile the step: with "auto" on a GPU, in a single process, where the tools are there."""
-    has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
-    return (device.type == "cuda" and world_size() == 1 and bool(has_tools)) if switch == "auto" else bool(switch)
-
-
-class CompilerNotice(logging.Filter):
-    """Reports in one notice that the compiler has failed, in place of its tracebacks, and turns it off."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and not torch._dynamo.config.disable:
-            error = record.exc_info[1]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notice(f"torch.compile does not work here, so the steps run uncompiled ({reason})")
-            torch._dynamo.config.disable = True  # it would go on to fail for each function of the network
-        return False
-
-
-def compile_model(model: nn.Module) -> Any:
-    """The model, compiled at the first step; where that fails it runs as it is, with a notice."""
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(CompilerNotice())
-    return torch.compile(model, dynamic=False)
 
 
 class Run:
@@ -209,6 +251,8 @@ class Run:
         self.train_clips, self.valid_clips = train_clips, valid_clips
         self.history: list[dict[str, float]] = []  # a row per epoch
         self.best_loss = math.inf
+        self.saved = 0  # epochs whose files are written
+        self.moment = 0.0  # at which the epoch before ended, or the run began
 
     @property
     def epoch(self) -> int:
@@ -239,51 +283,59 @@ class Run:
             ) from None
         self.history, self.best_loss = state["history"], state["best_loss"]
         if is_main():
-            self.write_history()  # a crash may have come between checkpoint and history
+            self.write_history(self.history)  # a crash may have come between checkpoint and history
 
     def fit(self) -> None:
-        """Train from the present epoch to the last."""
-        log, saved = None, self.epoch
+        """Train from the present epoch to the last. The files of an epoch are written while the next one is trained."""
+        log, self.saved = None, self.epoch
         if self.config.tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            log = SummaryWriter(str(self.files.tensorboard), purge_step=saved + 1)  # drops epochs after a crash
-        try:
-            while self.epoch < self.config.epoch:
-                scores, is_best = self.run_epoch()
-                if is_main():
-                    self.save(scores, is_best)
-                    self.report(is_best, log)
-                distributed.barrier()  # a process that ends earlier could end this one while it writes
-                saved = self.epoch
-        except (KeyboardInterrupt, SystemExit):
-            remedy = f"; --resume continues after epoch {saved}" if saved else " before the first checkpoint"
-            notice(f"stopped{remedy}")
-            raise
+            log = SummaryWriter(str(self.files.tensorboard), purge_step=self.saved + 1)  # drops epochs after a crash
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                self.run_epochs(writer, log)
+            except (KeyboardInterrupt, SystemExit):
+                writer.shutdown()
+                how = f"; --resume continues after epoch {self.saved}" if self.saved else " before the first checkpoint"
+                notice(f"stopped{how}")
+                raise
+
+    def run_epochs(self, writer: ThreadPoolExecutor, log: Any) -> None:
+        writing: Future[None] | None = None
+        self.moment = time.monotonic()
+        while self.epoch < self.config.epoch:
+            scores, is_best = self.run_epoch()
+            if is_main():
+                read = copy_state(self.state(scores))
+                if writing:
+                    writing.result()  # or the error that it met
+                writing = writer.submit(self.write, read, is_best, log)
+        if writing:
+            writing.result()
+        distributed.barrier()  # a process that ends earlier could end this one while it writes
 
     def run_epoch(self) -> tuple[np.ndarray, bool]:
         """Train and validate once. Returns the scores of the validation clips, and whether their loss is the lowest."""
-        start, lr = time.monotonic(), self.trainer.lr
         title = f"epoch {self.epoch + 1}/{self.config.epoch}"
         train_loss, train_accuracy = self.trainer.train_epoch(self.train_clips, self.epoch, title)
         scores, valid_accuracy = self.trainer.validate(self.valid_clips)
         valid_loss = float(scores.mean())
         self.trainer.check_finite("validation loss", valid_loss, f"the end of epoch {self.epoch + 1}")
-        self.trainer.scheduler.step()
-        row = (self.epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, time.monotonic() - start)
+        lr, now = self.trainer.learning_rate(self.epoch), time.monotonic()
+        row = (self.epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, now - self.moment)
         self.history.append(dict(zip(HISTORY, row, strict=True)))
+        self.moment = now
         is_best = valid_loss < self.best_loss
         self.best_loss = min(valid_loss, self.best_loss)
         return scores, is_best
 
-    def save(self, scores: np.ndarray, is_best: bool) -> None:
-        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most the last epoch: the best
-        weights come first, and serve where the last state is not there yet.
-
-        The scores of the validation clips go with the weights: `eval.py` takes its thresholds from them.
+    def state(self, scores: np.ndarray) -> State:
+        """What a checkpoint holds. The scores of the validation clips are in it: `eval.py` takes its thresholds from
+        them.
         """
         held_out = self.valid_clips.clips[MACHINE].assign(score=scores)
-        state = self.trainer.state() | {
+        return self.trainer.state() | {
             "epoch": self.epoch,
             "best_loss": self.best_loss,
             "history": self.history,
@@ -294,25 +346,31 @@ class Run:
             "job": distributed.job_name(),
             "versions": utils.versions(),
         }
-        if is_best:
-            save_checkpoint(self.files.best, state)
-        save_checkpoint(self.files.last, state)
-        self.write_history()
 
-    def write_history(self) -> None:
-        utils.write_csv(self.files.history, pd.DataFrame(self.history))
+    def write(self, read: Callable[[], State], is_best: bool, log: Any) -> None:
+        """Write the checkpoints and `history.csv`, and report the epoch. Cut anywhere, `--resume` repeats at most this
+        epoch and the one begun since: the best weights come first, and serve where the last state is not there yet.
+        """
+        state = read()
+        paths = [self.files.best, self.files.last] if is_best else [self.files.last]
+        save_checkpoint(state, *paths)
+        self.write_history(state["history"])
+        self.saved = state["epoch"]
+        self.report(state["history"][-1], is_best, log)
 
-    def report(self, is_best: bool, log: Any) -> None:
-        """Print a line about the last epoch, and log it to TensorBoard."""
-        row = self.history[-1]
-        print(
-            f"epoch {self.epoch}/{self.config.epoch}  lr {row['lr']:.2e}  "
+    def write_history(self, history: list[dict[str, float]]) -> None:
+        utils.write_csv(self.files.history, pd.DataFrame(history))
+
+    def report(self, row: dict[str, float], is_best: bool, log: Any) -> None:
+        """Print a line about an epoch whose files are written, and log it to TensorBoard."""
+        tqdm.write(
+            f"epoch {row['epoch']}/{self.config.epoch}  lr {row['lr']:.2e}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}  "
             f"valid loss {row['valid_loss']:.4f} accuracy {row['valid_accuracy']:.3f}  "
-            f"{row['seconds']:.1f} s{'  best' if is_best else ''}",
-            flush=True,
+            f"{row['seconds']:.1f} s{'  best' if is_best else ''}"
         )
+        sys.stdout.flush()
         if log:
             for name in HISTORY[1:]:
-                log.add_scalar(name, row[name], self.epoch)
+                log.add_scalar(name, row[name], row["epoch"])
             log.flush()

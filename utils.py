@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 import distributed
 
@@ -50,7 +51,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except torch.OutOfMemoryError:
-        fail("the GPU is out of memory: lower batch_size (bf16 needs less than fp32 in training)")
+        fail(
+            "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
+            "(precision: bf16 takes half the memory of fp32 in training)"
+        )
     except MemoryError:
         fail("out of memory: lower batch_size")
     except RuntimeError as error:
@@ -98,8 +102,9 @@ def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generato
     return np.random.default_rng([seed, purpose, *position])
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:N) stands for; under torchrun this process's own GPU.
+def use_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda, cuda:N) stands for; under torchrun this process's own GPU. A GPU becomes
+    the current one of the process.
 
     Raises `UserError` if it is not there.
     """
@@ -113,6 +118,7 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(f"device: cuda:{index} is not there; PyTorch finds cuda:0 to cuda:{count - 1}")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
@@ -144,6 +150,21 @@ def keep_freed_memory() -> None:
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU; what is returned waits for the end of the copy and gives it."""
+    copied = tensor.to("cpu", copy=True, non_blocking=True)
+    if not tensor.is_cuda:
+        return lambda: copied
+    end = torch.cuda.Event()
+    end.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        end.synchronize()
+        return copied
+
+    return wait
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def main() -> None:
                     "machine_id": [machine_id for _, machine_id in machines],
                     "score": [0.1 + index % 40 for index in range(len(machines))]}  # fmt: skip
         state = {"model": build_network(config).state_dict(), "config": config.model_dump(), "held_out": held_out}
-        save_checkpoint(config.checkpoint, state)
+        save_checkpoint(state, config.checkpoint)
         measured = measure(config)
     for name, value in measured.items():
         print(f"{name:45} {value:12,.2f}")

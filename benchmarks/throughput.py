@@ -154,7 +154,7 @@ def plain_stages(clips: ClipSet, device: torch.device, batch: int) -> dict[str, 
     def train() -> None:
         network.train()
         for features, labels in inputs(batch):
-            mix = objective.draw_mix(config.alpha, rng, rng, len(labels), device)
+            mix = objective.draw_mix(config.alpha, rng, rng, len(labels))
             assert mix
             similarity, _ = network(**{name: mix(x) for name, x in features.items()})
             loss = objective.loss(similarity, labels, mix)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 
 from dataloader import ANOMALOUS, MACHINE, known_clips
 from utils import notice
@@ -20,6 +19,8 @@ def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
     """
     values = np.maximum(scores, np.finfo(np.float64).eps)
     if method == "gamma" and np.ptp(values) > 0:
+        import scipy.stats  # takes half a second
+
         shape, _, scale = scipy.stats.gamma.fit(values, floc=0)
         value = float(scipy.stats.gamma.ppf(percentile / 100, shape, scale=scale))
         if np.isfinite(value):

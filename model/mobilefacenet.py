@@ -3,13 +3,27 @@
 Attribute names and layer order are those of the published weight files.
 """
 
+import copy
+import itertools
 import math
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import fuse_conv_bn_eval
 
 EMBEDDING_SIZE = 128
 # expansion, width, repeats, stride of the first repeat
 BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
+
+
+class WholeMapConv2d(nn.Conv2d):
+    """A depthwise convolution whose kernel is as large as its input: `(B, C, H, W)` -> `(B, C, 1, 1)`.
+
+    Computed as a product and a sum, since libraries of convolutions have no good kernel for the gradients of this one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight.squeeze(1)).sum(dim=(2, 3), keepdim=True)
 
 
 class ConvBlock(nn.Module):
@@ -24,9 +38,10 @@ class ConvBlock(nn.Module):
         padding: int = 0,
         groups: int = 1,
         linear: bool = False,
+        conv: type[nn.Conv2d] = nn.Conv2d,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel_size, stride, padding, groups=groups, bias=False)
+        self.conv = conv(inputs, outputs, kernel_size, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
         self.prelu = nn.Identity() if linear else nn.PReLU(outputs)
 
@@ -74,7 +89,7 @@ class MobileFaceNet(nn.Module):
                 width = outputs
         self.blocks = nn.Sequential(*blocks)  # (B, 128, 8, 20)
         self.conv2 = ConvBlock(width, 512, 1)
-        self.linear7 = ConvBlock(512, 512, (8, 20), groups=512, linear=True)  # (B, 512, 1, 1)
+        self.linear7 = ConvBlock(512, 512, (8, 20), groups=512, linear=True, conv=WholeMapConv2d)
         self.linear1 = ConvBlock(512, EMBEDDING_SIZE, 1, linear=True)
         self.fc_out = nn.Linear(EMBEDDING_SIZE, num_classes)
         for module in self.modules():
@@ -85,3 +100,18 @@ class MobileFaceNet(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self.blocks(self.dw_conv1(self.conv1(features)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """A copy of a network for evaluation, its batch norms folded into the convolutions before them.
+
+    What it computes is the same up to rounding (about 3e-7 in a cosine), with a pass over the memory less for each.
+    """
+    folded = copy.deepcopy(network).eval()
+    for parent in list(folded.modules()):
+        children = list(parent.named_children())
+        for (name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if type(conv) is nn.Conv2d and isinstance(norm, _BatchNorm):
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+    return folded

@@ -49,7 +49,7 @@ class TASTgramMFN(nn.Module):
         assert set(channels) <= set(CHANNELS), channels
         assert head in HEADS, head
         self.channels = tuple(channel for channel in CHANNELS if channel in channels)
-        self.head = head
+        self.num_classes, self.head = num_classes, head
         if "tgram" in self.channels:
             self.tgramnet = TgramNet()
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)

@@ -30,7 +30,7 @@ gradients = {}
 plan = [np.arange(7), np.arange(4, 12), np.arange(2, 9)]  # shares of 3, 2 and 2 clips, or 4 and 3
 parts = [whole[rank() :: world_size()] for whole in plan]
 for whole, batch in zip(plan, clips.batches(parts, CPU), strict=True):
-    trainer.step(*batch, None, weight=len(batch[1]) * world_size() / len(whole))
+    trainer.step(*batch, None, len(whole))
     if not gradients:  # of the first step
         gradients = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
 changes = {name: value.detach() - before[name] for name, value in trainer.network.named_parameters()}

@@ -13,6 +13,7 @@ from checkpoint import (
     RunFiles,
     build_network,
     clear_run,
+    copy_state,
     find_state,
     load_checkpoint,
     load_model,
@@ -30,17 +31,34 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
     path = tmp_path / "a.pth"
     config = load_config().model_dump()
     weights = {"a": torch.zeros(1)}
-    save_checkpoint(path, {"model": weights, "config": config, "epoch": 1})
+    save_checkpoint({"model": weights, "config": config, "epoch": 1}, path)
 
     def no_space(self, data):
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
     fails(
-        lambda: save_checkpoint(path, {"model": weights, "config": config, "epoch": 2}), match="No space left on device"
+        lambda: save_checkpoint({"model": weights, "config": config, "epoch": 2}, path), match="No space left on device"
     )
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_copied_state_stays_as_it_was():
+    weight = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    tensors = {"weight": weight, "count": torch.tensor(3), "view": weight[1:]}
+    state = {"model": tensors, "history": [{"epoch": 1}], "job": "a"}
+    read = copy_state(state)
+    expected = weight.clone()
+    weight.zero_()
+    state["history"].append({"epoch": 2})
+    copied = read()
+    assert torch.equal(copied["model"]["weight"], expected)
+    assert torch.equal(copied["model"]["view"], expected[1:])
+    assert copied["model"]["weight"].stride() == weight.stride()
+    assert copied["model"]["weight"].untyped_storage().nbytes() == 24 * 4, "a storage of its own"
+    assert (copied["model"]["count"], copied["history"], copied["job"]) == (3, [{"epoch": 1}], "a")
+    assert read()["model"]["weight"] is not copied["model"]["weight"]
 
 
 # ---- Reading ----
@@ -122,7 +140,7 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
     """Truncated at, or with a byte flipped at, seeded random offsets: never silently another state."""
     files = RunFiles(trained_copy / "run.pth")
     best = load_checkpoint(files.best)
-    save_checkpoint(files.last, best | {"epoch": 2})
+    save_checkpoint(best | {"epoch": 2}, files.last)
     whole, rng, fallen_back = files.last.read_bytes(), random.Random(11), 0
     for number in range(40):
         spoil(files.last, rng.randrange(len(whole)), is_cut=number % 2 == 0)
@@ -156,7 +174,7 @@ def test_what_resume_and_overwrite_find(trained_copy, tmp_path):
 
 def test_a_restarted_job_finds_its_own_run_alone(trained_copy):
     files = RunFiles(trained_copy / "run.pth")
-    save_checkpoint(files.last, load_checkpoint(files.last) | {"job": "a job"})
+    save_checkpoint(load_checkpoint(files.last) | {"job": "a job"}, files.last)
     for resume, overwrite in ((False, False), (False, True), (True, False)):
         assert find_state(files, resume, overwrite, restarted_job="a job")["job"] == "a job"
     with pytest.raises(UserError, match="is there"):

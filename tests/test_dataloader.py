@@ -27,6 +27,7 @@ from dataloader import (
     batches,
     class_labels,
     find_clips,
+    keep_on_gpu,
     load_clips,
     read_label_list,
     shuffled_batches,
@@ -306,30 +307,36 @@ def test_a_changed_recording_is_read_anew(tmp_path):
         assert np.array_equal(samples[0].numpy(), samples_of(path))
 
 
-def test_samples_are_kept_on_the_gpu_where_half_of_its_memory_holds_them(data_root, monkeypatch):
-    """What `keep_on` decides, with a GPU that reports its memory and is not there."""
-    table, gpu, needed = train_clips(data_root).clips, torch.device("cuda", 0), 12 * N_SAMPLES * 2
-    monkeypatch.setattr(ClipSet, "read_all", lambda self, device: f"on {device}")
+def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monkeypatch, capsys):
+    """What `keep_on_gpu` decides, with a GPU that reports its memory and is not there."""
+    table, gpu = train_clips(data_root).clips, torch.device("cuda", 0)
+    needed, others = 12 * N_SAMPLES * 2, 10_000_000
+    monkeypatch.setattr(ClipSet, "read_all", lambda self, device: f"{len(self)} on {device}")
 
-    def kept(data_device: str, device: torch.device) -> str | None:
-        clips = ClipSet(table, 2)
-        clips.keep_on(data_device, device)
-        return clips.samples
+    def kept(data_device: str, device: torch.device, free: int) -> list[str | None]:
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 10**12))
+        parts = [ClipSet(table[:9], 2), ClipSet(table[9:], 2)]
+        keep_on_gpu(parts, data_device, device, others)
+        return [part.samples for part in parts]
 
-    for free, auto in ((2 * needed, "on cuda:0"), (2 * needed - 1, None)):
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, 10**12))
-        assert kept("auto", gpu) == auto
-        assert kept("cuda", gpu) == "on cuda:0"
-        assert kept("cpu", gpu) is None
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (needed, 10**12))
-    assert kept("cuda", gpu) == "on cuda:0"
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (needed - 1, 10**12))
+    capsys.readouterr()
+    both, none = ["9 on cuda:0", "3 on cuda:0"], [None, None]
+    assert kept("auto", gpu, needed + others) == both
+    assert capsys.readouterr().err == ""
+    assert kept("auto", gpu, needed + others - 1) == none
+    said = (
+        "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training takes about 0.0: the "
+        "recordings are read from their files in every epoch, by num_workers threads"
+    )
+    assert capsys.readouterr().err.startswith(said)
+    assert kept("cuda", gpu, needed) == both
+    assert kept("cpu", gpu, needed + others) == none
     with pytest.raises(UserError, match=r"data_device: cuda: the samples take .* GB, and .* GB of cuda:0 are free"):
-        kept("cuda", gpu)
-    assert kept("auto", CPU) is None
-    assert kept("cpu", CPU) is None
+        kept("cuda", gpu, needed - 1)
+    assert kept("auto", CPU, needed) == none
+    assert kept("cpu", CPU, needed) == none
     with pytest.raises(UserError, match="data_device: cuda needs a GPU"):
-        kept("cuda", CPU)
+        kept("cuda", CPU, needed)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -341,7 +348,7 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     plan, before = shuffled_batches(135, 50, seed=0, epoch=0), part.fingerprint()
     from_files = [(samples.cpu().clone(), labels.cpu()) for samples, labels in part.batches(plan, device)]
     if device.type == "cuda":
-        part.keep_on("cuda", device)
+        keep_on_gpu([part], "cuda", device, 0)
     else:
         part.samples = part.read_all(device)
     assert part.samples.device.type == device.type

@@ -86,7 +86,7 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
     """The tiny run has one epoch of one; a second one is asked for by editing what it was planned for."""
     state = load_checkpoint(trained_copy / "run.last.pth")
     state["config"]["epoch"] = 2
-    save_checkpoint(trained_copy / "run.last.pth", state)
+    save_checkpoint(state, trained_copy / "run.last.pth")
     result = torchrun(2, *arguments(trained_copy, data_root, epoch=2), "--resume")
     assert result.returncode == 0, result.stderr
     assert epochs(trained_copy) == ["1", "2"]

@@ -47,7 +47,7 @@ def make_lively(folder: Path) -> None:
         name: value[: len(state["model"][name])] if value.ndim else value  # the centres of three classes
         for name, value in reference.parameters().items()
     }
-    save_checkpoint(folder / "run.pth", state)
+    save_checkpoint(state, folder / "run.pth")
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(trained, 
     state = load_checkpoint(trained / "run.pth")
     state["config"] |= {"mode": "cross_entropy", "input": ["sgram"]}
     state["model"] = build_network(load_config(**state["config"])).state_dict()
-    save_checkpoint(tmp_path / "run.pth", state)
+    save_checkpoint(state, tmp_path / "run.pth")
     folder = tmp_path / "data" / "fan" / "evaluation"
     folder.mkdir(parents=True)
     for path in (data_root / "fan" / "test").glob("normal*"):
@@ -298,7 +298,7 @@ def test_several_checkpoints_are_compared(lively, tmp_path, data_root, call, fai
         state["model"]["arcface.weight"] = weight + 0.5 * torch.randn(weight.shape, generator=generator)
         state["config"] |= {"seed": seed, "m": m}
         paths.append(tmp_path / f"{name}.pth")
-        save_checkpoint(paths[-1], state)
+        save_checkpoint(state, paths[-1])
     options = ("--data_root", data_root, "--device", "cpu")
     status, output, _ = call(eval_script.main, *paths, *options, "--output", tmp_path / "comparison")
     assert status == 0

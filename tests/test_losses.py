@@ -95,13 +95,13 @@ def test_accuracy_counts_the_partner_with_its_share():
 def test_mixing_is_drawn_from_a_beta_distribution():
     objective = Objective("noisy_arcmix", M, S)
     streams = [(np.random.default_rng(i), np.random.default_rng(i)) for i in range(2000)]
-    mixes = [objective.draw_mix(0.5, common, own, 5, CPU) for common, own in streams]
+    mixes = [objective.draw_mix(0.5, common, own, 5) for common, own in streams]
     shares = np.array([mix.lam.item() for mix in mixes])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
     assert all(sorted(mix.partner.tolist()) == [0, 1, 2, 3, 4] for mix in mixes)
     arcface = Objective("arcface", M, S)
-    assert arcface.draw_mix(0.5, *streams[0], 5, CPU) is None
+    assert arcface.draw_mix(0.5, *streams[0], 5) is None
 
 
 @pytest.mark.parametrize("mode", MODES)

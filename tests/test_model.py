@@ -1,13 +1,17 @@
 """Features, network and state dict against the reference values, and against librosa."""
 
+import copy
+
 import librosa
 import numpy as np
 import pytest
 import reference
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from losses import margin_logits
-from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN
+from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN, fold_batch_norm
+from model.mobilefacenet import WholeMapConv2d
 from model.tastgram import N_FRAMES, temporal_attention
 from model.tastgram_mfn import CosineHead
 
@@ -81,6 +85,25 @@ def test_evaluation_mode(model, log_mel):
     assert reference.distance(embedding, VALUES["eval_embedding"]) < 1e-4
     assert reference.distance(logits, VALUES["eval_logits_margin"]) < 1e-4
     assert reference.distance(model.mobilefacenet.fc_out(embedding), VALUES["eval_fc_out"]) < 1e-4
+
+
+@torch.no_grad()
+def test_folding_batch_norms_changes_a_copy_and_no_number(model, log_mel):
+    expected, _ = model(reference.waveforms(), log_mel)
+    for network in (model, torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))):
+        folded = fold_batch_norm(network.train())
+        network.eval()
+        norms = [name for name, part in folded.named_modules() if isinstance(part, _BatchNorm)]
+        assert norms == ["mobilefacenet.linear7.bn"], "whose convolution is none to PyTorch"
+        assert (folded(reference.waveforms(), log_mel)[0] - expected).abs().max() < 2e-6
+        assert torch.equal(model(reference.waveforms(), log_mel)[0], expected)
+
+
+def test_a_convolution_over_the_whole_map_is_that_convolution():
+    ours, x = WholeMapConv2d(6, 6, (3, 5), groups=6, bias=False), torch.randn(2, 6, 3, 5)
+    expected = torch.nn.functional.conv2d(x, ours.weight, groups=6)
+    assert ours(x).shape == expected.shape == (2, 6, 1, 1)
+    assert torch.allclose(ours(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sub_centers", [1, 3])

@@ -32,7 +32,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_what_a_run_leaves(trained):
     best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
     assert set(best) == {
-        "model", "optimizer", "scheduler", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
+        "model", "optimizer", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
         "versions", "held_out", "job",
     }  # fmt: skip
     assert set(last) == set(best)
@@ -113,6 +113,24 @@ def test_too_few_clips_to_train_on(tmp_path, fails):
     root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
     fails(train.main, *options, match="1 clips to train on: each process .of 1. needs two, for batch norm")
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_root, fails, monkeypatch):
+    """The files are written beside the next epoch, in which the error is met."""
+    write, written = Path.write_bytes, []
+
+    def write_twice(path: Path, data: memoryview) -> int:
+        written.append(path.name)
+        if len(written) > 2:  # best and last of the first epoch
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_twice)
+    fails(train.main, *arguments(tmp_path, data_root, epoch=4, input="[sgram]"), match="No space left on device")
+    files = RunFiles(tmp_path / "run.pth")
+    assert [load_checkpoint(path)["epoch"] for path in (files.best, files.last)] == [1, 1]
+    assert [row["epoch"] for row in rows(files.history)] == ["1"]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # ---- Cut and resumed ----

@@ -1,18 +1,25 @@
 """The training step against the reference values; the schedule; what an epoch and a validation give."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
 from conftest import MACHINES, arguments
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from checkpoint import copy_state, load_checkpoint
 from config import load_config
-from dataloader import load_clips
+from dataloader import ClipSet, keep_on_gpu, load_clips
+from inference import run_network
 from losses import MODES, Mix
-from trainer import Trainer, is_to_compile
+from model.tastgram import N_SAMPLES
+from trainer import Run, Trainer
 
 VALUES = reference.VALUES
 CPU = torch.device("cpu")
@@ -113,7 +120,6 @@ def test_eight_compiled_steps_match_the_reference(mode, capfd):
 def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    monkeypatch.setattr("torch._dynamo.config.disable", False)  # and so once the test has ended
     results = []
     for switch in (True, False):
         trainer = reference_trainer("noisy_arcmix", compile=switch, batch_size=4)
@@ -124,74 +130,172 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
         results.append((steps, trainer.network.state_dict()))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("notice: torch.compile does not work here, so the steps run uncompiled (")
+    assert lines[0].startswith("notice: torch.compile does not work here, so the steps run without it (")
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
-def test_what_auto_compiles(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    assert [is_to_compile(switch, CPU) for switch in (True, False, "auto")] == [True, False, False]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert is_to_compile("auto", gpu)
-    monkeypatch.setattr("trainer.world_size", lambda: 2)
-    assert not is_to_compile("auto", gpu)
-    monkeypatch.setattr("trainer.world_size", lambda: 1)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not is_to_compile("auto", gpu)
+@pytest.mark.parametrize("mode", ["arcface", "noisy_arcmix"])
+def test_the_step_is_one_graph_for_all_steps(mode):
+    """Nothing in it breaks the graph that the compiler sees, and no lambda or partner makes it compile anew."""
+    torch._dynamo.reset()
+    trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
+    trainer.model.train()
+    compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    mixes = trainer.draw_mixes(0, [np.arange(4)] * 3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results = [compiled(samples, labels, mix) for mix in mixes]
+    results[0][0].backward()
+    for mix, result in zip(mixes, results, strict=True):
+        expected = [value.item() for value in trainer.loss(samples, labels, mix)]
+        assert [value.item() for value in result] == pytest.approx(expected, rel=1e-5)
+
+
+def put_on_fake_gpu(module: torch.nn.Module) -> None:
+    """Replace the tensors of a module by fake ones on a GPU."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, real in tensors.items():
+                if real is None:
+                    continue
+                fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cuda:0")
+                tensors[name] = torch.nn.Parameter(fake, real.requires_grad) if tensors is part._parameters else fake
+
+
+def test_step_and_scores_stay_on_the_gpu():
+    """On fake tensors, which have a device and no content: it is an error to leave one on the CPU, or to read it."""
+    trainer, gpu = reference_trainer("noisy_arcmix", precision="bf16"), torch.device("cuda", 0)
+    clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 5}), num_workers=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        put_on_fake_gpu(trainer.loss)
+        samples = torch.empty((4, N_SAMPLES), dtype=torch.int16, device=gpu)
+        labels = torch.empty(4, dtype=torch.int64, device=gpu)
+        loss, accuracy = trainer.loss(samples, labels, Mix(torch.empty((), device=gpu), labels))
+        assert (loss.device, accuracy.device) == (gpu, gpu)
+        clips.samples = torch.empty((5, N_SAMPLES), dtype=torch.int16, device=gpu)
+        outputs = run_network(trainer.network, trainer.loss.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16)
+        score = trainer.objective.anomaly_score(outputs.similarity, clips.labels.to(gpu))
+        assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
+        with pytest.raises(RuntimeError, match="device"):
+            trainer.loss(samples, labels.cpu(), None)
+        with pytest.raises(RuntimeError, match="_local_scalar_dense"):
+            loss.item()
+
+
+def test_a_state_is_continued_as_this_run_computes():
+    """As when a run goes on from a GPU to a CPU: what the optimiser computes with stays, its state is the other's."""
+    one, other = reference_trainer("arcface"), reference_trainer("arcface", lr=1e-2, weight_decay=0.5)
+    one.model.train()
+    one.step(reference.samples(), reference.labels(), None)
+    state = one.state()
+    state["optimizer"]["param_groups"][0] |= {"capturable": True, "lr": 3.0}
+    other.load_state(state)
+    group = other.optimizer.param_groups[0]
+    assert (group["capturable"], group["lr"].item(), group["weight_decay"]) == (False, pytest.approx(1e-2), 0.5)
+    for ours, theirs in zip(other.optimizer.state.values(), one.optimizer.state.values(), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+# ---- On a GPU ----
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_a_step_on_the_gpu_does_not_wait_for_it(data_root):
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_step_on_the_gpu_does_not_wait_for_it(switch, data_root):
     """From the plan to the optimiser: nothing in a step makes the host wait for the device."""
-    device = torch.device("cuda", 0)
+    device, names = torch.device("cuda", 0), ("compile", "cuda_graph")
     clips = load_clips(data_root, MACHINES, "train", num_workers=1)
-    clips.keep_on("cuda", device)
-    trainer = Trainer(load_config(machines=MACHINES, batch_size=4), device)
+    keep_on_gpu([clips], "cuda", device, 0)
+    trainer = Trainer(load_config(machines=MACHINES, batch_size=4, **dict.fromkeys(names, switch)), device)
     trainer.model.train()
-
-    def step() -> None:
-        for samples, labels in clips.batches([np.arange(4)], device):
-            mix = trainer.objective.draw_mix(0.5, np.random.default_rng(0), np.random.default_rng(1), 4, device)
-            trainer.step(samples, labels, mix)
-
-    step()
-    torch.cuda.set_sync_debug_mode("error")
+    shares = [np.arange(4)] * 8
+    steps = zip(clips.batches(shares, device), trainer.draw_mixes(0, shares), strict=True)
     try:
-        step()
+        for number, ((samples, labels), mix) in enumerate(steps):
+            trainer.step(samples, labels, mix)
+            if number == 5:  # compiled and recorded
+                torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("switch", [True, False])
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("bf16", 0.05), ("fp16", 0.05)])
-def test_a_step_on_the_gpu_matches_the_reference(precision, bound, switch):
+def test_eight_steps_on_the_gpu_match_the_reference(precision, bound, is_compiled, is_recorded, capfd):
     device = torch.device("cuda", 0)
-    trainer = Trainer(load_config(precision=precision, compile=switch, batch_size=4), device)
+    config = load_config(precision=precision, compile=is_compiled, cuda_graph=is_recorded, batch_size=4)
+    trainer = Trainer(config, device)
     trainer.network.load_state_dict(reference.parameters())
-    lam, partner = reference.mixing()[0]
+    trainer.scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=precision == "fp16")
     trainer.model.train()
-    mix = Mix(torch.tensor(lam, dtype=torch.float32, device=device), partner.to(device))
-    loss = trainer.step(reference.samples().to(device), reference.labels().to(device), mix)[0].item()
-    assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=bound)
+    samples, labels = reference.samples().to(device), reference.labels().to(device)
+    losses = []
+    for number, mix in enumerate(mixes("noisy_arcmix")):
+        losses.append(trainer.step(samples, labels, Mix(*(part.to(device) for part in mix)))[0].item())
+        if number == 5:  # a shorter batch in between goes past what is compiled and recorded
+            state = copy_state(trainer.state())()
+            trainer.step(samples[:3], labels[:3], Mix(torch.tensor(0.5).to(device), torch.tensor([2, 0, 1]).to(device)))
+            with torch.no_grad():
+                for name, value in trainer.network.state_dict().items():
+                    value.copy_(state["model"][name])
+                for index, before in state["optimizer"]["state"].items():
+                    kept = list(trainer.optimizer.state.values())[index]
+                    for name, value in before.items():
+                        kept[name].copy_(value)
+    assert "does not work here" not in capfd.readouterr().err
+    assert losses == pytest.approx(VALUES["noisy_arcmix_losses"].tolist(), rel=bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(tmp_path, data_root, call):
+    options = arguments(tmp_path, data_root, epoch=3, precision="fp32")
+    device = options.index("--device") + 1
+    best = tmp_path / "run.pth"
+    for number, name in enumerate(("cpu", "cuda", "cpu"), start=1):
+        options[device] = name
+        status, _, errors = call(stop_after(number), *options, "--resume")
+        assert status == (0 if number == 3 else 143), errors
+        assert load_checkpoint(best.with_name("run.last.pth"))["epoch"] == number
+
+
+def stop_after(epoch: int):
+    """train.py, stopped as by SIGTERM when it has trained so many epochs."""
+
+    def main() -> None:
+        run_epoch = Run.run_epoch
+
+        def run_or_stop(run: Run):
+            if run.epoch == epoch:
+                sys.exit(143)
+            return run_epoch(run)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "run_epoch", run_or_stop)
+            train.main()
+
+    return main
 
 
 # ---- The schedule ----
 
 
 def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
+    """As PyTorch's scheduler has it, which the published code uses."""
     trainer = Trainer(load_config(epoch=10, lr=1e-3, input=["sgram"], machines={"fan": [0, 1]}), CPU)
-    rates = []
-    for _ in range(10):
-        rates.append(trainer.lr)
-        trainer.optimizer.step()
-        trainer.scheduler.step()
-    expected = [1e-4 + 9e-4 * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)]
-    assert rates == pytest.approx(expected, rel=1e-9)
-    assert trainer.scheduler.get_last_lr() == pytest.approx([1e-4])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-4)
+    for epoch in range(10):
+        assert trainer.learning_rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        trainer.set_learning_rate(epoch)
+        assert trainer.optimizer.param_groups[0]["lr"].item() == pytest.approx(trainer.learning_rate(epoch), rel=1e-6)
+        optimizer.step()
+        scheduler.step()
+    assert trainer.learning_rate(10) == pytest.approx(1e-4)
 
 
 # ---- Epochs ----

@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 
-from utils import choose_device, choose_precision, random_stream, replace_file, set_up_numerics
+from utils import choose_precision, random_stream, replace_file, set_up_numerics, use_device
 
 
 def test_a_gpu_out_of_memory_is_one_line(fails):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore")
 
-    fails(main, match="GPU is out of memory: lower batch_size")
+    fails(main, match="GPU is out of memory: lower batch_size, or .* data_device: cpu")
 
 
 def test_a_host_out_of_memory_is_one_line(fails):
@@ -24,13 +24,17 @@ def test_a_host_out_of_memory_is_one_line(fails):
 
 def test_cuda_is_refused_where_there_is_none(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fails(lambda: choose_device("cuda:1"), match="device: cuda:1 asks for a GPU")
-    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    fails(lambda: use_device("cuda:1"), match="device: cuda:1 asks for a GPU")
+    assert use_device("auto") == use_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fails(lambda: choose_device("cuda:1"), match="device: cuda:1 is not there")
+    fails(lambda: use_device("cuda:1"), match="device: cuda:1 is not there")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert use_device("auto") == use_device("cuda:0") == torch.device("cuda", 0)
+    assert current == [0, 0]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(lambda: choose_device("cuda:0"), match="would put all processes on one GPU")
+    fails(lambda: use_device("cuda:0"), match="would put all processes on one GPU")
 
 
 def test_precision_auto_is_float32_on_a_cpu_and_half_on_a_gpu(monkeypatch):

@@ -1,0 +1,95 @@
+"""Compilation and CUDA graphs for a training step, each with a fallback where it does not work."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import distributed
+from utils import notice
+
+WARM_UP = 3  # calls before a CUDA graph is recorded: libraries choose their kernels and allocate in them
+
+
+def is_to_compile(switch: bool | str, device: torch.device) -> bool:
+    """Whether to compile the step: with "auto" on a GPU, in a single process, where the tools are there."""
+    has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return is_to_record(switch, device) and bool(has_tools) if switch == "auto" else bool(switch)
+
+
+def is_to_record(switch: bool | str, device: torch.device) -> bool:
+    """Whether to record the step as a CUDA graph, which takes a GPU: with "auto" in a single process."""
+    return device.type == "cuda" and (distributed.world_size() == 1 if switch == "auto" else bool(switch))
+
+
+class WithFallback:
+    """A function, or a `plain` one that computes the same from the moment on at which the first has failed.
+
+    It may fail in its first `trials` calls, with one notice that names it; after these, errors are errors.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Tensor], plain: Callable[..., Tensor], trials: int) -> None:
+        self.name, self.function, self.plain, self.trials = name, function, plain, trials
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if self.trials == 0:
+            return self.function(*arguments)
+        try:
+            result = self.function(*arguments)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notice(f"{self.name} does not work here, so the steps run without it ({reason})")
+            self.function, self.trials = self.plain, 0
+            return self.plain(*arguments)
+        self.trials -= 1
+        return result
+
+
+class GraphedFunction:
+    """A function of tensors on a GPU, recorded as a CUDA graph: its kernels are launched at once.
+
+    The first calls run as they are. The next one records: the function runs once without computing anything, on tensors
+    that are kept. From then on a call copies its arguments into these and replays the kernels; nothing else of the
+    function is run again, and its result is valid until the next call. All calls need the same shapes.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.warm_up = function, WARM_UP
+        self.arguments: list[Tensor] = []
+        self.replay: Callable[[], Tensor] | None = None
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if self.warm_up > 0:
+            self.warm_up -= 1
+            return run_on_side_stream(self.function, *arguments)
+        if self.replay is None:
+            self.arguments = [argument.clone() for argument in arguments]
+            self.replay = record(partial(self.function, *self.arguments))
+        for kept, argument in zip(self.arguments, arguments, strict=True):
+            kept.copy_(argument)
+        return self.replay()
+
+
+def run_on_side_stream(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """Autograd remembers the stream of a gradient's first use, and a graph cannot be recorded on the default stream."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = function(*arguments)
+    current.wait_stream(stream)
+    return result
+
+
+def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

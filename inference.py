@@ -1,0 +1,55 @@
+"""What a network gives for clips in evaluation mode: for validation and for scoring."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataloader import ClipSet, batches
+from model import EMBEDDING_SIZE, FrontEnd, TASTgramMFN, fold_batch_norm
+from utils import autocast
+
+CPU_BATCH = 16  # larger ones are no faster, and 64 clips take 3 GB
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network gives for n clips: similarity to each class `(n, C)`, embedding `(n, E)`; float32."""
+
+    similarity: Tensor
+    embedding: Tensor
+
+
+@torch.no_grad()
+def run_network(
+    network: TASTgramMFN,
+    front_end: FrontEnd,
+    clips: ClipSet,
+    numbers: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    title: str | None = None,
+) -> Outputs:
+    """The outputs, on the device, for the clips of these numbers, with the running statistics of batch norm.
+
+    `batch_size` is that of training: without gradients a GPU has room for twice as many. Network and front end are on
+    the device; the front end computes in float32, the network in `precision`. A title is that of a progress bar.
+    """
+    folded = fold_batch_norm(network)
+    plan = batches(numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size)
+    # Allocated once: results of each batch by itself would fragment the memory that glibc keeps.
+    similarity = torch.empty(len(numbers), network.num_classes, device=device)
+    embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
+    data = clips.batches(plan, device)
+    progress = tqdm(data, title, len(plan), unit="batch", leave=False, disable=None if title else True)
+    start = 0
+    for samples, _ in progress:
+        rows = slice(start, start + len(samples))
+        inputs = front_end(samples)
+        with autocast(device, precision):
+            similarity[rows], embedding[rows] = folded(**inputs)
+        start += len(samples)
+    return Outputs(similarity, embedding)

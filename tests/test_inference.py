@@ -1,0 +1,35 @@
+"""What the network gives in evaluation mode, in batches of any size."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import reference
+import torch
+
+from dataloader import ClipSet
+from inference import run_network
+from model import FrontEnd, TASTgramMFN
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_outputs_are_those_of_the_network_for_the_chosen_clips(batch_size):
+    network = TASTgramMFN(reference.NUM_CLASSES)
+    network.load_state_dict(reference.parameters())
+    front_end, clips = FrontEnd(network.channels), ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
+    clips.samples = reference.samples()
+    numbers = np.array([3, 0, 2])
+    outputs = run_network(network.train(), front_end, clips, numbers, batch_size, CPU)
+    with torch.no_grad():
+        similarity, embedding = network.eval()(**front_end(reference.samples()[numbers]))
+    assert torch.allclose(outputs.similarity, similarity, atol=2e-6)
+    assert reference.distance(outputs.embedding, embedding.numpy()) < 1e-5
+
+
+def test_no_clips_give_no_outputs():
+    network, clips = TASTgramMFN(3, ("sgram",)), ClipSet(pd.DataFrame({"path": [], "label": []}), 1)
+    outputs = run_network(network, FrontEnd(network.channels), clips, np.arange(0), 4, CPU)
+    assert outputs.similarity.shape == (0, 3)
