@@ -2,6 +2,7 @@
 #   make demo         set up .venv, make a small set of machine sounds, train, evaluate, print the table
 #   make test         set up .venv, lint, run the quick tests
 #   make test-slow    run all tests
+#   make gpu          ten minutes on a GPU: its tests, its speed, what bounds it, what to set
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := datasets/synthetic
@@ -9,10 +10,10 @@ DEMO_WEIGHTS := check_points/demo.pth
 DEMO_MACHINES := {fan: [0, 2, 4], pump: [0, 2, 4], slider: [0, 2, 4], ToyCar: [1, 2, 3], ToyConveyor: [1, 2, 3], valve: [0, 2, 4]}
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-slow lint
+.PHONY: help demo test test-slow gpu lint
 
 help:
-	@sed -n '2,4s/^#   //p' Makefile
+	@sed -n '2,5s/^#   //p' Makefile
 
 demo: .venv/installed
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
@@ -26,6 +27,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

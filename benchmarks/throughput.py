@@ -1,12 +1,13 @@
 """How many clips a second the front end, a training step, validation and scoring take, against a plain implementation.
 
     python benchmarks/throughput.py                                     # on the CPU or, where there is one, the GPU
-    python benchmarks/throughput.py --settings cpu,fp32,false,16        # device, precision, compile, batch size
-    python benchmarks/throughput.py --settings cuda,bf16,true,64 cuda,bf16,true,256 --output throughput.json
+    python benchmarks/throughput.py --settings cpu,fp32,eager,16        # device, precision, way, batch size
+    python benchmarks/throughput.py --settings cuda,bf16,graph,64 cuda,bf16,graph,256 --output throughput.json
 
-Each setting runs in a process of its own, on random samples in memory, as trainer.py and eval.py run it. `plain` is a
-first implementation on the same device: the log-mel of each clip by itself, eager float32 in the contiguous memory
-format, scoring one clip at a time. `plain, memory kept` is the same with `keep_freed_memory`, to tell that part apart.
+A training step runs `eager`, `compiled`, or compiled and recorded as a CUDA `graph`. Each setting runs in a process of
+its own, on random samples in memory, as trainer.py and eval.py run it. `plain` is a first implementation on the same
+device: the log-mel of each clip by itself, eager float32 in the contiguous memory format, scoring one clip at a time.
+`plain, memory kept` is the same with `keep_freed_memory`, to tell that part apart.
 """
 
 import argparse
@@ -39,12 +40,13 @@ from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_u
 
 STAGES = ("front end", "training step", "validation", "scoring")
 CLASSES = 41
+WAYS = ("eager", "compiled", "graph")
 PRECISIONS = ("fp32", "bf16", "fp16", "plain", "plain-kept")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", metavar="DEVICE,PRECISION,COMPILE,BATCH", default=default_settings())
+    parser.add_argument("--settings", nargs="+", metavar="DEVICE,PRECISION,WAY,BATCH", default=default_settings())
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each stage; the median counts")
     parser.add_argument("--output", type=Path, help="file for the figures as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -54,7 +56,7 @@ def main() -> None:
         return
     settings = [parse_setting(text) for text in options.settings]
     plain = [
-        (device, kind, "false", batch)
+        (device, kind, "eager", batch)
         for device, batch in dict.fromkeys((device, batch) for device, _, _, batch in settings)
         for kind in (("plain", "plain-kept") if device == "cpu" else ("plain",))
     ]
@@ -73,24 +75,24 @@ def main() -> None:
 
 def default_settings() -> list[str]:
     if torch.cuda.is_available():
-        return ["cuda,fp32,false,64", "cuda,bf16,false,64", "cuda,bf16,true,64", "cuda,bf16,true,256"]
-    return ["cpu,fp32,false,64", "cpu,fp32,true,64"]
+        return [f"cuda,bf16,{way},{batch}" for batch in (64, 256) for way in WAYS]
+    return ["cpu,fp32,eager,64", "cpu,fp32,compiled,64"]
 
 
 def parse_setting(text: str) -> tuple[str, str, str, int]:
     try:
-        device, precision, switch, batch = text.split(",")
-        if device in ("cpu", "cuda") and precision in PRECISIONS and switch in ("true", "false"):
-            return device, precision, switch, int(batch)
+        device, precision, way, batch = text.split(",")
+        if device in ("cpu", "cuda") and precision in PRECISIONS and way in WAYS:
+            return device, precision, way, int(batch)
     except ValueError:
         pass
-    raise UserError(f"--settings {text}: not DEVICE,PRECISION,COMPILE,BATCH such as cpu,fp32,true,64")
+    raise UserError(f"--settings {text}: not DEVICE,PRECISION,WAY,BATCH such as cpu,fp32,compiled,64")
 
 
 def name_of(setting: tuple[str, str, str, int]) -> str:
-    device, precision, switch, batch = setting
-    kind = {"plain": "plain", "plain-kept": "plain, memory kept"}.get(precision)
-    return f"{device}, {kind or precision + (', compiled' if switch == 'true' else '')}, batch {batch}"
+    device, precision, way, batch = setting
+    kind = {"plain": "plain", "plain-kept": "plain, memory kept"}.get(precision, f"{precision}, {way}")
+    return f"{device}, {kind}, batch {batch}"
 
 
 # ---- What is measured ----
@@ -98,16 +100,19 @@ def name_of(setting: tuple[str, str, str, int]) -> str:
 
 def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
     """Seconds per clip of each stage."""
-    device_name, precision, switch, batch = setting
+    device_name, precision, way, batch = setting
     device = torch.device(device_name)
-    steps = 1 if device_name == "cpu" else 100  # between two looks at the clock, for which a GPU has to be waited for
+    steps = (
+        1 if device_name == "cpu" else 6400 // batch
+    )  # between two looks at the clock, for which a GPU has to be waited for
     clips = random_clips(batch * steps, device)
     if precision.startswith("plain"):
         if precision == "plain-kept":
             keep_freed_memory()
         stages = plain_stages(clips, device, batch)
     else:
-        config = load_config(device=device_name, precision=precision, compile=switch == "true", batch_size=batch)
+        switches = {"compile": way != "eager", "cuda_graph": way == "graph"}
+        config = load_config(device=device_name, precision=precision, batch_size=batch, **switches)
         trainer = Trainer(config, device)
         trained = TrainedModel(Path("random.pth"), trainer.network, config, {})
 
