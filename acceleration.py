@@ -1,9 +1,9 @@
 """Compilation and CUDA graphs for a training step, each with a fallback where it does not work."""
 
+import functools
 import importlib.util
 import shutil
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class GraphedFunction:
             return run_on_side_stream(self.function, *arguments)
         if self.replay is None:
             self.arguments = [argument.clone() for argument in arguments]
-            self.replay = record(partial(self.function, *self.arguments))
+            self.replay = record(functools.partial(self.function, *self.arguments))
         for kept, argument in zip(self.arguments, arguments, strict=True):
             kept.copy_(argument)
         return self.replay()
@@ -75,7 +75,7 @@ class GraphedFunction:
 
 def run_on_side_stream(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
     """Autograd remembers the stream of a gradient's first use, and a graph cannot be recorded on the default stream."""
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, current = side_stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         result = function(*arguments)
@@ -83,9 +83,14 @@ def run_on_side_stream(function: Callable[..., Tensor], *arguments: Tensor) -> T
     return result
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # always the same one, since each has cached memory of its own
+
+
 def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
         result = function()
 
     def replay() -> Tensor:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
 from dataloader import ClipSet, batches
-from model import EMBEDDING_SIZE, FrontEnd, TASTgramMFN, fold_batch_norm
+from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, TASTgramMFN, fold_batch_norm
 from utils import autocast
 
 CPU_BATCH = 16  # larger ones are no faster, and 64 clips take 3 GB
@@ -38,7 +39,7 @@ def run_network(
     `batch_size` is that of training: without gradients a GPU has room for twice as many. Network and front end are on
     the device; the front end computes in float32, the network in `precision`. A title is that of a progress bar.
     """
-    folded = fold_batch_norm(network)
+    prepared = prepare(network, device, precision)
     plan = batches(numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size)
     # Allocated once: results of each batch by itself would fragment the memory that glibc keeps.
     similarity = torch.empty(len(numbers), network.num_classes, device=device)
@@ -50,6 +51,28 @@ def run_network(
         rows = slice(start, start + len(samples))
         inputs = front_end(samples)
         with autocast(device, precision):
-            similarity[rows], embedding[rows] = folded(**inputs)
+            similarity[rows], embedding[rows] = prepared(**inputs)
         start += len(samples)
     return Outputs(similarity, embedding)
+
+
+def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:
+    """A copy of the network that computes the same in evaluation mode, faster."""
+    prepared = fold_batch_norm(network)
+    if device.type == "cpu" and precision == torch.float32 and torch.backends.mkldnn.is_available():
+        prepared.add_module("mobilefacenet", BlockedLayout(prepared.mobilefacenet))
+    return prepared
+
+
+class BlockedLayout(nn.Module):
+    """A backbone in the memory format that oneDNN, PyTorch's library of convolutions for CPUs, chooses for itself. Its
+    weights are brought into it once; what is in it only oneDNN can read.
+    """
+
+    def __init__(self, network: MobileFaceNet) -> None:
+        super().__init__()
+        self.fc_out = network.fc_out
+        self.network = to_mkldnn(network.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.network(features.to_mkldnn()).to_dense()

@@ -19,7 +19,7 @@ into --minutes is left out, and said.
     demo         the training of `make demo` on both devices, and the AUC of each
 
 Beside torch and torchaudio it takes numpy, pandas, scipy, PyYAML, tqdm, filelock, pydantic (with pydantic-core,
-annotated-types and typing-inspection), soundfile (with cffi and pycparser), and pytest for the tests; neither librosa nor
+annotated-types and typing-inspection), soundfile (with cffi and pycparser), and pytest for the tests; no librosa,
 matplotlib, tensorboard, scikit-learn, requests or Jinja2.
 """
 

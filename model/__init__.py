@@ -1,7 +1,7 @@
 """From a batch of samples to embedding and class similarity."""
 
-from model.mobilefacenet import EMBEDDING_SIZE, fold_batch_norm
+from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
 from model.tastgram import FrontEnd, LogMel
 from model.tastgram_mfn import CHANNELS, TASTgramMFN
 
-__all__ = ["CHANNELS", "EMBEDDING_SIZE", "FrontEnd", "LogMel", "TASTgramMFN", "fold_batch_norm"]
+__all__ = ["CHANNELS", "EMBEDDING_SIZE", "FrontEnd", "LogMel", "MobileFaceNet", "TASTgramMFN", "fold_batch_norm"]

@@ -6,11 +6,13 @@ Attribute names and layer order are those of the published weight files.
 import copy
 import itertools
 import math
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
+Network = TypeVar("Network", bound=nn.Module)
 EMBEDDING_SIZE = 128
 # expansion, width, repeats, stride of the first repeat
 BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
@@ -102,7 +104,7 @@ class MobileFaceNet(nn.Module):
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
 
 
-def fold_batch_norm(network: nn.Module) -> nn.Module:
+def fold_batch_norm(network: Network) -> Network:
     """A copy of a network for evaluation, its batch norms folded into the convolutions before them.
 
     What it computes is the same up to rounding (about 3e-7 in a cosine), with a pass over the memory less for each.
