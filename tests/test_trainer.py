@@ -118,6 +118,7 @@ def test_eight_compiled_steps_match_the_reference(mode, capfd):
 
 
 def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
+    torch._dynamo.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
     monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     results = []
@@ -162,8 +163,10 @@ def put_on_fake_gpu(module: torch.nn.Module) -> None:
                 tensors[name] = torch.nn.Parameter(fake, real.requires_grad) if tensors is part._parameters else fake
 
 
-def test_step_and_scores_stay_on_the_gpu():
+def test_step_and_scores_stay_on_the_gpu(monkeypatch):
     """On fake tensors, which have a device and no content: it is an error to leave one on the CPU, or to read it."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     trainer, gpu = reference_trainer("noisy_arcmix", precision="bf16"), torch.device("cuda", 0)
     clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 5}), num_workers=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
