@@ -17,12 +17,12 @@ WARM_UP = 3  # calls before a CUDA graph is recorded: libraries choose their ker
 def is_to_compile(switch: bool | str, device: torch.device) -> bool:
     """Whether to compile the step: with "auto" on a GPU, in a single process, where the tools are there."""
     has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
-    return is_to_record(switch, device) and bool(has_tools) if switch == "auto" else bool(switch)
+    return is_alone_on_gpu(device) and bool(has_tools) if switch == "auto" else bool(switch)
 
 
-def is_to_record(switch: bool | str, device: torch.device) -> bool:
-    """Whether to record the step as a CUDA graph, which takes a GPU: with "auto" in a single process."""
-    return device.type == "cuda" and (distributed.world_size() == 1 if switch == "auto" else bool(switch))
+def is_alone_on_gpu(device: torch.device) -> bool:
+    """Whether a single process computes on a GPU."""
+    return device.type == "cuda" and distributed.world_size() == 1
 
 
 class WithFallback:

@@ -100,7 +100,7 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     eval_precision: Literal["fp32", "bf16", "fp16"]
     compile: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
-    cuda_graph: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
+    cuda_graph: Flag
     num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     tensorboard: Flag
     score_dtype: Literal["float32", "float64"]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from acceleration import WARM_UP, GraphedFunction, WithFallback, is_to_compile, is_to_record
+from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
 from checkpoint import HISTORY, RunFiles, State, build_network, copy_state, save_checkpoint
 from config import COMPUTATION_KEYS, KEYS, Config
 from dataloader import MACHINE, ClipSet, shuffled_batches
@@ -82,7 +82,7 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.share = len(range(rank(), config.batch_size, world_size()))  # of this process in a full batch
-        self.is_recorded = is_to_record(config.cuda_graph, device)
+        self.is_recorded = config.cuda_graph and is_alone_on_gpu(device)
         self.full_step = self.build_full_step()
 
     def build_full_step(self) -> Callable[..., Tensor]:
@@ -93,7 +93,7 @@ class Trainer:
             compiled = partial(self.compute_step, torch.compile(self.model, dynamic=False), weight)
             step = WithFallback("torch.compile", compiled, step, trials=WARM_UP)
         if self.is_recorded:
-            step = WithFallback("a CUDA graph (cuda_graph)", GraphedFunction(step), step, trials=WARM_UP + 2)
+            step = WithFallback("a CUDA graph", GraphedFunction(step), step, trials=WARM_UP + 2)
         return step
 
     def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, total: int | None = None) -> Tensor:

@@ -119,7 +119,7 @@ def stand_ins(count: int, device: torch.device) -> ClipSet:
 def tests(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
     """The last lines of pytest."""
     files = ["tests/test_trainer.py", "tests/test_dataloader.py"]
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=-ra", "-p", "no:cacheprovider", *files]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     lines = [
         line for line in done.stdout.splitlines() if re.match(r"FAILED|ERROR|E  |.* (passed|failed|skipped)", line)
@@ -136,7 +136,9 @@ def profiled(device: torch.device, is_small: bool, folder: Path) -> dict[str, An
     speed = copy_speed(device, 2**22 if is_small else 2**29)
     results: dict[str, Any] = {"bytes/s": speed}
     for name, switch in (("eager", False), ("default", "auto")):
-        trainer = Trainer(load_config(device=device.type, batch_size=batch, compile=switch, cuda_graph=switch), device)
+        trainer = Trainer(
+            load_config(device=device.type, batch_size=batch, compile=switch, cuda_graph=bool(switch)), device
+        )
         trainer.train_epoch(warm_up, 0)
         results[f"{name}: waits"] = find_wait(trainer, clips)
         results[f"{name}: kernels"] = kernels(recorded_epoch(trainer, clips), steps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import acceleration
-from acceleration import WARM_UP, GraphedFunction, WithFallback, is_to_compile, is_to_record
+from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
 from config import load_config
 from losses import Mix
 from trainer import Trainer
@@ -18,20 +18,19 @@ from trainer import Trainer
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_what_auto_compiles_and_records(monkeypatch):
+def test_what_is_compiled_and_recorded(monkeypatch):
     assert [is_to_compile(switch, CPU) for switch in (True, False, "auto")] == [True, False, False]
-    assert [is_to_record(switch, CPU) for switch in (True, False, "auto")] == [False, False, False]
+    assert not is_alone_on_gpu(CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: name)
     assert is_to_compile("auto", GPU)
-    assert [is_to_record(switch, GPU) for switch in (True, False, "auto")] == [True, False, True]
+    assert is_alone_on_gpu(GPU)
     monkeypatch.setattr("distributed.world_size", lambda: 2)
     assert not is_to_compile("auto", GPU)
-    assert not is_to_record("auto", GPU)
+    assert not is_alone_on_gpu(GPU)
     monkeypatch.setattr("distributed.world_size", lambda: 1)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not is_to_compile("auto", GPU)
-    assert is_to_record("auto", GPU)
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
