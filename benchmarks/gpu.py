@@ -59,6 +59,7 @@ from trainer import Run, Trainer
 from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = Path("check_points/gpu")
 RECIPE = (34_468, 1_815, 300)  # clips to train on, clips to validate, epochs
 AIM = 20.0  # minutes
 SLOW = 3.0  # times the time to move the bytes of an operation, from which on it is flagged
@@ -398,7 +399,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, or cpu for the small form (default: auto)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--minutes", type=float, default=9.5, help="after which no section runs (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder for gpu.json and gpu.txt")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help=f"folder for gpu.json and gpu.txt (default: {OUTPUT})"
+    )
     parser.add_argument("--section", nargs=2, help=argparse.SUPPRESS)  # its name and a folder for its files
     options = parser.parse_args()
     device = use_device(options.device)
