@@ -42,10 +42,11 @@ class WithFallback:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             notice(f"{self.name} does not work here, so the steps run without it ({reason})")
-            self.function, self.trials = self.plain, 0
-            return self.plain(*arguments)
-        self.trials -= 1
-        return result
+        else:
+            self.trials -= 1
+            return result
+        self.function, self.trials = self.plain, 0
+        return self.plain(*arguments)  # outside of the handler, whose error keeps the memory of the failed call
 
 
 class GraphedFunction:
