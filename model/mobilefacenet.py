@@ -9,7 +9,6 @@ import math
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -113,7 +112,7 @@ def fold_batch_norm(network: Network) -> Network:
     for parent in list(folded.modules()):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if type(conv) is nn.Conv2d and isinstance(norm, _BatchNorm):
+            if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return folded

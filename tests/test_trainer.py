@@ -263,7 +263,7 @@ def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, boun
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(tmp_path, data_root, call):
-    options = arguments(tmp_path, data_root, epoch=3, precision="fp32")
+    options = arguments(tmp_path, data_root, epoch=3, precision="fp32", compile="false")
     device = options.index("--device") + 1
     best = tmp_path / "run.pth"
     for number, name in enumerate(("cpu", "cuda", "cpu"), start=1):
