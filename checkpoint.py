@@ -16,7 +16,7 @@ from torch import Tensor
 
 from config import MODEL_KEYS, Config, make_config
 from dataloader import class_labels
-from distributed import is_main
+from distributed import from_main
 from losses import MODES
 from model import TASTgramMFN
 from utils import UserError, check_writable, copy_to_host, notice, replace_file
@@ -49,17 +49,22 @@ class RunFiles:
 @contextlib.contextmanager
 def lock_run(files: RunFiles) -> Iterator[None]:
     """Keep other processes from training under the same `save_path`, and find out early whether it can be written."""
-    if not is_main():
-        yield
-        return
-    check_writable(files.best, "--save_path names another file")
+    lock = filelock.FileLock(files.lock, timeout=0)
+
+    def acquire() -> None:
+        check_writable(files.best, "--save_path names another file")
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{files.best}: another process is training this run; wait for its end, or --save_path names another"
+            ) from None
+
+    from_main(acquire)
     try:
-        with filelock.FileLock(files.lock, timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(
-            f"{files.best}: another process is training this run; wait for its end, or --save_path names another"
-        ) from None
+        yield
+    finally:
+        lock.release()  # where this process has it
 
 
 def clear_run(files: RunFiles) -> None:

@@ -86,7 +86,6 @@ class Config(BaseModel):
     batch_size: Annotated[Whole, Field(ge=2, description="a whole number of at least 2 (batch norm)")]
     lr: Positive
     weight_decay: Annotated[Real, Field(ge=0, description="a number of at least 0")]
-    sync_batch_norm: Flag
     seed: Annotated[Whole, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
     save_path: Annotated[
         Path_,

@@ -1,18 +1,23 @@
 """Several processes, one per device, as torchrun starts them. In a single process every function here does nothing."""
 
 import functools
+import itertools
 import os
 import platform
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # for another process, before the job is given up
+TIMEOUT = timedelta(minutes=10)  # in a collective, before the job is given up
+POLL = 0.02  # seconds between two looks at who has arrived
 
 
 def is_started_by_torchrun() -> bool:
@@ -46,32 +51,60 @@ def is_main() -> bool:
 
 
 @functools.cache
-def attempt_store() -> dist.Store | None:
-    """The key-value store that torchrun's agent keeps, for the processes of this attempt alone.
-
-    The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes would find the
-    addresses of dead ones. None without torchrun, and where TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt
-    a store of its own, as restarts on several machines need: the agents there count attempts differently.
+def agent_store() -> dist.Store | None:
+    """The key-value store that torchrun's agent keeps. None without torchrun, and where every attempt has a store of
+    its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), as restarts on several machines need: agents there count attempts
+    differently.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
-    return dist.PrefixStore(f"attempt {restart_count()}", store)
+    return dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+
+
+def attempt_store() -> dist.Store | None:
+    """The agent's store for the processes of this attempt alone.
+
+    The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes would find the
+    addresses of dead ones.
+    """
+    store = agent_store()
+    return None if store is None else dist.PrefixStore(f"attempt {restart_count()}", store)
 
 
 def join(device: torch.device) -> None:
     """Wait for the other processes of the job. `device` is the one this process uses, under NCCL its own GPU."""
-    backend, store = "nccl" if device.type == "cuda" else "gloo", attempt_store()
-    if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        rank_, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank_, world_size=size)
+    global group_store
+    is_cuda, agent = device.type == "cuda", agent_store()
+    if agent is not None:
+        # NCCL's watchdog announces here, without a prefix, that a process has failed. Found by a restarted process, it
+        # would end the new attempt as well.
+        agent.delete_key("exception_dump")
+    group_store = attempt_store() or next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        timeout=TIMEOUT,
+        store=group_store,
+        rank=int(os.environ["RANK"]),
+        world_size=planned_processes(),
+        device_id=device if is_cuda else None,
+    )
 
 
 def leave() -> None:
+    """Close the connections. Under NCCL this waits for the other processes: only for the end of a successful job."""
     dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """End with this status. A process of a group does so at once: what Python and NCCL do at a normal exit waits for
+    the others, which may be waiting for this one. torchrun's agent then ends them.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def restart_count() -> int:
@@ -113,30 +146,41 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 # ---- Collectives ----
 
+group_store: dist.Store | None = None  # of the process group, once this process has joined it
+barriers = itertools.count()
+
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait for all processes, however long it takes: a collective alone would give up after TIMEOUT, though another
+    process may still read recordings or write files. One that has died is noticed by torchrun's agent, which ends all.
+    """
+    if group_store is None:
+        return
+    key = f"barrier {next(barriers)}"
+    arrived = group_store.add(key, 1)
+    while arrived < world_size():
+        time.sleep(POLL)
+        arrived = group_store.add(key, 0)
+    dist.barrier()  # the process that holds the store may not end while others look into it
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Call `function` in the main process alone; every process gets what it returns."""
+    """Call `function` in the main process alone; every process gets what it returns, or the error that it raises."""
     if not dist.is_initialized():
         return function()
-    values = [function() if is_main() else None]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]  # type: ignore[return-value]
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    barrier()
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of each element over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def copy_buffers_from_main(module: nn.Module) -> None:
-    """Give every process the buffers (batch norm statistics) of the main process."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    """The sum of each element over all processes, bit for bit the same in each; differentiable."""
+    return all_reduce(values) if dist.is_initialized() else values

@@ -37,7 +37,7 @@ MODES = {
 
 class Mix(NamedTuple):
     """One mixup of a batch: the weight `lam` (a scalar tensor) of each clip itself, and `partner` `(B,)`, the row it is
-    mixed with.
+    mixed with. Rows after the first B serve as partners only.
     """
 
     lam: Tensor
@@ -45,7 +45,33 @@ class Mix(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """`lam * x + (1 - lam) * x[partner]` along the batch."""
-        return self.lam * x + (1.0 - self.lam) * x[self.partner]
+        return self.lam * x[: len(self.partner)] + (1.0 - self.lam) * x[self.partner]
+
+
+def divide_mix(mix: Mix, part: int, parts: int) -> tuple[np.ndarray, Mix]:
+    """The part of a mixed batch that one of several processes computes: the rows it reads, and how it mixes them.
+
+    The batch is divided along the cycles of the permutation, in which the partner of a clip follows it. So a part
+    lacks two partners at most: that of its last clip, and the beginning of a cycle of which it has the end. Where there
+    are several parts two rows are always added, so that all parts of a size have the same shapes.
+    """
+    partner = mix.partner.numpy()
+    own = np.array_split(cycles(partner), parts)[part]
+    lacking = np.setdiff1d(partner[own], own)
+    rows = np.concatenate([own, np.resize(lacking, 2 if parts > 1 else 0)])
+    places = (rows == partner[own][:, None]).argmax(axis=1)
+    return rows, Mix(mix.lam, torch.from_numpy(places))
+
+
+def cycles(permutation: np.ndarray) -> np.ndarray:
+    """The elements of a permutation, cycle by cycle: each is followed by the one it is sent to."""
+    order: dict[int, None] = {}
+    for start in permutation.tolist():
+        element = start
+        while element not in order:
+            order[element] = None
+            element = int(permutation[element])
+    return np.array(list(order))
 
 
 def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
@@ -73,13 +99,11 @@ class Objective:
     def __init__(self, mode: str, m: float, s: float) -> None:
         self.mode, self.m, self.s = MODES[mode], m, s
 
-    def draw_mix(self, alpha: float, common: np.random.Generator, own: np.random.Generator, size: int) -> Mix | None:
-        """Draw lambda ~ Beta(alpha, alpha) from `common`, the same in all processes, and partners from `own`; None
-        where the mode does not mix. On the CPU.
-        """
+    def draw_mix(self, alpha: float, stream: np.random.Generator, size: int) -> Mix | None:
+        """Draw lambda ~ Beta(alpha, alpha) and partners, on the CPU; None where the mode does not mix."""
         if not self.mode.mixes:
             return None
-        lam, partner = torch.tensor(common.beta(alpha, alpha), dtype=torch.float32), own.permutation(size)
+        lam, partner = torch.tensor(stream.beta(alpha, alpha), dtype=torch.float32), stream.permutation(size)
         return Mix(lam, torch.from_numpy(partner))
 
     def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
@@ -89,19 +113,20 @@ class Objective:
         return margin_logits(similarity, margin_labels, self.m, self.s)
 
     def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Mean training loss of a batch whose inputs went through `mix`."""
-        loss = F.cross_entropy(self.logits(similarity, labels), labels)
+        """Mean training loss of a batch whose inputs went through `mix`; `labels` also of the rows it takes."""
+        own_labels = labels[: len(similarity)]
+        loss = F.cross_entropy(self.logits(similarity, own_labels), own_labels)
         if mix is None:
             return loss
         partner_labels = labels[mix.partner]
-        margin_labels = partner_labels if self.mode.margin_on_partner else labels
+        margin_labels = partner_labels if self.mode.margin_on_partner else own_labels
         partner_loss = F.cross_entropy(self.logits(similarity, margin_labels), partner_labels)
         return mix.lam * loss + (1.0 - mix.lam) * partner_loss
 
     def accuracy(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
         """Fraction of clips whose most similar class is their own; a partner's class counts with weight 1 - lambda."""
         predicted = similarity.argmax(dim=1)
-        own = (predicted == labels).float().mean()
+        own = (predicted == labels[: len(predicted)]).float().mean()
         if mix is None:
             return own
         return mix.lam * own + (1.0 - mix.lam) * (predicted == labels[mix.partner]).float().mean()

@@ -14,9 +14,9 @@ Options, outputs and the global batch size are those of train.py. With several m
 recordings, and for restarts the same save_path on a shared disk.
 """
 
-from distributed import is_lost_connection, is_started_by_torchrun, join, leave
+from distributed import is_started_by_torchrun, join, leave
 from train import parse_options, train
-from utils import UserError, fail, run_script, use_device
+from utils import UserError, run_script, use_device
 
 
 def main() -> None:
@@ -27,16 +27,8 @@ def main() -> None:
             "(for one process: python train.py)"
         )
     join(use_device(config.device))
-    try:
-        train(config, resume, overwrite)
-    except UserError as error:
-        fail(str(error))  # before the connections close, which the other processes would take for the cause
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            raise
-        fail("another process of the job has ended or does not answer; see its message")
-    finally:
-        leave()
+    train(config, resume, overwrite)
+    leave()
 
 
 if __name__ == "__main__":

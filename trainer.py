@@ -4,6 +4,7 @@ import math
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -24,7 +25,7 @@ from config import COMPUTATION_KEYS, KEYS, Config
 from dataloader import MACHINE, ClipSet, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
 from inference import run_network
-from losses import Mix, Objective
+from losses import Mix, Objective, divide_mix
 from model import FrontEnd, TASTgramMFN
 from utils import UserError, copy_to_host, notice, random_stream
 
@@ -67,11 +68,14 @@ class Trainer:
         self.config, self.device = config, device
         self.objective = Objective(config.mode, config.m, config.s)
         self.precision = utils.choose_precision(config.precision, device)
-        network = build_network(config).move_to(device)
-        self.network = synchronise_batch_norm(network) if world_size() > 1 and config.sync_batch_norm else network
+        self.network = build_network(config).move_to(device)
         self.loss = TrainingLoss(self.network, self.objective, self.precision).to(device)
-        # Every process keeps batch norm statistics of its own; those of the main process count, at validation.
-        self.model = DistributedDataParallel(self.loss, broadcast_buffers=False) if world_size() > 1 else self.loss
+        self.model: nn.Module = self.loss
+        if world_size() > 1:
+            # The only buffers are batch norm statistics, which are the same in all processes. PyTorch warns of strides
+            # that differ where the size is 1, which changes nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            self.model = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained,
@@ -102,10 +106,11 @@ class Trainer:
 
         `total` is the size of the whole batch, where these clips are this process's share of it.
         """
-        total, arguments = total or len(labels), (samples, labels, *(mix or ()))
+        own, arguments = len(labels if mix is None else mix.partner), (samples, labels, *(mix or ()))
+        total = total or own
         if total == self.config.batch_size:
             return self.full_step(*arguments)
-        return self.compute_step(self.model, len(labels) * world_size() / total, *arguments)
+        return self.compute_step(self.model, own * world_size() / total, *arguments)
 
     def compute_step(self, model: Any, weight: float, samples: Tensor, labels: Tensor, *mix: Tensor) -> Tensor:
         """`weight` is that of this process's gradient where the processes' shares of the batch differ in size."""
@@ -125,9 +130,8 @@ class Trainer:
         self.model.train()
         self.set_learning_rate(epoch)
         batch_size, seed = self.config.batch_size, self.config.seed
-        plan = shuffled_batches(len(clips), batch_size, seed, epoch, least=2 * world_size())
-        shares = [whole[rank() :: world_size()] for whole in plan]
-        mixes = self.draw_mixes(epoch, shares)
+        plan = shuffled_batches(len(clips), batch_size, seed, epoch, least=max(2, world_size()))
+        shares, mixes = self.divide(epoch, plan)
         results = torch.zeros(len(plan), 2, device=self.device)
         windows: list[tuple[int, Callable[[], Tensor]]] = []  # number of the first step, losses on their way
         progress = tqdm(total=len(plan), desc=title, unit="step", leave=False, disable=None if is_main() else True)
@@ -143,23 +147,30 @@ class Trainer:
                         progress.set_postfix_str(f"loss {self.check_losses(*windows.pop(0)):.3f}")
             for window in windows:
                 self.check_losses(*window)
-        sizes = torch.tensor([[len(share)] for share in shares], device=self.device)
+        sizes = torch.tensor([[len(np.array_split(whole, world_size())[rank()])] for whole in plan], device=self.device)
         loss, accuracy = (sum_over_ranks((results.double() * sizes).sum(dim=0)) / len(clips)).tolist()
         return loss, accuracy
 
-    def draw_mixes(self, epoch: int, shares: Sequence[np.ndarray]) -> Sequence[Mix | None]:
-        """The mixups of an epoch, one for each share of a batch, on the device."""
-        drawn = []
-        for step, share in enumerate(shares, start=epoch * len(shares)):
-            common = random_stream(self.config.seed, utils.MIXING, step)
-            own = random_stream(self.config.seed, utils.PARTNERS, step, rank())
-            drawn.append(self.objective.draw_mix(self.config.alpha, common, own, len(share)))
-        mixes = [mix for mix in drawn if mix is not None]
+    def divide(self, epoch: int, plan: Sequence[np.ndarray]) -> tuple[list[np.ndarray], Sequence[Mix | None]]:
+        """For each batch of an epoch the clips that this process reads, and the mixups, on the device. Partners come
+        from the whole batch, whatever the number of processes.
+        """
+        shares, mixes = [], []
+        for step, whole in enumerate(plan, start=epoch * len(plan)):
+            stream = random_stream(self.config.seed, utils.MIXING, step)
+            mix = self.objective.draw_mix(self.config.alpha, stream, len(whole))
+            if mix is None:
+                shares.append(np.array_split(whole, world_size())[rank()])
+            else:
+                rows, mix = divide_mix(mix, rank(), world_size())
+                shares.append(whole[rows])
+                mixes.append(mix)
         if not mixes:
-            return drawn
+            return shares, [None] * len(plan)
         lam = torch.stack([mix.lam for mix in mixes]).to(self.device)
         partner = torch.cat([mix.partner for mix in mixes]).to(self.device)
-        return [Mix(*pair) for pair in zip(lam.unbind(), partner.split([*map(len, shares)]), strict=True)]
+        sizes = [len(mix.partner) for mix in mixes]
+        return shares, [Mix(*pair) for pair in zip(lam.unbind(), partner.split(sizes), strict=True)]
 
     def check_losses(self, first: int, read: Callable[[], Tensor]) -> float:
         """Read the losses of a window of steps, the first of which has this number; returns the last."""
@@ -187,13 +198,13 @@ class Trainer:
         """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed and in float32. The clips are
         divided between the processes, and every process gets all scores.
         """
-        distributed.copy_buffers_from_main(self.network)
         numbers = np.arange(len(clips))[rank() :: world_size()]
         outputs = run_network(self.network, self.loss.front_end, clips, numbers, self.config.batch_size, self.device)
         labels = clips.labels[numbers].to(self.device)
         results = torch.zeros(2, len(clips), dtype=torch.float64, device=self.device)
         results[0, numbers] = self.objective.anomaly_score(outputs.similarity, labels, torch.float64)
         results[1, numbers] = (outputs.similarity.argmax(dim=1) == labels).double()
+        distributed.barrier()  # a process may have read its clips long before another one
         scores, hits = sum_over_ranks(results).cpu().numpy()
         return scores, float(hits.mean())
 
@@ -221,20 +232,13 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def synchronise_batch_norm(network: TASTgramMFN) -> TASTgramMFN:
-    """The network with batch norm over the batches of all processes, which PyTorch can do on GPUs only."""
-    if next(network.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    notice("on CPUs batch norm sees the share of its process only (sync_batch_norm works on GPUs)")
-    return network
-
-
 class Run:
     """A training from its first epoch to its last, with a checkpoint after each."""
 
     def __init__(self, config: Config, device: torch.device, train_clips: ClipSet, valid_clips: ClipSet) -> None:
         """Raises `UserError` where the clips are too few, or not the same on all machines."""
-        least, processes = 2 * world_size(), f"each process (of {world_size()}) needs two, for batch norm"
+        least = max(2, world_size())
+        processes = f"{world_size()} processes need one each" if world_size() > 1 else "batch norm needs two"
         if len(train_clips) < least:
             raise UserError(
                 f"{len(train_clips)} clips to train on: {processes}; bring more recordings, or raise split_ratio"
@@ -311,6 +315,7 @@ class Run:
                 if writing:
                     writing.result()  # or the error that it met
                 writing = writer.submit(self.write, read, is_best, log)
+            distributed.barrier()  # the disk may be slow
         if writing:
             writing.result()
         distributed.barrier()  # a process that ends earlier could end this one while it writes

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,29 +51,42 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main()
-    except torch.OutOfMemoryError:
-        fail(
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes soon where another process of the job has failed
+        distributed.end_process(report(error))
+    distributed.end_process(0)
+
+
+def report(error: BaseException) -> int:
+    """Say why the script ends, once for all processes of a job; returns the exit status."""
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        status = 130 if isinstance(error, KeyboardInterrupt) else error.code
+        if distributed.is_started_by_torchrun() and status in (130, 143) and distributed.is_first_to_fail():
+            print(f"error: process {os.environ['RANK']} was stopped by a signal", file=sys.stderr)
+        return status if isinstance(status, int) else 1
+    message = describe(error)
+    if message is None:
+        traceback.print_exception(error)
+        return 1
+    if distributed.is_first_to_fail():
+        print(f"error: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def describe(error: BaseException) -> str | None:
+    """The message for an error that the user can put right, or that another process has caused; else None."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
             "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
             "(precision: bf16 takes half the memory of fp32 in training)"
         )
-    except MemoryError:
-        fail("out of memory: lower batch_size")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # PyTorch's form of MemoryError
-            raise
-        fail("out of memory: lower batch_size")
-    except (UserError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
-
-
-def fail(message: str) -> NoReturn:
-    """End the process with status 2 and, once for all processes of a job, the message on one line."""
-    if distributed.is_first_to_fail():
-        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the second is PyTorch's form
+        return "out of memory: lower batch_size"
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+        return "another process of the job has ended or does not answer; see its message"
+    return None
 
 
 def notice(message: str) -> None:
@@ -94,11 +108,11 @@ def suggest(word: str, words: Sequence[str]) -> str:
 
 # ---- Random numbers, device, precision ----
 
-SPLIT, ORDER, MIXING, PARTNERS = range(4)  # purposes, so that no two use the same numbers
+SPLIT, ORDER, MIXING = range(3)  # purposes, so that no two use the same numbers
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
-    """The random numbers of one purpose at one position (epoch, step, rank): they depend on nothing else."""
+    """The random numbers of one purpose at one position (epoch, step): they depend on nothing else."""
     return np.random.default_rng([seed, purpose, *position])
 
 

@@ -8,8 +8,11 @@ import itertools
 import math
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
+
+from distributed import sum_over_ranks, world_size
 
 Network = TypeVar("Network", bound=nn.Module)
 EMBEDDING_SIZE = 128
@@ -25,6 +28,37 @@ class WholeMapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.weight.squeeze(1)).sum(dim=(2, 3), keepdim=True)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the clips of all processes: with several of them, each computes with the statistics of the whole
+    batch, and keeps the same running ones.
+
+    One collective forward and one backward. A process contributes its mean and variance, computed exactly; in float64
+    nothing is lost where these are put together.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        own_var, own_mean = (value.double() for value in torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
+        own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
+        own = torch.cat([own_count * own_mean, own_count * (own_var + own_mean.square()), own_count])
+        total, total_square, count = sum_over_ranks(own).split([self.num_features, self.num_features, 1])
+        mean = total / count
+        var = total_square / count - mean.square()
+        with torch.no_grad():
+            momentum = self.momentum or 0.0
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.float(), momentum)
+            self.running_var.lerp_((var * count / (count - 1)).float(), momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps).float()
+        shift = self.bias - mean.float() * scale
+        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -43,7 +77,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = conv(inputs, outputs, kernel_size, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn = BatchNorm2d(outputs)
         self.prelu = nn.Identity() if linear else nn.PReLU(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,13 +93,13 @@ class Bottleneck(nn.Module):
         self.has_residual = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.PReLU(width),
             nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.PReLU(width),
             nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +146,7 @@ def fold_batch_norm(network: Network) -> Network:
     for parent in list(folded.modules()):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if type(conv) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+            if type(conv) is nn.Conv2d and isinstance(norm, BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return folded

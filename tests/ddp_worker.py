@@ -1,40 +1,54 @@
-"""Run by torchrun in test_ddp.py: validation and three training steps, whose results must not depend on the processes.
+"""Run by torchrun in test_distributed.py: eight mixed steps and a validation, which must not depend on the processes.
 
-Batch norm is in evaluation mode, since its statistics are those of a process's own share, and nothing is shuffled.
+With a folder of recordings an epoch on them, the last batch of which is short; else steps on the reference inputs.
 """
 
 import sys
 
 import numpy as np
+import reference
 import torch
 
 from config import parse_command_line
 from dataloader import load_clips
-from distributed import is_main, join, leave, rank, world_size
+from distributed import barrier, is_main, is_started_by_torchrun, join, leave, rank, sum_over_ranks, world_size
+from losses import Mix, divide_mix
 from trainer import Trainer
 from utils import OneLineParser
 
 CPU = torch.device("cpu")
-config, _, _ = parse_command_line(OneLineParser(), sys.argv[1:])
-join(CPU)
-trainer, clips = Trainer(config, CPU), load_clips(config.data_root, config.machines, "train", config.num_workers)
 
-if rank() > 0:  # as after an epoch: each process has statistics of its own, and those of rank 0 count
-    for buffer in trainer.network.buffers():
-        buffer.add_(1)
-scores, accuracy = trainer.validate(clips)
 
-trainer.model.eval()
-before = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
-gradients = {}
-plan = [np.arange(7), np.arange(4, 12), np.arange(2, 9)]  # shares of 3, 2 and 2 clips, or 4 and 3
-parts = [whole[rank() :: world_size()] for whole in plan]
-for whole, batch in zip(plan, clips.batches(parts, CPU), strict=True):
-    trainer.step(*batch, None, len(whole))
-    if not gradients:  # of the first step
-        gradients = {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
-changes = {name: value.detach() - before[name] for name, value in trainer.network.named_parameters()}
+def steps_on_reference(trainer: Trainer) -> list[float]:
+    """The steps of the reference values; three clips in the last one."""
+    samples, labels, losses = reference.samples(), reference.labels(), []
+    trainer.network.load_state_dict(reference.parameters())
+    trainer.model.train()
+    for number, (lam, partner) in enumerate(reference.mixing()):
+        partner = partner if number < 7 else torch.tensor([2, 0, 1])
+        rows, mix = divide_mix(Mix(torch.tensor(lam, dtype=torch.float32), partner), rank(), world_size())
+        loss = trainer.step(samples[rows], labels[rows], mix, len(partner))[0]
+        losses.append(sum_over_ranks(loss * len(mix.partner) / len(partner)).item())
+    return losses
+
+
+parser = OneLineParser()
+parser.add_argument("--reference", action="store_true")
+config, options, _ = parse_command_line(parser, sys.argv[1:])
+if is_started_by_torchrun():
+    join(CPU)
+trainer = Trainer(config, CPU)
+results = {}
+if options.reference:
+    results["losses"] = steps_on_reference(trainer)
+else:
+    clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+    results["first_scores"], results["accuracy"] = trainer.validate(clips)
+    results["losses"] = [trainer.train_epoch(clips, epoch)[0] for epoch in range(4)]
+    results["scores"], _ = trainer.validate(clips)
 if is_main():
-    results = {"scores": torch.from_numpy(scores), "accuracy": accuracy, "gradients": gradients, "changes": changes}
-    torch.save(results, config.checkpoint)
-leave()
+    values = {name: torch.from_numpy(np.asarray(value)) for name, value in results.items()}
+    torch.save(values | {"state": trainer.network.state_dict()}, config.checkpoint)
+barrier()
+if is_started_by_torchrun():
+    leave()

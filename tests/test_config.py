@@ -73,7 +73,7 @@ def test_every_key_is_typed_on_the_command_line():
         "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9,
         "data_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
-        "lr": 5e-4, "weight_decay": 0.0, "sync_batch_norm": False, "compile": True, "cuda_graph": False,
+        "lr": 5e-4, "weight_decay": 0.0, "compile": True, "cuda_graph": False,
         "eval_precision": "bf16",
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",
