@@ -62,7 +62,8 @@ def report(error: BaseException) -> int:
     if isinstance(error, SystemExit | KeyboardInterrupt):
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
         if distributed.is_started_by_torchrun() and status in (130, 143) and distributed.is_first_to_fail():
-            print(f"error: process {os.environ['RANK']} was stopped by a signal", file=sys.stderr)
+            rank = os.environ["RANK"]
+            print(f"error: process {rank} was stopped, by a user or because another one has died", file=sys.stderr)
         return status if isinstance(status, int) else 1
     message = describe(error)
     if message is None:

@@ -222,7 +222,8 @@ def find_wait(trainer: Trainer, clips: ClipSet) -> str:
     if device.type != "cuda":
         return "nothing"
     shares = [np.arange(batch)] * 3
-    steps = list(zip(clips.batches(shares, device), trainer.draw_mixes(0, shares), strict=True))
+    shares, mixes = trainer.divide(0, shares)
+    steps = list(zip(clips.batches(shares, device), mixes, strict=True))
     try:
         torch.cuda.set_sync_debug_mode("error")
         for (samples, labels), mix in steps:

@@ -160,7 +160,7 @@ def plain_stages(trained_on: ClipSet, clips: ClipSet, device: torch.device, batc
     def train() -> None:
         network.train()
         for features, labels in inputs(trained_on, batch):
-            mix = objective.draw_mix(config.alpha, rng, rng, len(labels))
+            mix = objective.draw_mix(config.alpha, rng, len(labels))
             assert mix
             similarity, _ = network(**{name: mix(x) for name, x in features.items()})
             loss = objective.loss(similarity, labels, mix)

@@ -1,10 +1,12 @@
 """train_ddp.py under torchrun, with gloo on the CPU."""
 
 import csv
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from conftest import arguments
 import eval as eval_script
 import train
 from checkpoint import load_checkpoint, save_checkpoint
+from config import load_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.ddp
@@ -24,7 +27,7 @@ def torchrun(
     processes: int, *words: str, script: Path = ROOT / "train_ddp.py", options=("--standalone",), **environment
 ) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
     return subprocess.run(
         [*launcher, script, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
     )
@@ -92,28 +95,101 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
     assert epochs(trained_copy) == ["1", "2"]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_validation_and_steps_do_not_depend_on_the_processes(processes, tmp_path, data_root):
-    """12 clips to validate and three steps, in one process and in several, whose shares differ in size.
+def worker_results(processes: int, folder: Path, data_root: Path, *words: str, **options) -> dict[str, torch.Tensor]:
+    options = arguments(folder, data_root, lr=1e-5, **options)
+    result = torchrun(processes, *options, *words, script=ROOT / "tests" / "ddp_worker.py")
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "run.pth")
 
-    Validation and gradients are equal up to the order of float32 sums. AdamW divides each gradient by its own size,
-    so that where that is all but zero the order of a sum decides the sign of a full step: of the way that the
-    parameters have gone, a hundredth may differ.
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("inputs", [pytest.param("reference", marks=pytest.mark.slow), "recordings"])
+def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp_path, data_root):
+    """Eight mixed steps with batch norm, short batches between them, in one process and in several of unequal shares.
+
+    The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that rounding grows from step
+    to step. At 1e-4 the eighth loss differs by 1e-4 in one process already, between one thread and two.
     """
-    results = []
-    for number in (1, processes):
-        options = arguments(tmp_path, data_root, input="[sgram]", mode="arcface")
-        result = torchrun(number, *options, script=ROOT / "tests" / "ddp_worker.py")
-        assert result.returncode == 0, result.stderr
-        results.append(torch.load(tmp_path / "run.pth"))
-    one, several = results
-    assert several["scores"].tolist() == pytest.approx(one["scores"].tolist(), rel=1e-5)
-    assert several["accuracy"] == one["accuracy"]
-    for name, expected in one["gradients"].items():
-        assert torch.linalg.vector_norm(several["gradients"][name] - expected) <= 1e-4 * expected.norm() + 1e-6, name
-    ours, expected = (torch.cat([way.flatten() for way in result["changes"].values()]) for result in (several, one))
-    print("share of the way that differs:", ((ours - expected).norm() / expected.norm()).item())
+    words, machines = (), {"machines": {"fan": [0, 2], "valve": [1]}}
+    if inputs == "reference":
+        words, machines = ("--reference",), {"machines": load_config().machines}
+    batch_size = 4 if inputs == "reference" else 8
+    one, several = (
+        worker_results(number, tmp_path, data_root, *words, batch_size=batch_size, **machines)
+        for number in (1, processes)
+    )
+    assert several["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
+    if inputs == "recordings":
+        assert several["first_scores"].tolist() == pytest.approx(one["first_scores"].tolist(), rel=1e-5)
+        assert several["accuracy"] == one["accuracy"]
+        assert (several["scores"] - one["scores"]).norm() <= 1e-2 * one["scores"].norm()
+    ours, expected = (torch.cat([v.double().flatten() for v in r["state"].values()]) for r in (several, one))
     assert (ours - expected).norm() <= 1e-2 * expected.norm()
+
+
+# One process fails, where closing the connections waits for all processes, as it does under NCCL.
+FAULTY = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+import distributed, train, train_ddp, trainer, utils
+
+kind, rank, moment = (sys.argv.pop(1) for _ in range(3))
+
+def destroy():
+    distributed.group_store.add("destroyed", 1)
+    while distributed.group_store.add("destroyed", 0) < 2:
+        time.sleep(0.1)
+
+def fail(*_):
+    if os.environ["RANK"] != rank:
+        return
+    if kind in ("SIGINT", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, kind))
+        time.sleep(0.1)
+        return
+    errors = {"UserError": utils.UserError, "OSError": OSError, "OutOfMemoryError": torch.OutOfMemoryError}
+    raise errors[kind]("the cause")
+
+def before(owner, name):
+    function = getattr(owner, name)
+    setattr(owner, name, lambda *arguments: (fail(), function(*arguments))[1])
+
+dist.destroy_process_group = destroy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+if moment == "saving" and rank != "0":
+    before(trainer.distributed, "barrier")
+else:
+    owner, name = {
+        "start": (train, "load_clips"),
+        "step": (trainer.Trainer, "step"),
+        "validation": (trainer.Trainer, "validate"),
+        "saving": (trainer, "save_checkpoint"),
+    }[moment]
+    before(owner, name)
+utils.run_script(train_ddp.main)
+"""
+KINDS = ("UserError", "OSError", "OutOfMemoryError", "SIGINT", "SIGTERM")
+QUICK = {("UserError", "0", "start"), ("OSError", "0", "saving"), ("OutOfMemoryError", "1", "step")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "moment"),
+    [
+        pytest.param(*fault, marks=[] if fault in QUICK else pytest.mark.slow)
+        for fault in itertools.product(KINDS, "01", ("start", "step", "validation", "saving"))
+    ],
+)
+def test_a_fault_of_one_process_ends_the_job(kind, rank, moment, tmp_path, data_root):
+    """With its cause in one line, and at once."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    options = arguments(tmp_path, data_root, epoch=2, input="[sgram]", split_ratio=0.7)
+    start = time.monotonic()
+    result = torchrun(2, kind, rank, moment, *options, script=tmp_path / "faulty.py")
+    print(f"{kind} of process {rank}, {moment}: {time.monotonic() - start:.1f} s")
+    assert time.monotonic() - start < 30
+    assert result.returncode != 0
+    cause = {"OutOfMemoryError": "out of memory", "SIGINT": "stopped", "SIGTERM": "stopped"}.get(kind, "the cause")
+    assert [cause in line for line in errors(result)] == [True], result.stderr
 
 
 def test_an_error_is_said_once(tmp_path):
@@ -126,9 +202,9 @@ def test_an_error_is_said_once(tmp_path):
 
 @pytest.mark.slow
 def test_too_few_clips_for_the_processes(tmp_path, data_root):
-    result = torchrun(2, *arguments(tmp_path, data_root, batch_size=3))
+    result = torchrun(4, *arguments(tmp_path, data_root, batch_size=3))
     assert len(errors(result)) == 1
-    assert "error: batch_size: 3 clips a step: each process (of 2) needs two" in errors(result)[0]
+    assert "error: batch_size: 3 clips a step: 4 processes need one each" in errors(result)[0]
 
 
 # A process that ends itself at the end of an epoch, once.
@@ -165,7 +241,8 @@ def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
     assert result.returncode == 1
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(errors(result)) <= 1
-    assert all("another process of the job has ended" in line for line in errors(result))
+    said = ("another process of the job has ended", "process 0 was stopped, by a user or because another one has died")
+    assert all(any(words in line for words in said) for line in errors(result))
     assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == (2 if rank == "1" else 1), "rank 0 writes"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import MODES, Mix, Objective, margin_logits
+from losses import MODES, Mix, Objective, divide_mix, margin_logits
 
 M, S = 0.7, 30.0
 CPU = torch.device("cpu")
@@ -94,14 +94,27 @@ def test_accuracy_counts_the_partner_with_its_share():
 
 def test_mixing_is_drawn_from_a_beta_distribution():
     objective = Objective("noisy_arcmix", M, S)
-    streams = [(np.random.default_rng(i), np.random.default_rng(i)) for i in range(2000)]
-    mixes = [objective.draw_mix(0.5, common, own, 5) for common, own in streams]
+    mixes = [objective.draw_mix(0.5, np.random.default_rng(i), 5) for i in range(2000)]
     shares = np.array([mix.lam.item() for mix in mixes])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
     assert all(sorted(mix.partner.tolist()) == [0, 1, 2, 3, 4] for mix in mixes)
     arcface = Objective("arcface", M, S)
-    assert arcface.draw_mix(0.5, *streams[0], 5) is None
+    assert arcface.draw_mix(0.5, np.random.default_rng(0), 5) is None
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_the_parts_of_a_mixed_batch_mix_as_the_whole(parts):
+    for size in (5, 12, 64):
+        for seed in range(20):
+            partner = torch.from_numpy(np.random.default_rng(seed).permutation(size))
+            mix, x = Mix(torch.tensor(0.3), partner), torch.randn(size, 2)
+            divided = [divide_mix(mix, part, parts) for part in range(parts)]
+            own = np.concatenate([rows[: len(part.partner)] for rows, part in divided])
+            assert sorted(own.tolist()) == list(range(size)), "every clip once"
+            assert all(len(rows) == len(part.partner) + (2 if parts > 1 else 0) for rows, part in divided)
+            mixed = torch.cat([part(x[rows]) for rows, part in divided])
+            assert torch.equal(mixed, mix(x)[own])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -143,7 +143,7 @@ def test_the_step_is_one_graph_for_all_steps(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     trainer.model.train()
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="aot_eager")
-    mixes = trainer.draw_mixes(0, [np.arange(4)] * 3)
+    _, mixes = trainer.divide(0, [np.arange(4)] * 3)
     with torch._dynamo.config.patch(error_on_recompile=True):
         results = [compiled(samples, labels, mix) for mix in mixes]
     results[0][0].backward()
@@ -212,8 +212,8 @@ def test_a_step_on_the_gpu_does_not_wait_for_it(switch, data_root):
     keep_on_gpu([clips], "cuda", device, 0)
     trainer = Trainer(load_config(machines=MACHINES, batch_size=4, **dict.fromkeys(names, switch)), device)
     trainer.model.train()
-    shares = [np.arange(4)] * 8
-    steps = zip(clips.batches(shares, device), trainer.draw_mixes(0, shares), strict=True)
+    shares, mixes = trainer.divide(0, [np.arange(4)] * 8)
+    steps = zip(clips.batches(shares, device), mixes, strict=True)
     try:
         for number, ((samples, labels), mix) in enumerate(steps):
             trainer.step(samples, labels, mix)
