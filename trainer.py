@@ -104,9 +104,10 @@ class Trainer:
         """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)` on the device, valid until the
         next step.
 
-        `total` is the size of the whole batch, where these clips are this process's share of it.
+        `total` is the size of the whole batch, where these clips are this process's share of it, followed by partners
+        from other shares.
         """
-        own, arguments = len(labels if mix is None else mix.partner), (samples, labels, *(mix or ()))
+        own, arguments = own_clips(labels, mix), (samples, labels, *(mix or ()))
         total = total or own
         if total == self.config.batch_size:
             return self.full_step(*arguments)
@@ -147,7 +148,7 @@ class Trainer:
                         progress.set_postfix_str(f"loss {self.check_losses(*windows.pop(0)):.3f}")
             for window in windows:
                 self.check_losses(*window)
-        sizes = torch.tensor([[len(np.array_split(whole, world_size())[rank()])] for whole in plan], device=self.device)
+        sizes = torch.tensor([[own_clips(*pair)] for pair in zip(shares, mixes, strict=True)], device=self.device)
         loss, accuracy = (sum_over_ranks((results.double() * sizes).sum(dim=0)) / len(clips)).tolist()
         return loss, accuracy
 
@@ -230,6 +231,11 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
         if state["scaler"]:  # it has a state in fp16 only
             self.scaler.load_state_dict(state["scaler"])
+
+
+def own_clips(rows: Tensor | np.ndarray, mix: Mix | None) -> int:
+    """How many rows are clips of this process: with several processes, the others serve as partners only."""
+    return len(rows if mix is None else mix.partner)
 
 
 class Run:

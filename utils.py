@@ -64,7 +64,7 @@ def report(error: BaseException) -> int:
         if distributed.is_started_by_torchrun() and status in (130, 143) and distributed.is_first_to_fail():
             rank = os.environ["RANK"]
             print(f"error: process {rank} was stopped, by a user or because another one has died", file=sys.stderr)
-        return status if isinstance(status, int) else 1
+        return status if isinstance(status, int) else int(status is not None)
     message = describe(error)
     if message is None:
         traceback.print_exception(error)
@@ -81,11 +81,16 @@ def describe(error: BaseException) -> str | None:
             "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
             "(precision: bf16 takes half the memory of fp32 in training)"
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the second is PyTorch's form
-        return "out of memory: lower batch_size"
     if isinstance(error, UserError | OSError):
         return str(error)
-    if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+    is_pytorchs_own = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or is_pytorchs_own:
+        return "out of memory: lower batch_size"
+    if (
+        distributed.is_started_by_torchrun()
+        and isinstance(error, RuntimeError)
+        and distributed.is_lost_connection(error)
+    ):
         return "another process of the job has ended or does not answer; see its message"
     return None
 

@@ -221,8 +221,7 @@ def find_wait(trainer: Trainer, clips: ClipSet) -> str:
     batch, device = trainer.config.batch_size, trainer.device
     if device.type != "cuda":
         return "nothing"
-    shares = [np.arange(batch)] * 3
-    shares, mixes = trainer.divide(0, shares)
+    shares, mixes = trainer.divide(0, [np.arange(batch)] * 3)
     steps = list(zip(clips.batches(shares, device), mixes, strict=True))
     try:
         torch.cuda.set_sync_debug_mode("error")
