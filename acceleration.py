@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import platform
 import shutil
 from collections.abc import Callable
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor
 
 import distributed
-from utils import notice
+from utils import UserError, describe, notice
 
 WARM_UP = 3  # calls before a CUDA graph is recorded: libraries choose their kernels and allocate in them
 
 
 def is_to_compile(switch: bool | str, device: torch.device) -> bool:
-    """Whether to compile the step: with "auto" on a GPU, in a single process, where the tools are there."""
+    """Whether to compile the step: with "auto" on GPUs, where all processes have the tools."""
+    if switch != "auto":
+        return bool(switch)
     has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
-    return is_alone_on_gpu(device) and bool(has_tools) if switch == "auto" else bool(switch)
+    return device.type == "cuda" and all(distributed.from_all(bool(has_tools)))
 
 
 def is_alone_on_gpu(device: torch.device) -> bool:
@@ -28,11 +31,12 @@ def is_alone_on_gpu(device: torch.device) -> bool:
 class WithFallback:
     """A function, or a `plain` one that computes the same from the moment on at which the first has failed.
 
-    It may fail in its first `trials` calls, with one notice that names it; after these, errors are errors.
+    It may fail in its first `trials` calls, with one notice that names its configuration `key`; after these, errors are
+    errors. With several processes they always are, since all have to run the same steps: a `UserError` says what to do.
     """
 
-    def __init__(self, name: str, function: Callable[..., Tensor], plain: Callable[..., Tensor], trials: int) -> None:
-        self.name, self.function, self.plain, self.trials = name, function, plain, trials
+    def __init__(self, key: str, function: Callable[..., Tensor], plain: Callable[..., Tensor], trials: int) -> None:
+        self.key, self.function, self.plain, self.trials = key, function, plain, trials
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         if self.trials == 0:
@@ -41,7 +45,13 @@ class WithFallback:
             result = self.function(*arguments)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            notice(f"{self.name} does not work here, so the steps run without it ({reason})")
+            if distributed.world_size() > 1:
+                if describe(error):  # it has a message of its own
+                    raise
+                raise UserError(
+                    f"{self.key}: it does not work on {platform.node()} ({reason}); set it to false"
+                ) from None
+            notice(f"{self.key}: it does not work here, so the steps run without it ({reason})")
         else:
             self.trials -= 1
             return result

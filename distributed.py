@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # in a collective, before the job is given up
@@ -113,10 +112,7 @@ def restart_count() -> int:
 
 def is_restarted() -> bool:
     """Whether torchrun has restarted the processes: the agent of at least one of them counts it."""
-    counts = [restart_count()] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(counts, restart_count())
-    return max(counts) > 0
+    return max(from_all(restart_count())) > 0
 
 
 def job_name() -> str:
@@ -181,6 +177,28 @@ def from_main(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def from_all(value: T) -> list[T]:
+    """The values of all processes."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of each element over all processes, bit for bit the same in each; differentiable."""
     return all_reduce(values) if dist.is_initialized() else values
+
+
+@torch.library.custom_op("tastgram_mfn::all_reduce", mutates_args=())
+def all_reduce(values: Tensor) -> Tensor:
+    """An operation that the compiler leaves as it is. PyTorch's own ones it turns into sums in place (torch 2.11), also
+    where another part of the graph still reads the summand.
+    """
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+all_reduce.register_fake(lambda values: torch.empty_like(values, memory_format=torch.contiguous_format))
+all_reduce.register_autograd(lambda context, gradient: all_reduce(gradient))

@@ -95,9 +95,9 @@ class Trainer:
         step: Callable[..., Tensor] = partial(self.compute_step, self.model, weight)
         if is_to_compile(self.config.compile, self.device):
             compiled = partial(self.compute_step, torch.compile(self.model, dynamic=False), weight)
-            step = WithFallback("torch.compile", compiled, step, trials=WARM_UP)
+            step = WithFallback("compile", compiled, step, trials=WARM_UP)
         if self.is_recorded:
-            step = WithFallback("a CUDA graph", GraphedFunction(step), step, trials=WARM_UP + 2)
+            step = WithFallback("cuda_graph", GraphedFunction(step), step, trials=WARM_UP + 2)
         return step
 
     def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, total: int | None = None) -> Tensor:

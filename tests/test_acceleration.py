@@ -14,6 +14,7 @@ from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu
 from config import load_config
 from losses import Mix
 from trainer import Trainer
+from utils import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -25,10 +26,13 @@ def test_what_is_compiled_and_recorded(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     assert is_to_compile("auto", GPU)
     assert is_alone_on_gpu(GPU)
-    monkeypatch.setattr("distributed.world_size", lambda: 2)
-    assert not is_to_compile("auto", GPU)
-    assert not is_alone_on_gpu(GPU)
-    monkeypatch.setattr("distributed.world_size", lambda: 1)
+    with monkeypatch.context() as several:
+        several.setattr("distributed.world_size", lambda: 2)
+        several.setattr("distributed.from_all", lambda has_tools: [has_tools, True])
+        assert is_to_compile("auto", GPU)
+        assert not is_alone_on_gpu(GPU)
+        several.setattr("distributed.from_all", lambda has_tools: [has_tools, False])
+        assert not is_to_compile("auto", GPU), "another machine lacks the tools"
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not is_to_compile("auto", GPU)
 
@@ -43,10 +47,10 @@ def test_what_fails_in_a_first_call_is_given_up_with_a_notice(failing, capfd):
             raise RuntimeError("no kernel image\nand a long explanation")
         return x + 1
 
-    function = WithFallback("the fast way", fast, lambda x: x + 1, trials=3)
+    function = WithFallback("compile", fast, lambda x: x + 1, trials=3)
     assert [function(torch.tensor(number)).item() for number in range(5)] == [1, 2, 3, 4, 5]
     assert len(calls) == failing
-    said = "notice: the fast way does not work here, so the steps run without it (no kernel image)\n"
+    said = "notice: compile: it does not work here, so the steps run without it (no kernel image)\n"
     assert capfd.readouterr().err == said
 
 
@@ -59,11 +63,27 @@ def test_what_fails_later_is_an_error():
             raise RuntimeError("a lost GPU")
         return x
 
-    function = WithFallback("the fast way", breaking, lambda x: x, trials=3)
+    function = WithFallback("compile", breaking, lambda x: x, trials=3)
     for _ in range(3):
         function(torch.zeros(1))
     with pytest.raises(RuntimeError, match="a lost GPU"):
         function(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError("no kernel image\nand more"), UserError, r"^compile: .* \(no kernel image\); set it to false$"),
+        (torch.OutOfMemoryError("40 GiB"), torch.OutOfMemoryError, "40 GiB"),
+    ],
+)
+def test_with_several_processes_a_first_failure_is_an_error(error, expected, message, monkeypatch):
+    def fail(x: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    with pytest.raises(expected, match=message):
+        WithFallback("compile", fail, lambda x: x, trials=3)(torch.zeros(1))
 
 
 def record_like_a_gpu(function):
@@ -90,7 +110,7 @@ def train_six_steps(is_recorded: bool) -> tuple[list[list[float]], dict[str, Ten
     trainer.model.train()
     if is_recorded:
         step = partial(trainer.compute_step, trainer.model, 1.0)
-        trainer.full_step = WithFallback("a CUDA graph", GraphedFunction(step), step, WARM_UP + 2)
+        trainer.full_step = WithFallback("cuda_graph", GraphedFunction(step), step, WARM_UP + 2)
     results = []
     for lam, partner in reference.mixing()[: WARM_UP + 3]:
         mix = Mix(torch.tensor(lam, dtype=torch.float32), partner)
@@ -119,7 +139,7 @@ def test_where_a_step_cannot_be_recorded_it_is_the_same(without_gpu, unrecorded,
 
     monkeypatch.setattr(acceleration, "record", fail)
     results, weights = train_six_steps(is_recorded=True)
-    assert capfd.readouterr().err.count("a CUDA graph does not work here") == 1
+    assert capfd.readouterr().err.count("cuda_graph: it does not work here") == 1
     expected, expected_weights = unrecorded
     assert results == expected
     assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())

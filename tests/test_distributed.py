@@ -127,6 +127,17 @@ def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp
     assert (ours - expected).norm() <= 1e-2 * expected.norm()
 
 
+@pytest.mark.slow  # the compiler takes a minute or two
+def test_compiled_steps_of_two_processes_are_those_of_one(tmp_path, data_root):
+    one, two = (
+        worker_results(
+            number, tmp_path, data_root, "--reference", batch_size=4, machines=load_config().machines, **options
+        )
+        for number, options in ((1, {}), (2, {"compile": "true"}))
+    )
+    assert two["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
+
+
 # One process fails, where closing the connections waits for all processes, as it does under NCCL.
 FAULTY = """
 import os, signal, sys, time
