@@ -48,6 +48,8 @@ def is_main() -> bool:
 
 # ---- Joining and leaving ----
 
+group_store: dist.Store | None = None  # of the process group, once this process has joined it
+
 
 @functools.cache
 def agent_store() -> dist.Store | None:
@@ -96,10 +98,10 @@ def leave() -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """End with this status. A process of a group does so at once: what Python and NCCL do at a normal exit waits for
-    the others, which may be waiting for this one. torchrun's agent then ends them.
+    """End with this status. A process of a group does so at once: after an error, what Python and NCCL do at a normal
+    exit waits for the others, which may be waiting for this one; after success, gloo at times aborts (torch 2.11).
     """
-    if not dist.is_initialized():
+    if group_store is None:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -142,7 +144,6 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 # ---- Collectives ----
 
-group_store: dist.Store | None = None  # of the process group, once this process has joined it
 barriers = itertools.count()
 
 

@@ -45,7 +45,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        own_var, own_mean = (value.double() for value in torch.var_mean(x.float(), dim=(0, 2, 3), correction=0))
+        dtype = self.weight.dtype  # float32, also where x is in half precision
+        own_var, own_mean = (value.double() for value in torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0))
         own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
         own = torch.cat([own_count * own_mean, own_count * (own_var + own_mean.square()), own_count])
         total, total_square, count = sum_over_ranks(own).split([self.num_features, self.num_features, 1])
@@ -54,10 +55,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.float(), momentum)
-            self.running_var.lerp_((var * count / (count - 1)).float(), momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps).float()
-        shift = self.bias - mean.float() * scale
+            self.running_mean.lerp_(mean.to(dtype), momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(dtype), momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps).to(dtype)
+        shift = self.bias - mean.to(dtype) * scale
         return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).to(x.dtype)
 
 

@@ -78,5 +78,5 @@ class TASTgramMFN(nn.Module):
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32
-            embedding = embedding.float()
+            embedding = embedding.to(head.weight.dtype)
             return head(embedding), embedding
