@@ -16,6 +16,7 @@ into --minutes is left out, and said.
                  recorded step spends its time in; whether a step makes the host wait
     variants     the step with one thing changed at a time: cudnn.benchmark, memory format, reformulated convolutions
     interrupted  a run that starts on the CPU, is stopped by SIGTERM within an epoch, and goes on on the GPU and back
+    processes    a run under torchrun (NCCL), on all GPUs, that is stopped within its second epoch, and resumed
     demo         the training of `make demo` on both devices, and the AUC of each
 
 Beside torch and torchaudio it takes numpy, pandas, scipy, PyYAML, tqdm, filelock, pydantic (with pydantic-core,
@@ -50,6 +51,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.processes import stop_and_resume
 from benchmarks.throughput import STAGES, WAYS, machine, random_clips, seconds
 from config import load_config
 from dataloader import ClipSet
@@ -285,6 +287,10 @@ def interrupted(device: torch.device, is_small: bool, folder: Path) -> dict[str,
     return stopped | {"train_loss": history["train_loss"].tolist()}
 
 
+def processes(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
+    return stop_and_resume(device.type, 2 if is_small else torch.cuda.device_count(), folder)
+
+
 def demo(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
     """Mean AUC over machine IDs and types, and seconds of training, on each device."""
     data, results = demo_data(folder, is_small), {}
@@ -329,6 +335,7 @@ SECTIONS = {
     "profile": profiled,
     "variants": variants,
     "interrupted": interrupted,
+    "processes": processes,
     "demo": demo,
 }
 
