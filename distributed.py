@@ -193,8 +193,8 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.library.custom_op("tastgram_mfn::all_reduce", mutates_args=())
 def all_reduce(values: Tensor) -> Tensor:
-    """An operation that the compiler leaves as it is. PyTorch's own ones it turns into sums in place (torch 2.11), also
-    where another part of the graph still reads the summand.
+    """An operation that the compiler leaves as it is. Of PyTorch's own (torch 2.11) it loses one in the backward pass,
+    and turns the other into a sum in place, also where another part of the graph still reads the summand.
     """
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)

@@ -51,7 +51,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.processes import stop_and_resume
 from benchmarks.throughput import STAGES, WAYS, machine, random_clips, seconds
 from config import load_config
 from dataloader import ClipSet
@@ -266,13 +265,7 @@ def interrupted(device: torch.device, is_small: bool, folder: Path) -> dict[str,
     options = training_options(demo_data(folder, is_small), weights, is_small, epoch=8)
     stopped = {}
     for name in ("cpu", device.type):
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *options, "--device", name, "--resume"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout
-        while (line := process.stdout.readline()) and not line.startswith("epoch "):
-            pass
+        process = train_one_epoch([sys.executable, "train.py", *options, "--device", name, "--resume"])
         time.sleep(0.05)  # into the next epoch
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate()
@@ -281,14 +274,57 @@ def interrupted(device: torch.device, is_small: bool, folder: Path) -> dict[str,
             raise RuntimeError(f"on {name}, status {process.returncode}: {output[-500:]} {errors[-1500:]}")
         stopped[f"{name}, stopped after epoch"] = int(said[1])
     call("train.py", *options, "--device", "cpu", "--resume")
-    history = pd.read_csv(weights.with_suffix("") / "history.csv")
-    if history["epoch"].tolist() != [*range(1, 9)]:
-        raise RuntimeError(f"the epochs of history.csv are {history['epoch'].tolist()}")
-    return stopped | {"train_loss": history["train_loss"].tolist()}
+    return stopped | {"train_loss": train_losses(weights, 8)}
 
 
 def processes(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    return stop_and_resume(device.type, 2 if is_small else torch.cuda.device_count(), folder)
+    return stop_and_resume(device.type, 2 if is_small else torch.cuda.device_count(), folder / "processes", is_small)
+
+
+def stop_and_resume(device: str, processes: int, folder: Path, is_small: bool) -> dict[str, Any]:
+    """Train with the last of the processes stopped in the second epoch, then resume. Raises where the job does not fail
+    with one error, or where the resumed run is not whole.
+    """
+    weights = folder / "run.pth"
+    options = training_options(demo_data(folder, is_small), weights, is_small, epoch=8)
+    command = torchrun(processes, "train_ddp.py", *options, "--device", device)
+    job = train_one_epoch(command)
+    os.kill(children(job.pid)[-1], signal.SIGTERM)
+    start = time.monotonic()
+    _, errors = job.communicate()
+    ended = time.monotonic() - start
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    if job.returncode == 0 or len(said) != 1:
+        raise RuntimeError(f"status {job.returncode}: {errors[-3000:]}")
+    call(*command[1:], "--resume")
+    losses = train_losses(weights, 8)
+    return {f"a process of {processes} stopped": said[0], "seconds to the end": round(ended, 1), "train_loss": losses}
+
+
+def torchrun(processes: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *words]
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def train_one_epoch(command: list[str]) -> subprocess.Popen[str]:
+    """Start a training, and wait for the line of its first epoch: it is in a later one then."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    while (line := process.stdout.readline()) and not line.startswith("epoch "):
+        pass
+    return process
+
+
+def train_losses(weights: Path, epochs: int) -> list[float]:
+    """Of a run that must have each of its epochs once."""
+    history = pd.read_csv(weights.with_suffix("") / "history.csv")
+    if history["epoch"].tolist() != [*range(1, epochs + 1)]:
+        raise RuntimeError(f"the epochs of history.csv are {history['epoch'].tolist()}")
+    return history["train_loss"].tolist()
 
 
 def demo(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:

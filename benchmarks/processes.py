@@ -14,30 +14,21 @@ process that waits for the stopped one on its GPU; the history of the resumed ru
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.throughput import machine, random_clips, seconds
+from benchmarks.gpu import stop_and_resume, torchrun
+from benchmarks.throughput import machine, random_clips, run_worker, seconds
 from config import load_config
 from distributed import is_main, join, leave
 from trainer import Trainer
 from utils import OneLineParser, run_script, use_device
-
-ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 4  # of the run in which a process is stopped
-MACHINES = "{fan: [0, 2, 4]}"
 
 
 def main() -> None:
@@ -46,7 +37,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="default: the number of GPUs, two on the CPU")
     parser.add_argument("--batch_size", type=int, default=16, help="of all processes together (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", help="default: %(default)s")
-    parser.add_argument("--compile", default="false", help="default: %(default)s")
+    parser.add_argument("--compile", choices=("true", "false"), default="false", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=4, help="of an epoch that is timed (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="each measures both (default: %(default)s)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -58,31 +49,19 @@ def main() -> None:
     processes = options.processes or (torch.cuda.device_count() if device == "cuda" else 2)
     print(compare(device, processes, options.rounds), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in stop_and_resume(device, processes, Path(folder)).items():
+        for name, value in stop_and_resume(device, processes, Path(folder), is_small=device == "cpu").items():
             print(f"{name}: {value}")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
 
-def torchrun(processes: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, *words]
-
-
-# ---- Cost ----
-
-
 def compare(device: str, processes: int, rounds: int) -> str:
     """The time of a step and the losses of one process and of several."""
-
     measured: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
     for _ in range(rounds):
         for count, results in measured.items():
             threads = str(processes // count) if device == "cpu" else "1"
-            done = subprocess.run(
-                torchrun(count, __file__, *sys.argv[1:], "--worker"),
-                stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": threads},
-            )  # fmt: skip
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+            command = torchrun(count, __file__, *sys.argv[1:], "--worker")
+            results.append(run_worker(f"a step of {count} processes", command, OMP_NUM_THREADS=threads))
     one, several = (statistics.median(result["seconds"] for result in results) for results in measured.values())
     losses, expected = measured[processes][0]["losses"], measured[1][0]["losses"]
     difference = max(abs(loss / other - 1.0) for loss, other in zip(losses, expected, strict=True))
@@ -105,43 +84,6 @@ def work(options: argparse.Namespace) -> None:
     if is_main():
         print(json.dumps({"seconds": each / options.steps, "losses": losses}))
     leave()
-
-
-# ---- Fault ----
-
-
-def stop_and_resume(device: str, processes: int, folder: Path) -> dict[str, Any]:
-    """Train with the last process stopped in the second epoch, then resume. Raises where the job does not fail, or
-    where the resumed run is not whole.
-    """
-    data, weights = folder / "data", folder / "run.pth"
-    synthesize = [sys.executable, "datasets/synthesize.py", "--output", str(data), "--train", "8", "--test", "1"]
-    subprocess.run(synthesize, cwd=ROOT, check=True, capture_output=True)
-    values = {"data_root": data, "machines": MACHINES, "save_path": weights, "epoch": EPOCHS, "batch_size": 8,
-              "device": device, "compile": "false", "tensorboard": "false"}  # fmt: skip
-    command = torchrun(
-        processes, "train_ddp.py", *(word for key, value in values.items() for word in (f"--{key}", str(value)))
-    )
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert job.stdout
-    while (line := job.stdout.readline()) and not line.startswith("epoch "):
-        pass
-    os.kill(children(job.pid)[-1], signal.SIGTERM)
-    start = time.monotonic()
-    _, errors = job.communicate()
-    ended = time.monotonic() - start
-    said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    if job.returncode == 0 or len(said) != 1:
-        raise RuntimeError(f"status {job.returncode}: {errors[-3000:]}")
-    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
-    epochs = pd.read_csv(weights.with_suffix("") / "history.csv")["epoch"].tolist()
-    if epochs != [*range(1, EPOCHS + 1)]:
-        raise RuntimeError(f"the epochs of history.csv are {epochs}")
-    return {f"a process of {processes} stopped": said[0], "seconds to the end": round(ended, 1), "epochs": epochs}
-
-
-def children(process: int) -> Sequence[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 if __name__ == "__main__":

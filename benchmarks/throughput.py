@@ -64,13 +64,18 @@ def main() -> None:
     for setting in [*plain, *settings]:
         print(f"measuring {name_of(setting)} ...", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--worker", ",".join(map(str, setting)), "--repeats", str(options.repeats)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"{name_of(setting)} could not be measured; its message is above")
-        results.append({"setting": setting, "seconds": json.loads(done.stdout.splitlines()[-1])})
+        results.append({"setting": setting, "seconds": run_worker(name_of(setting), command)})
     print_table(results)
     if options.output:
         options.output.write_text(json.dumps({"results": results, "machine": machine()}, indent=2) + "\n")
+
+
+def run_worker(name: str, command: list[str], **environment: str) -> Any:
+    """What a process prints as JSON in its last line. `UserError` where it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise UserError(f"{name} could not be measured; its message is above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def default_settings() -> list[str]:

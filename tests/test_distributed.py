@@ -95,8 +95,10 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
     assert epochs(trained_copy) == ["1", "2"]
 
 
-REFERENCE = {"batch_size": 4, "machines": load_config().machines}
-RECORDINGS = {"batch_size": 8, "machines": {"fan": [0, 2], "valve": [1]}}
+INPUTS = {  # words and options of ddp_worker.py
+    "reference": (["--reference"], {"batch_size": 4, "machines": load_config().machines}),
+    "recordings": ([], {"batch_size": 8, "machines": {"fan": [0, 2], "valve": [1]}}),
+}
 
 
 def worker_results(processes: int, folder: Path, data_root: Path, *words: str, **options) -> dict[str, torch.Tensor]:
@@ -117,7 +119,7 @@ def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp
 
     In float64; epochs add up their losses in float32.
     """
-    words, options = (("--reference",), REFERENCE) if inputs == "reference" else ((), RECORDINGS)
+    words, options = INPUTS[inputs]
     one, several = (
         worker_results(number, tmp_path, data_root, "--double", *words, lr=1e-4, **options) for number in (1, processes)
     )
@@ -133,7 +135,7 @@ def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path,
     """The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that rounding grows from
     step to step. At 1e-4 the eighth loss differs by 1e-4 in one process already, between one thread and two.
     """
-    words, options = (("--reference",), REFERENCE) if inputs == "reference" else ((), RECORDINGS)
+    words, options = INPUTS[inputs]
     one, several = (
         worker_results(number, tmp_path, data_root, *words, lr=1e-5, **options) for number in (1, processes)
     )
@@ -147,8 +149,9 @@ def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path,
 
 @pytest.mark.slow  # the compiler takes a minute or two
 def test_compiled_steps_of_two_processes_are_those_of_one(tmp_path, data_root):
+    words, options = INPUTS["reference"]
     one, two = (
-        worker_results(number, tmp_path, data_root, "--reference", lr=1e-5, compile=is_compiled, **REFERENCE)
+        worker_results(number, tmp_path, data_root, *words, lr=1e-5, compile=is_compiled, **options)
         for number, is_compiled in ((1, "false"), (2, "true"))
     )
     assert two["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
