@@ -26,7 +26,7 @@ from typing import Any
 from checkpoint import RunFiles, load_model
 from config import Config, parse_command_line
 from dataloader import load_clips
-from evaluation.comparison import compare
+from evaluation.comparison import compare, group_by_configuration
 from evaluation.recordings import find_recordings, print_scores, score_recordings
 from evaluation.result import evaluate
 from evaluation.tables import write_result
@@ -66,12 +66,12 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
             print(f"report: {folder / 'report.html'}")
         results.append(result)
     if len(paths) > 1:
-        compare(results, options.output)
+        groups, figure = group_by_configuration(results), "angles.png" if has_figures else ""
         if has_figures:
             from evaluation.figures import draw_angles
 
-            draw_angles(results, options.output / "angles.png")
-            print(f"angles.png: {options.output}")
+            draw_angles(groups, options.output / figure)
+        compare(groups, options.split, options.output, figure)
 
 
 def score(config: Config, path: Path, given: dict[str, Any], options: Namespace) -> None:

@@ -4,7 +4,8 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart to
 line or marker.
 """
 
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ STYLE = {
 }  # fmt: skip
 MAX_POINTS = 5000  # of the embedding map
 PANELS_ACROSS = 4
+TITLE_LETTERS = 30  # in a line above a panel
 
 
 @contextmanager
@@ -64,8 +66,9 @@ def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Every figure that the evaluation allows; returns their files."""
     history = read_history(result.trained)
+    title = f"{result.trained.path.stem} ({result.trained.config.mode})"
     figures = {
-        "angles": (lambda path: draw_angles([result], path), result.metrics is not None),
+        "angles": (lambda path: draw_angles({title: [result]}, path), result.metrics is not None),
         "roc": (lambda path: draw_roc(result, path), result.metrics is not None),
         "scores": (lambda path: draw_scores(result, path), True),
         "tastgram": (lambda path: draw_tastgram(result, path), True),
@@ -78,14 +81,14 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
     return files
 
 
-def draw_angles(results: Sequence[Result], path: Path) -> None:
-    """The angle between embedding and own class centre, normal and anomalous clips, a panel per checkpoint."""
-    with panels(path, len(results), PAGE if len(results) > 1 else COLUMN, 2.0) as (_, axes):
-        bins = np.linspace(0, max(result.known["angle"].max() for result in results), 60)
-        for axis, result in zip(axes, results, strict=True):
-            draw_histograms(axis, result.known, "angle", bins)
-            trained = result.trained
-            axis.set(title=f"{trained.path.stem} ({trained.config.mode})", xlabel="angle to own centre (°)")
+def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """The angle between embedding and own class centre, normal and anomalous clips, a panel per group of results."""
+    clips = {name: pd.concat([result.known for result in group]) for name, group in groups.items()}
+    with panels(path, len(clips), PAGE if len(clips) > 1 else COLUMN, 2.0) as (_, axes):
+        bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
+        for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
+            draw_histograms(axis, of_group, "angle", bins)
+            axis.set(title=textwrap.fill(name, TITLE_LETTERS), xlabel="angle to own centre (°)")
         axes[0].set_ylabel("density")
         axes[0].legend()
 

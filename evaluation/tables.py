@@ -1,6 +1,7 @@
 """The metrics as text and files: the table on the terminal, metrics.csv, metrics.json, results.md, score files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from evaluation.metrics import COVERAGE, DRAWS, SEED
 from evaluation.result import Result
 from utils import notice, write_csv, write_text
 
-# AUC, pAUC, mAUC in percent on the development test set: the table in the authors' README
+# AUC, pAUC, mAUC (the first three of SUMMARY) in percent on the development test set: the table in the authors' README
 PUBLISHED = {
     "noisy_arcmix": {
         "fan": (98.32, 95.34, 92.67),
@@ -31,6 +32,7 @@ Published = dict[str, tuple[float, float, float]]
 # What a machine type is summed up in: the row of the metrics, the column, and its title
 SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"), ("min", "AUC", "mAUC"),
            ("mean", "AUC", "AUC, mean over IDs"), ("mean", "pAUC", "pAUC, mean over IDs"))  # fmt: skip
+TITLES = [title for *_, title in SUMMARY]
 
 
 def published_rows(config: Config, split: str) -> Published:
@@ -60,8 +62,12 @@ def format_table(table: pd.DataFrame, published: Published) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown_header(title: str) -> list[str]:
-    return [f"| {title} | {' | '.join(name for *_, name in SUMMARY)} |", "| --- |" + " ---: |" * len(SUMMARY)]
+def markdown_header(title: str, columns: Sequence[str] = TITLES) -> list[str]:
+    return [markdown_row(title, columns), "| --- |" + " ---: |" * len(columns)]
+
+
+def markdown_row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -69,7 +75,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     lines = markdown_header("machine type")
     for machine_type in table.index.unique("machine_type"):
         cells = [with_interval(table.loc[(machine_type, row)], column) for row, column, _ in SUMMARY]
-        lines.append(f"| {machine_type} | {' | '.join(cells)} |")
+        lines.append(markdown_row(machine_type, cells))
     return "\n".join(lines)
 
 

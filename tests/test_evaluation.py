@@ -3,6 +3,7 @@
 import html.parser
 import itertools
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,13 @@ from test_eval import make_lively, read_csv
 from checkpoint import RunFiles, build_network, load_checkpoint, load_model
 from config import load_config
 from dataloader import MACHINE, ClipSet, load_clips
-from evaluation.comparison import compare, name_configurations
+from evaluation.comparison import (
+    compare,
+    difference,
+    group_by_configuration,
+    name_configurations,
+    prediction_interval,
+)
 from evaluation.decisions import count_decisions, decide, fit_threshold, fit_thresholds
 from evaluation.figures import draw_all, draw_angles, read_history, read_samples
 from evaluation.metrics import Metrics, compute, measure, resample
@@ -411,34 +418,114 @@ def test_file_names_with_commas_are_quoted(tmp_path):
 # ---- Comparison ----
 
 
-def test_a_difference_has_the_interval_of_the_same_draws(result, tmp_path):
+def run_of(result: Result, of: pd.DataFrame, scores: np.ndarray, **keys) -> Result:
+    """A result with these scores, of a configuration with these keys."""
+    config = load_config(**keys)
+    trained = replace(result.trained, config=config, state={"config": config.model_dump()})
+    about = result.about | {"seed": config.seed, "mode": config.mode}
+    return replace(result, trained=trained, clips=of, metrics=measured(of, scores, 200), about=about)
+
+
+def compared(results: list[Result], folder: Path, split: str = "test") -> list[list[str]]:
+    """The cells of each line of a table in comparison.md."""
+    compare(group_by_configuration(results), split, folder)
+    return [line.strip("| ").split(" | ") for line in (folder / "comparison.md").read_text().splitlines()]
+
+
+def draws_of(values: np.ndarray, clip_noise: np.ndarray) -> np.ndarray:
+    """Runs `(runs, 1 + draws, 1)` with these values, and the same deviation of all in each draw of the clips."""
+    return (values[:, None] + np.concatenate([[0.0], clip_noise]))[:, :, None]
+
+
+def test_the_interval_of_seeds_alone_is_that_of_welch():
+    rng = np.random.default_rng(0)
+    for sizes in ((3, 3), (2, 7)):
+        one, other = (rng.normal(0.9, scale, size) for scale, size in zip((0.01, 0.04), sizes, strict=True))
+        value, half = difference(*(draws_of(values, np.zeros(100)) for values in (one, other)))
+        welch = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+        assert (value[0] - half[0], value[0] + half[0]) == pytest.approx(tuple(welch))
+
+
+def test_the_interval_of_clips_alone_is_that_of_the_same_draws():
+    one, other = np.random.default_rng(0).normal(0, 0.02, (2, 500))
+    same = difference(draws_of(np.full(3, 0.9), one), draws_of(np.full(3, 0.8), one))
+    assert np.allclose(same, [[0.1], [0]]), "what both sides have in common is no difference"
+    for count in (1, 3):
+        value, half = difference(draws_of(np.full(count, 0.9), one), draws_of(np.full(1, 0.8), other))
+        assert value[0] == pytest.approx(0.1)
+        assert half[0] == pytest.approx(1.96 * np.std(one - other), rel=1e-3)
+
+
+def test_intervals_of_seeds_and_clips_contain_the_truth():
+    """2,000 comparisons of two configurations that do not differ, with two and four seeds."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(2000):
+        sides = []
+        for seeds in (2, 4):
+            of_clips = rng.normal(0, 0.01)
+            sides.append(draws_of(of_clips + rng.normal(0, 0.01, seeds), rng.normal(0, 0.01, 400)))
+        value, half = difference(*sides)
+        hits += abs(value[0]) <= half[0]
+    assert 0.93 < hits / 2000 < 0.985
+
+
+def test_the_prediction_interval_contains_a_further_run():
+    runs = np.random.default_rng(0).normal(0.9, 0.02, (4000, 4))
+    bounds = np.array([prediction_interval(draws_of(of_three, np.zeros(1)))[:, 0] for of_three in runs[:, :3]])
+    inside = (bounds[:, 0] <= runs[:, 3]) & (runs[:, 3] <= bounds[:, 1])
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+    assert np.isnan(prediction_interval(draws_of(runs[0, :1], np.zeros(1)))).all()
+
+
+def test_a_star_marks_a_difference_beyond_its_interval(result, tmp_path):
     of, rng = clips({("fan", 0): (40, 40), ("pump", 1): (30, 20)}), np.random.default_rng(0)
-    scores = rng.normal(size=130) + (of["condition"] == "anomalous")
-    both = [measured(of, scores + shift, 200) for shift in (0, 0.3 * rng.normal(size=130))]
-    compared = [
-        replace(
-            result,
-            trained=replace(result.trained, state={"config": load_config(m=m).model_dump()}),
-            clips=of,
-            metrics=metrics,
-        )
-        for m, metrics in zip((0.7, 0.5), both, strict=True)
-    ]
-    compare(compared, tmp_path)
-    one, other = (100 * metrics.draws["average", "pooled"][:, 0] for metrics in both)
-    low, high = np.percentile((one - other)[1:], [2.5, 97.5])
-    cell = f"| m 0.7 minus m 0.5 | {one[0] - other[0]:+.2f} ({low:+.2f} to {high:+.2f}) |"
-    assert cell in (tmp_path / "comparison.md").read_text()
+    signal, noise = 1.0 * (of["condition"] == "anomalous"), [rng.normal(size=130) for _ in range(3)]
+    runs = [run_of(result, of, 3 * signal + x, seed=seed) for seed, x in enumerate(noise)]
+    runs += [run_of(result, of, signal + x, m=0.5, seed=seed) for seed, x in enumerate(noise)]
+    runs += [run_of(result, of, 3 * signal + noise[0] + 0.01 * rng.normal(size=130), m=0.3)]
+    lines = {line[0]: line[1:] for line in compared(runs, tmp_path) if "minus" in line[0]}
+    assert list(lines) == [
+        "m 0.7 minus m 0.5", "m 0.7 minus m 0.3 (test clips alone)", "m 0.5 minus m 0.3 (test clips alone)",
+    ]  # fmt: skip
+    better, same, _ = (line[0] for line in lines.values())
+    assert re.fullmatch(r"\+\d+\.\d\d \(\+\d+\.\d\d to \+\d+\.\d\d\) \*", better)
+    assert not same.endswith("*")
+    auc = [100 * run.metrics.table.loc[("average", "pooled"), "AUC"] for run in runs]
+    assert float(better.split()[0]) == pytest.approx(np.mean(auc[:3]) - np.mean(auc[3:6]), abs=0.01)
 
 
-def test_what_cannot_be_compared(result, tmp_path):
+def test_the_published_table_beside_the_measured_one(result, tmp_path):
+    """The fan scores as published in all runs; the pump far better."""
+    of, rng = clips({("fan", 0): (100, 100), ("pump", 0): (20, 20)}), np.random.default_rng(0)
+    signal = np.where(of["machine_type"] == "fan", 3.0, 20.0) * (of["condition"] == "anomalous")
+    runs = [run_of(result, of, signal + rng.normal(size=240), seed=seed) for seed in range(3)]
+    lines = {line[0]: line[1:] for line in compared(runs, tmp_path)}
+    auc = [100 * run.metrics.table.loc[("fan", "pooled"), "AUC"] for run in runs]
+    assert lines["machine type"][5:] == ["AUC, pooled, published", "pAUC, pooled, published", "mAUC, published"]
+    assert lines["fan"][0] == f"{np.mean(auc):.2f} ± {np.std(auc, ddof=1):.2f}"
+    assert lines["fan"][5] == "98.32"
+    assert (lines["pump"][0], lines["pump"][5]) == ("100.00 ± 0.00", "95.44 *")
+    assert lines["average"][5] == "-", "the published average is of six types"
+    other = [run_of(result, of, signal, mode="arcface")]
+    for results, split in ((other, "test"), (runs, "evaluation")):
+        assert not any("published" in cell for line in compared(results, tmp_path, split) for cell in line)
+
+
+def test_the_figure_is_in_the_comparison(result, tmp_path):
+    groups = {"x": [result], "y": [result]}
+    compare(groups, "test", tmp_path, "angles.png")
+    assert "](angles.png)" in (tmp_path / "comparison.md").read_text()
+    compare(groups, "test", tmp_path)
+    assert "angles.png" not in (tmp_path / "comparison.md").read_text()
+
+
+def test_what_cannot_be_compared(result):
     with pytest.raises(UserError, match="nothing to compare: the condition of the clips is not known"):
-        compare([result, replace(result, metrics=None)], tmp_path)
+        group_by_configuration([result, replace(result, metrics=None)])
     with pytest.raises(
         UserError, match="were not trained on the same machines in the same order, so their clips differ"
     ):
-        compare([result, replace(result, clips=result.clips[1:])], tmp_path)
-    assert not list(tmp_path.iterdir())
+        group_by_configuration([result, replace(result, clips=result.clips[1:])])
 
 
 def test_files_without_configuration_are_groups_of_their_own(result):
@@ -540,8 +627,18 @@ def test_the_history_is_drawn(result, axes):
         assert [list(line.get_ydata()) for line in axis.lines] == [list(history[name]) for name in columns]
 
 
-def test_panels_of_several_checkpoints(result, tmp_path):
-    draw_angles([result, result], tmp_path / "angles.png")
+def test_a_panel_holds_the_runs_of_a_configuration(result, tmp_path, monkeypatch):
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *words, **options: (kept.append(figure), save(figure, *words, **options))
+    )
+    turned = replace(result, clips=result.clips.assign(angle=180 - result.clips["angle"]))
+    draw_angles({"mode arcface": [result, turned], "mode arcmix": [turned]}, tmp_path / "angles.png")
+    both = pd.concat([result.clips, turned.clips])
+    one, other = kept[0].axes
+    assert [axis.get_title() for axis in (one, other)] == ["mode arcface", "mode arcmix"]
+    assert shows(one, both, both["angle"])
+    assert shows(other, turned.clips, turned.clips["angle"])
     height, width, _ = matplotlib.image.imread(tmp_path / "angles.png").shape
     assert width > 2 * height
 
