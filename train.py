@@ -30,7 +30,8 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         run = Run(config, device, train_clips, valid_clips)
         if state:
             run.resume(state)
-        keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
+        if run.epoch < config.epoch:
+            keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
         if is_main():
             if not state:
                 clear_run(files)

@@ -1,0 +1,161 @@
+"""The published table: trains the four modes with several seeds, evaluates the runs, and compares them.
+
+    make paper                                                # the published recipe, seeds 2023, 1 and 2
+    make paper SEEDS="2023 7" INPUTS=all                      # other seeds; the ablation of the input channels as well
+    make paper DATA=/data/dcase2020                           # recordings that are already there
+    make paper DATA=datasets/synthetic EPOCH=2 SEEDS="1 2"    # a rehearsal on synthetic machines
+    python benchmarks/paper.py --seeds 1 2 --batch_size 128   # the same without make, and with keys of config.yaml
+
+It says first what it takes: device, disk, and a time estimated from a short measurement on random clips. Then it calls
+datasets/download.py (where data_root is the project's own folder, datasets), train.py for one seed after the other, and
+eval.py. OUTPUT/comparison.md is the report: mean and deviation over the seeds beside the published table, differences
+of the modes with intervals, and every run; angles.png is in it, a panel for each mode.
+
+Start the same command again after an interruption of any kind: what is finished is not repeated, and a run that was
+interrupted goes on after its last finished epoch. More seeds can be added in the same way.
+"""
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.throughput import random_clips, seconds
+from checkpoint import RunFiles
+from config import Config, load_config, parse_command_line
+from dataloader import find_clips
+from losses import MODES
+from model import CHANNELS
+from trainer import Trainer
+from utils import OneLineParser, UserError, check_writable, run_script, use_device
+
+ROOT = Path(__file__).resolve().parent.parent
+DOWNLOADED = ROOT / "datasets"
+CLIPS = {"train": 36_283, "test": 10_868}  # of the published set
+SEEDS = (2023, 1, 2)
+RUN_BYTES = 60_000_000  # two checkpoints of 14 MB, a third while it is written, logs, results, figures
+CHOSEN_HERE = {
+    "mode": "all are trained",
+    "seed": "--seeds chooses",
+    "input": "--inputs chooses",
+    "save_path": "--output chooses",
+}
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)")
+    help_text = "channels of the network; all: noisy_arcmix with every other combination of them as well"
+    parser.add_argument("--inputs", choices=("published", "all"), default="published", help=help_text)
+    parser.add_argument("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
+    config, options, given = parse_command_line(parser)
+    for key in CHOSEN_HERE.keys() & given.keys():
+        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
+    runs = plan(config, options.seeds, options.inputs == "all", options.output)
+    is_downloaded = Path(config.data_root).resolve() == DOWNLOADED
+    counts = CLIPS if is_downloaded else count_clips(config)
+    check_writable(options.output / "comparison.md", "--output names another folder")
+    say_what_it_takes(runs, counts, options.output)
+
+    common = ["--config", str(options.config), *as_options(given)]
+    if is_downloaded:
+        call("datasets/download.py", "--types", *config.machines)
+    for run in runs:
+        call("train.py", "--resume", *common, *as_options({key: getattr(run, key) for key in CHOSEN_HERE}))
+    call("eval.py", *(str(run.checkpoint) for run in runs), "--plots", "--output", str(options.output), *common)
+
+
+def plan(config: Config, seeds: Sequence[int], has_all_inputs: bool, output: Path) -> list[Config]:
+    """The configurations of the runs, one seed after the other."""
+    variants = {mode: {"mode": mode} for mode in MODES}
+    if has_all_inputs:
+        subsets = [list(chosen) for n in range(1, len(CHANNELS)) for chosen in itertools.combinations(CHANNELS, n)]
+        variants |= {"+".join(channels): {"mode": "noisy_arcmix", "input": channels} for channels in subsets}
+    return [
+        config.model_copy(update=keys | {"seed": seed, "save_path": str(output / f"{name}_{seed}.pth")})
+        for seed in dict.fromkeys(seeds)
+        for name, keys in variants.items()
+    ]
+
+
+def as_options(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of the configuration as the command line takes them."""
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()}
+    return [word for key, value in words.items() for word in (f"--{key}", value)]
+
+
+def call(script: str, *words: str) -> None:
+    """Run a script of the project, and end with its status if that is not 0; it has said why."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
+    try:
+        status = process.wait()
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # a Ctrl-C on the terminal has reached the script too
+            process.terminate()
+        process.wait()
+        raise
+    if status < 0:
+        raise UserError(f"{script} was killed (signal {-status}); start the same command again, it goes on")
+    if status:
+        sys.exit(status)
+
+
+# ---- What it takes ----
+
+
+def say_what_it_takes(runs: Sequence[Config], counts: dict[str, int], output: Path) -> None:
+    """Print device, disk and time. Raises `UserError` where the disk is too small."""
+    config = runs[0]
+    n_train = math.ceil(counts["train"] * config.split_ratio)
+    print(f"{len(runs)} runs of {config.epoch} epochs, with {counts['train']} clips, and {counts['test']} to test on")
+    # In a process of its own, which leaves nothing on the GPU.
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        device, training, validation = process.submit(measure, config).result()
+    left = sum(config.epoch - epochs_done(run) for run in runs)
+    epoch = n_train * training + (counts["train"] - n_train) * validation
+    total = left * epoch + len(runs) * counts["test"] * validation
+    needed, free = len(runs) * RUN_BYTES, shutil.disk_usage(output).free
+    print(f"device: {device}, {1 / training:,.0f} clips a second in training")
+    print(f"disk: {needed / 1e9:.1f} GB in {output}, {free / 1e9:.1f} GB free; recordings not counted")
+    print(f"time: about {duration(total)}, for {left} epochs and the evaluation; reading not counted", flush=True)
+    if free < needed:
+        raise UserError(f"{output}: the disk is too small; free some space, or --output names another folder")
+
+
+def measure(config: Config) -> tuple[str, float, float]:
+    """The name of the device, and seconds per clip of a training step and of validation, with random clips."""
+    device = use_device(config.device)
+    trainer = Trainer(config.model_copy(update={"machines": load_config().machines}), device)
+    clips = random_clips(config.batch_size * (1 if device.type == "cpu" else 50), device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    actions = (lambda: trainer.train_epoch(clips, epoch=0), lambda: trainer.validate(clips))
+    training, validation = (seconds(action, device, repeats=1) / len(clips) for action in actions)
+    return name, training, validation
+
+
+def count_clips(config: Config) -> dict[str, int]:
+    return {split: len(find_clips(config.data_root, config.machines, split)) for split in CLIPS}
+
+
+def epochs_done(run: Config) -> int:
+    history = RunFiles(run.checkpoint).history
+    return len(pd.read_csv(history)) if history.exists() else 0
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{math.ceil(seconds / 60)} minutes"
+
+
+if __name__ == "__main__":
+    run_script(main)

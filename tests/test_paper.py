@@ -1,0 +1,100 @@
+"""benchmarks/paper.py as a user runs it: what it trains, how it goes on after being killed, what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import MACHINES, write_set
+
+from benchmarks import paper
+from config import load_config
+from losses import MODES
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_modes_and_inputs_are_planned_for_each_seed():
+    runs = paper.plan(load_config(epoch=7), [3, 1, 3], False, Path("out"))
+    assert [(run.seed, run.mode) for run in runs] == [(seed, mode) for seed in (3, 1) for mode in MODES]
+    assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
+    assert str(runs[0].checkpoint) == "out/noisy_arcmix_3.pth"
+    others = paper.plan(load_config(), [1], True, Path("out"))[len(MODES) :]
+    assert {run.mode for run in others} == {"noisy_arcmix"}
+    assert len({tuple(run.input) for run in [*runs, *others]}) == 7, "every combination of three channels"
+    assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
+
+
+def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    (tmp_path / "fails.py").write_text("raise SystemExit(2)")
+    (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(SystemExit, match="2"):
+        paper.call("fails.py")
+    with pytest.raises(paper.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"):
+        paper.call("dies.py")
+
+
+def test_what_is_refused(tmp_path, data_root, fails, monkeypatch):
+    options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
+    fails(paper.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
+    fails(paper.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
+    fails(paper.main, *options, "--device", "cuda:77", match="device: cuda:77")
+    monkeypatch.setattr(paper, "RUN_BYTES", 10**15)
+    fails(paper.main, *options, "--device", "cpu", "--batch_size", 2, match="the disk is too small")
+
+
+# ---- The whole ----
+
+
+def start(folder: Path, data_root: Path) -> subprocess.Popen:
+    words = ["--data_root", data_root, "--machines", MACHINES, "--epoch", 2, "--batch_size", 4, "--device", "cpu"]
+    command = [sys.executable, ROOT / "benchmarks/paper.py", "--seeds", 1, 2, "--output", folder, *words]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
+    """Kill the script and all that it has started."""
+    while not is_time():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
+    """Within the second run, after its first epoch; and in the evaluation."""
+    data_root = write_set(tmp_path / "data", train_clips=20, test_clips=4)
+    folder = tmp_path / "paper"
+    kill_when(start(folder, data_root), (folder / "arcmix_1" / "history.csv").exists)
+    assert not (folder / "arcface_1.pth").exists()
+    finished = (folder / "noisy_arcmix_1.last.pth").stat()
+    kill_when(start(folder, data_root), (folder / "arcmix_1" / "test" / "metrics.csv").exists)
+    assert not (folder / "comparison.md").exists()
+    process = start(folder, data_root)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert (folder / "noisy_arcmix_1.last.pth").stat() == finished, "a finished run is not written again"
+    assert "epoch 1/2" not in output
+    assert "device: cpu" in output
+    assert "0 epochs and the evaluation" in output
+    for mode in MODES:
+        for seed in (1, 2):
+            lines = (folder / f"{mode}_{seed}" / "history.csv").read_text().splitlines()
+            assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2"]
+    text = (folder / "comparison.md").read_text()
+    assert all(f"| mode {mode} (n = 2) |" in text for mode in MODES)
+    assert text.count(" minus ") == 6
+    assert "## mode noisy_arcmix, by machine type" in text
+    assert "| fan |" in text
+    assert "| 98.32" in text
+    assert text.count("_1.pth |") == text.count("_2.pth |") == 4
+    assert "](angles.png)" in text
+    assert (folder / "angles.png").exists()
