@@ -1,6 +1,7 @@
 """benchmarks/paper.py as a user runs it: what it trains, how it goes on after being killed, what it refuses."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import MACHINES, write_set
 
+import train
 from benchmarks import paper
 from config import load_config
 from losses import MODES
@@ -27,6 +29,37 @@ def test_all_modes_and_inputs_are_planned_for_each_seed():
     assert {run.mode for run in others} == {"noisy_arcmix"}
     assert len({tuple(run.input) for run in [*runs, *others]}) == 7, "every combination of three channels"
     assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
+
+
+def test_which_scripts_are_called(call, tmp_path, data_root, monkeypatch):
+    """Recordings in the project's own folder are downloaded first; the keys given reach every script."""
+    calls = []
+    monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(paper, "DOWNLOADED", data_root.resolve())
+    options = ["--data_root", data_root, "--machines", MACHINES, "--device", "cpu", "--batch_size", 2]
+    status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
+    assert status == 0
+    assert "10 runs of 300 epochs, with 36283 clips, and 10868 to test on" in output
+    assert re.search(r"time: about [\d.]+ hours, for 3000 epochs", output)
+    assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
+    assert calls[0][1:] == ("--types", "fan", "valve")
+    trained = []
+    for words in calls[1:-1]:
+        monkeypatch.setattr("sys.argv", list(words))
+        config, resume, overwrite = train.parse_options("")
+        assert (config.batch_size, config.machines, config.device, resume, overwrite) == (
+            2,
+            MACHINES,
+            "cpu",
+            True,
+            False,
+        )
+        trained.append(config)
+    assert [(run.mode, run.input, run.seed) for run in trained] == [
+        (run.mode, run.input, 7) for run in paper.plan(load_config(), [7], True, tmp_path)
+    ]
+    assert calls[-1][1:11] == tuple(str(run.checkpoint) for run in trained)
+    assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
 
 
 def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
