@@ -12,7 +12,7 @@ DEMO_WEIGHTS := check_points/demo.pth
 DEMO_MACHINES := {fan: [0, 2, 4], pump: [0, 2, 4], slider: [0, 2, 4], ToyCar: [1, 2, 3], ToyConveyor: [1, 2, 3], valve: [0, 2, 4]}
 .DEFAULT_GOAL := help
 
-PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root $(DATA)) \
+PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root '$(DATA)') \
 	$(if $(EPOCH),--epoch $(EPOCH)) $(OPTIONS)
 
 .PHONY: help demo test test-slow gpu paper lint
@@ -37,7 +37,7 @@ gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py
 
 paper: .venv/installed
-ifeq ($(DATA),$(DEMO_DATA))
+ifeq ($(patsubst ./%,%,$(DATA:/=)),$(DEMO_DATA))
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
 	$(BIN)/python benchmarks/paper.py --machines '$(DEMO_MACHINES)' $(PAPER_OPTIONS)
 else

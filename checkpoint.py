@@ -14,7 +14,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from config import MODEL_KEYS, Config, make_config
+from config import COMPUTATION_KEYS, KEYS, MODEL_KEYS, Config, make_config
 from dataloader import class_labels
 from distributed import from_main
 from losses import MODES
@@ -179,6 +179,14 @@ def load_newest(files: RunFiles) -> State:
     except UserError as error:
         notice(f"{error}; continuing from the best weights, of epoch {best.get('epoch')}")
         return best
+
+
+def check_configuration(config: Config, state: State, path: Path, remedy: str) -> None:
+    """Raise `UserError` where the run of a checkpoint had another configuration, but for how and where it computes."""
+    before = state.get("config", {})
+    keys = config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
+    if differing := [f"{key} (was {before.get(key)!r}, is {getattr(config, key)!r})" for key in keys]:
+        raise UserError(f"{path}: the run to resume had another configuration: {'; '.join(differing)}; {remedy}")
 
 
 # ---- Reading ----

@@ -32,12 +32,12 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
             run.resume(state)
         if run.epoch < config.epoch:
             keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
-        if is_main():
-            if not state:
-                clear_run(files)
-            print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
-        barrier()
-        run.fit()
+            if is_main():
+                if not state:
+                    clear_run(files)
+                print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
+            barrier()
+            run.fit()
         if is_main():
             print(f"lowest validation loss {run.best_loss:.4f}; weights: {files.best}")
 

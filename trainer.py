@@ -20,8 +20,16 @@ from tqdm import tqdm
 import distributed
 import utils
 from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
-from checkpoint import HISTORY, RunFiles, State, build_network, copy_state, save_checkpoint
-from config import COMPUTATION_KEYS, KEYS, Config
+from checkpoint import (
+    HISTORY,
+    RunFiles,
+    State,
+    build_network,
+    check_configuration,
+    copy_state,
+    save_checkpoint,
+)
+from config import Config
 from dataloader import MACHINE, ClipSet, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
 from inference import run_network
@@ -273,13 +281,8 @@ class Run:
         """Continue from a checkpoint of the same configuration and clips; a `UserError` names what differs."""
         if "history" not in state:
             raise UserError(f"{self.files.best}: only weights, no run to resume; start again with --overwrite")
-        before = state["config"]
-        keys = self.config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
-        if differing := [f"{key} (was {before.get(key)!r}, is {getattr(self.config, key)!r})" for key in keys]:
-            raise UserError(
-                f"{self.files.last}: the run to resume had another configuration: {'; '.join(differing)}; give the "
-                f"same, or start again with --overwrite"
-            )
+        remedy = "give the same, or start again with --overwrite"
+        check_configuration(self.config, state, self.files.last, remedy)
         if state["clips"] != self.fingerprint:
             raise UserError(
                 f"{self.files.last}: the clips under {self.config.data_root} are not those the run began with; "

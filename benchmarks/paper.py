@@ -7,14 +7,16 @@
     python benchmarks/paper.py --seeds 1 2 --batch_size 128   # the same without make, and with keys of config.yaml
 
 It says first what it takes: device, disk, and a time estimated from a short measurement on random clips. Then it calls
-datasets/download.py (where data_root is the project's own folder, datasets), train.py for one seed after the other, and
-eval.py. OUTPUT/comparison.md is the report: mean and deviation over the seeds beside the published table, differences
-of the modes with intervals, and every run; angles.png is in it, a panel for each mode.
+datasets/download.py (where data_root is the project's own folder), train.py for one seed after the other, and eval.py.
+OUTPUT/comparison.md is the report: mean and deviation over the seeds beside the published table, differences of the
+modes with intervals, and every run; angles.png is in it, a panel for each mode.
 
-Start the same command again after an interruption of any kind: what is finished is not repeated, and a run that was
-interrupted goes on after its last finished epoch. More seeds can be added in the same way.
+Start the same command again after an interruption: finished runs are not trained again, and the one that was
+interrupted goes on after its last finished epoch. Seeds can be added in the same way. An error in a run ends it all.
 """
 
+import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -23,18 +25,18 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput import random_clips, seconds
-from checkpoint import RunFiles
+from checkpoint import RunFiles, check_configuration, load_newest
 from config import Config, load_config, parse_command_line
-from dataloader import find_clips
+from dataloader import class_labels, find_clips
 from losses import MODES
 from model import CHANNELS
 from trainer import Trainer
@@ -42,8 +44,9 @@ from utils import OneLineParser, UserError, check_writable, run_script, use_devi
 
 ROOT = Path(__file__).resolve().parent.parent
 DOWNLOADED = ROOT / "datasets"
-CLIPS = {"train": 36_283, "test": 10_868}  # of the published set
+CLIPS = {"train": 36_283, "test": 10_868}  # of the 41 machine IDs of the published set
 SEEDS = (2023, 1, 2)
+PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
 RUN_BYTES = 60_000_000  # two checkpoints of 14 MB, a third while it is written, logs, results, figures
 CHOSEN_HERE = {
     "mode": "all are trained",
@@ -62,29 +65,30 @@ def main() -> None:
     config, options, given = parse_command_line(parser)
     for key in CHOSEN_HERE.keys() & given.keys():
         raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
-    runs = plan(config, options.seeds, options.inputs == "all", options.output)
-    is_downloaded = Path(config.data_root).resolve() == DOWNLOADED
-    counts = CLIPS if is_downloaded else count_clips(config)
+    runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
-    say_what_it_takes(runs, counts, options.output)
+    is_missing = is_to_download(config)
+    say_what_it_takes(runs, published_counts(config) if is_missing else count_clips(config), options.output)
 
     common = ["--config", str(options.config), *as_options(given)]
-    if is_downloaded:
+    if is_missing:
         call("datasets/download.py", "--types", *config.machines)
     for run in runs:
         call("train.py", "--resume", *common, *as_options({key: getattr(run, key) for key in CHOSEN_HERE}))
     call("eval.py", *(str(run.checkpoint) for run in runs), "--plots", "--output", str(options.output), *common)
 
 
-def plan(config: Config, seeds: Sequence[int], has_all_inputs: bool, output: Path) -> list[Config]:
+def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[Config]:
     """The configurations of the runs, one seed after the other."""
-    variants = {mode: {"mode": mode} for mode in MODES}
-    if has_all_inputs:
+    variants: dict[str, dict[str, Any]] = {mode: {"mode": mode, "input": list(CHANNELS)} for mode in MODES}
+    if options.inputs == "all":
         subsets = [list(chosen) for n in range(1, len(CHANNELS)) for chosen in itertools.combinations(CHANNELS, n)]
         variants |= {"+".join(channels): {"mode": "noisy_arcmix", "input": channels} for channels in subsets}
     return [
-        config.model_copy(update=keys | {"seed": seed, "save_path": str(output / f"{name}_{seed}.pth")})
-        for seed in dict.fromkeys(seeds)
+        load_config(
+            options.config, **given | keys | {"seed": seed, "save_path": str(options.output / f"{name}_{seed}.pth")}
+        )
+        for seed in dict.fromkeys(options.seeds)
         for name, keys in variants.items()
     ]
 
@@ -101,8 +105,10 @@ def call(script: str, *words: str) -> None:
     try:
         status = process.wait()
     except BaseException as stop:
-        if not isinstance(stop, KeyboardInterrupt):  # a Ctrl-C on the terminal has reached the script too
-            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if isinstance(stop, KeyboardInterrupt):  # which has reached the script too, if it came from the terminal
+                process.wait(PATIENCE)
+        process.terminate()
         process.wait()
         raise
     if status < 0:
@@ -114,18 +120,35 @@ def call(script: str, *words: str) -> None:
 # ---- What it takes ----
 
 
-def say_what_it_takes(runs: Sequence[Config], counts: dict[str, int], output: Path) -> None:
-    """Print device, disk and time. Raises `UserError` where the disk is too small."""
-    config = runs[0]
+def is_to_download(config: Config) -> bool:
+    """Whether the recordings are, or will be, those that download.py puts into the project's own folder."""
+    root = Path(config.data_root)
+    is_filled_by_hand = any((root / name).exists() for name in config.machines) and not (root / ".download").exists()
+    return root.resolve() == DOWNLOADED and not is_filled_by_hand
+
+
+def published_counts(config: Config) -> dict[str, int]:
+    """About as many clips as download.py fetches for the machines."""
+    share = len(class_labels(config.machines)) / 41
+    return {split: round(count * share) for split, count in CLIPS.items()}
+
+
+def count_clips(config: Config) -> dict[str, int]:
+    return {split: len(find_clips(config.data_root, config.machines, split)) for split in CLIPS}
+
+
+def say_what_it_takes(runs: Sequence[Config], counts: Mapping[str, int], output: Path) -> None:
+    """Print device, disk and time. Raises `UserError` where the disk is too small, or a run has another
+    configuration.
+    """
+    config, begun = runs[0], [run for run in runs if run.checkpoint.exists()]
+    left = len(runs) * config.epoch - sum(epochs_done(run) for run in begun)
     n_train = math.ceil(counts["train"] * config.split_ratio)
     print(f"{len(runs)} runs of {config.epoch} epochs, with {counts['train']} clips, and {counts['test']} to test on")
-    # In a process of its own, which leaves nothing on the GPU.
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        device, training, validation = process.submit(measure, config).result()
-    left = sum(config.epoch - epochs_done(run) for run in runs)
+    device, training, validation = measure_apart(config)
     epoch = n_train * training + (counts["train"] - n_train) * validation
     total = left * epoch + len(runs) * counts["test"] * validation
-    needed, free = len(runs) * RUN_BYTES, shutil.disk_usage(output).free
+    needed, free = (len(runs) - len(begun)) * RUN_BYTES, shutil.disk_usage(output).free
     print(f"device: {device}, {1 / training:,.0f} clips a second in training")
     print(f"disk: {needed / 1e9:.1f} GB in {output}, {free / 1e9:.1f} GB free; recordings not counted")
     print(f"time: about {duration(total)}, for {left} epochs and the evaluation; reading not counted", flush=True)
@@ -133,28 +156,37 @@ def say_what_it_takes(runs: Sequence[Config], counts: dict[str, int], output: Pa
         raise UserError(f"{output}: the disk is too small; free some space, or --output names another folder")
 
 
+def epochs_done(run: Config) -> int:
+    files = RunFiles(run.checkpoint)
+    state = load_newest(files)
+    check_configuration(run, state, files.last, "remove it, give the same, or --output names another folder")
+    return state.get("epoch", 0)
+
+
+def measure_apart(config: Config) -> tuple[str, float, float]:
+    """`measure` in a process of its own, which leaves nothing on the GPU."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(measure, config).result()
+        except BrokenProcessPool:
+            raise UserError("the measurement was killed, perhaps for want of memory: lower batch_size") from None
+
+
 def measure(config: Config) -> tuple[str, float, float]:
     """The name of the device, and seconds per clip of a training step and of validation, with random clips."""
     device = use_device(config.device)
-    trainer = Trainer(config.model_copy(update={"machines": load_config().machines}), device)
-    clips = random_clips(config.batch_size * (1 if device.type == "cpu" else 50), device)
+    machines = load_config().machines  # random clips have labels of all its classes
+    trainer = Trainer(config.model_copy(update={"machines": machines}), device)
+    n_steps = 1 if device.type == "cpu" else max(1, 3200 // config.batch_size)
+    clips = random_clips(config.batch_size * n_steps, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     actions = (lambda: trainer.train_epoch(clips, epoch=0), lambda: trainer.validate(clips))
     training, validation = (seconds(action, device, repeats=1) / len(clips) for action in actions)
     return name, training, validation
 
 
-def count_clips(config: Config) -> dict[str, int]:
-    return {split: len(find_clips(config.data_root, config.machines, split)) for split in CLIPS}
-
-
-def epochs_done(run: Config) -> int:
-    history = RunFiles(run.checkpoint).history
-    return len(pd.read_csv(history)) if history.exists() else 0
-
-
 def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{math.ceil(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{math.ceil(seconds / 60)} min"
 
 
 if __name__ == "__main__":

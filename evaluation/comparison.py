@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 
 from config import COMPUTATION_KEYS
-from evaluation.metrics import COLUMNS, COVERAGE
+from evaluation.metrics import AVERAGE, COLUMNS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
     SUMMARY,
@@ -24,26 +23,26 @@ from evaluation.tables import (
 )
 from utils import UserError, write_csv, write_text
 
-AVERAGE = "average"  # the row of the metrics that averages over machine types
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
-Differences: of the means, with {COVERAGE:.0%} intervals for other seeds and other test clips. The variance is that of
-each mean over its seeds plus that of the difference when the test clips are drawn anew (bootstrap within machine ID and
-condition, the same clips on both sides); Student's t with the degrees of freedom of Welch and Satterthwaite. A star
-marks an interval without 0. Each interval stands for itself: of twenty differences that are none, one gets a star on
-average. A configuration of a single run tells nothing of its seeds: then the interval is for other test clips alone.
+Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test clips. The variance
+is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
+drawn anew (bootstrap within machine ID and condition, the same clips on both sides); Student's t with the degrees of
+freedom of Welch and Satterthwaite. A star marks an interval without 0. Where nothing differs, one in twenty gets one.
+A configuration of a single run tells nothing of its seeds: then the interval allows for other test clips alone.
 """
-EXPLANATION_OF_PUBLISHED = f"""
-Published: a star marks what lies outside the {COVERAGE:.0%} prediction interval of one further run of the
-configuration (Student's t). The published table is of one run.
+EXPLANATION_OF_PUBLISHED = f"""\
+Published: a star marks a figure outside the interval in which one further run of the configuration lies with a
+probability of {COVERAGE:.0%} (Student's t, the same test clips). With a single run there is no interval and no star.
+With few runs it is wide: that there is no star does not mean that the figures agree.
 """
 
 
 def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The runs of each configuration, which differ in their seed only, by what tells it from the others.
 
-    Raises `UserError` where the checkpoints have not scored the same clips, or none has a label.
+    Raises `UserError` where the checkpoints have not scored the same clips, none has a label, or two are of one run.
     """
     if any(result.metrics is None for result in results):
         raise UserError("nothing to compare: the condition of the clips is not known")
@@ -53,32 +52,44 @@ def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]
         )
     groups: dict[str, list[Result]] = {}
     for name, result in zip(name_configurations(results), results, strict=True):
-        groups.setdefault(name, []).append(result)
+        for other in groups.setdefault(name, []):
+            if other.about["seed"] == result.about["seed"]:
+                both = f"{other.trained.path} and {result.trained.path}"
+                raise UserError(f"{both} are of the same configuration and seed; leave one out")
+        groups[name].append(result)
     return groups
 
 
 def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
     """Write comparison.md, with the figure of this name in it, and comparison.csv; print the tables."""
-    types = next(iter(groups.values()))[0].clips["machine_type"].unique().tolist()
     over_types = {name: summary_draws(runs, AVERAGE) for name, runs in groups.items()}
-    published = {name: published_rows(runs[0].trained.config, split) for name, runs in groups.items()}
-    sections = [f"## Averages over {len(types)} machine types, in percent", *configuration_table(over_types)]
+    table = metrics_of(next(iter(groups.values()))[0]).table
+    published = {name: published_rows(runs[0].trained.config, split, table) for name, runs in groups.items()}
+    types = table.index.unique("machine_type").tolist()
+    lines = [f"## Averages over {len(types) - 1} machine types, in percent", *configuration_table(over_types)]
     if len(groups) > 1:
-        sections += ["", *difference_table(over_types)]
+        lines += ["", *difference_table(over_types)]
     for name, runs in groups.items():
-        sections += ["", f"## {name}, by machine type", *type_table(runs, [*types, AVERAGE], published[name])]
-    sections += ["", "## Runs, averages over machine types", *run_table(groups)]
-    explanation = EXPLANATION + (EXPLANATION_OF_PUBLISHED if any(published.values()) else "")
-    picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
-    write_text(folder / "comparison.md", "\n".join(["# Comparison\n", *sections, "", explanation + picture]))
+        lines += ["", f"## {name}, by machine type", *type_table(runs, types, published[name])]
+    lines += ["", "## Runs, averages over machine types", *run_table(groups), "", EXPLANATION]
+    if any(published.values()):
+        lines.append(EXPLANATION_OF_PUBLISHED)
+    print("\n" + "\n".join(lines))
+    if figure:
+        lines.append(f"![Angle to the centre of the own class]({figure})\n")
+    write_text(folder / "comparison.md", "\n".join(["# Comparison\n", *lines]))
     write_csv(folder / "comparison.csv", pd.concat([all_rows(run) for runs in groups.values() for run in runs]))
-    print("\n" + "\n".join(sections))
     print(f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}")
+
+
+def metrics_of(result: Result) -> Metrics:
+    assert result.metrics  # `group_by_configuration` has made sure
+    return result.metrics
 
 
 def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
     """What SUMMARY names of a machine type: of the clips themselves and of all draws `(runs, 1 + DRAWS, n)`."""
-    draws = [run.metrics.draws for run in runs if run.metrics]
+    draws = [metrics_of(run).draws for run in runs]
     each = [[drawn[machine_type, row][:, COLUMNS.index(column)] for row, column, _ in SUMMARY] for drawn in draws]
     return np.stack(each).transpose(0, 2, 1)
 
@@ -87,13 +98,20 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
     """What tells the configuration of each result from the others: keys but seed and computation, or the file of a
     bare state dict.
     """
-    settings: list[dict[str, Any]] = []
-    for result in results:
-        config = result.trained.state.get("config", {"mode": result.about["mode"], "file": str(result.trained.path)})
-        settings.append({key: in_words(x) for key, x in config.items() if key not in (*COMPUTATION_KEYS, "seed")})
-    keys = dict.fromkeys(key for own in settings for key in own)
-    differing = [key for key in keys if any(other.get(key) != settings[0].get(key) for other in settings)]
-    return [", ".join(f"{key} {own.get(key)}" for key in differing) or f"mode {own['mode']}" for own in settings]
+    settings = [settings_of(result) for result in results]
+    known = [own for own in settings if own]
+    keys = dict.fromkeys(key for own in known for key in own)
+    differing = [key for key in keys if any(own.get(key) != known[0].get(key) for own in known)]
+    return [
+        ", ".join(f"{key} {own.get(key)}" for key in differing or ["mode"]) if own else str(result.trained.path)
+        for own, result in zip(settings, results, strict=True)
+    ]
+
+
+def settings_of(result: Result) -> dict[str, str]:
+    """The keys of the training that are neither seed nor computation; none of a bare state dict."""
+    config = result.trained.state.get("config", {})
+    return {key: in_words(value) for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
 
 
 # ---- Tables ----
@@ -127,8 +145,6 @@ def type_table(runs: Sequence[Result], types: Sequence[str], published: Publishe
     lines = markdown_header("machine type", [*TITLES, *(f"{title}, published" for title in TITLES[:count])])
     for machine_type in types:
         draws, row = summary_draws(runs, machine_type), published.get(machine_type, ())
-        if machine_type == AVERAGE and not set(published) <= set(types):
-            row = ()  # it averages over other types
         low, high = 100 * prediction_interval(draws)
         marked = [f"{x:.2f}{' *' if x < low[column] or x > high[column] else ''}" for column, x in enumerate(row)]
         lines.append(markdown_row(machine_type, [*spread(draws), *(marked or ["-"] * count)]))
@@ -159,14 +175,14 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     A part of the variance comes from the seeds of each side, and has their degrees of freedom; a part comes from the
     test clips, and has infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
+    Where a side is a single run, nothing is known of its seeds, and the part of the seeds is left out.
     """
     drawn = one.mean(axis=0) - other.mean(axis=0)
     variance, variance_by_degrees = drawn[1:].var(axis=0), np.zeros(drawn.shape[1])
-    for runs in (one, other):
-        if len(runs) > 1:
-            of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
-            variance = variance + of_mean
-            variance_by_degrees += of_mean**2 / (len(runs) - 1)
+    for runs in (one, other) if min(len(one), len(other)) > 1 else ():
+        of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
+        variance = variance + of_mean
+        variance_by_degrees += of_mean**2 / (len(runs) - 1)
     degrees = np.divide(variance**2, variance_by_degrees, out=np.full_like(variance, np.inf),
                         where=variance_by_degrees > 0)  # fmt: skip
     return drawn[0], scipy.stats.t.ppf((1 + COVERAGE) / 2, degrees) * np.sqrt(variance)
@@ -186,8 +202,7 @@ def prediction_interval(runs: np.ndarray) -> np.ndarray:
 
 def all_rows(result: Result) -> pd.DataFrame:
     """Every row of the metrics, as fractions."""
-    assert result.metrics
-    table = result.metrics.table.drop(columns=["n_normal", "n_anomaly"]).reset_index()
+    table = metrics_of(result).table.drop(columns=["n_normal", "n_anomaly"]).reset_index()
     for name in ("seed", "mode"):
         table.insert(0, name, result.about[name])
     table.insert(0, "checkpoint", str(result.trained.path))

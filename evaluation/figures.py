@@ -22,7 +22,7 @@ from sklearn.metrics import roc_curve
 from audio import read_recording
 from checkpoint import HISTORY, RunFiles, TrainedModel
 from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
-from evaluation.metrics import MAX_FPR
+from evaluation.metrics import AVERAGE, MAX_FPR
 from evaluation.result import Result
 from model import CHANNELS, FrontEnd
 from model.tastgram import HOP_LENGTH, N_MELS, N_SAMPLES, SAMPLE_RATE, SECONDS, temporal_gate
@@ -105,7 +105,7 @@ def draw_histograms(axis: Axes, clips: pd.DataFrame, column: str, bins: Any) -> 
 def draw_roc(result: Result, path: Path) -> None:
     """The ROC curve of each machine type, pooled over its IDs, with the region of the pAUC."""
     assert result.metrics
-    auc = result.metrics.table["AUC"].xs("pooled", level="machine_id").drop("average").dropna()
+    auc = result.metrics.table["AUC"].xs("pooled", level="machine_id").drop(AVERAGE).dropna()
     with figure(path, COLUMN, 3.2) as drawn:
         axis = drawn.subplots()
         axis.axvspan(0, MAX_FPR, color="0.9", lw=0, label=f"pAUC region (to {MAX_FPR:g})")

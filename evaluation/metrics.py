@@ -13,6 +13,7 @@ import pandas as pd
 from dataloader import ANOMALOUS, MACHINE
 
 MAX_FPR = 0.1  # pAUC covers false positive rates up to here
+AVERAGE = "average"  # the machine type of the rows that average over types
 DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
 
 
@@ -68,7 +69,7 @@ def measure(clips: pd.DataFrame, draws: int = DRAWS, seed: int = SEED) -> Metric
         rows["mean"], rows["min"] = combine(per_id, np.mean), combine(per_id, np.min)
         result |= {(machine_type, name): row for name, row in rows.items()}
     for name in ("pooled", "mean", "min"):
-        result["average", name] = combine([result[machine_type, name] for machine_type in types], np.mean)
+        result[AVERAGE, name] = combine([result[machine_type, name] for machine_type in types], np.mean)
     return Metrics(make_table(result), result)
 
 

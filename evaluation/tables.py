@@ -11,7 +11,7 @@ from checkpoint import RESULT_FILES, clear
 from config import Config
 from dataloader import LABEL_LIST, MACHINE
 from evaluation.decisions import count_decisions
-from evaluation.metrics import COVERAGE, DRAWS, SEED
+from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, SEED
 from evaluation.result import Result
 from utils import notice, write_csv, write_text
 
@@ -24,7 +24,7 @@ PUBLISHED = {
         "valve": (99.95, 99.74, 99.89),
         "ToyCar": (96.76, 90.11, 88.81),
         "ToyConveyor": (77.90, 67.15, 68.18),
-        "average": (94.65, 89.31, 89.78),
+        AVERAGE: (94.65, 89.31, 89.78),
     }
 }
 PUBLISHED_INPUT = ["tgram", "sgram", "tagram"]
@@ -35,9 +35,13 @@ SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"),
 TITLES = [title for *_, title in SUMMARY]
 
 
-def published_rows(config: Config, split: str) -> Published:
-    """The published rows for what was evaluated: the development test set, the published channels."""
-    return PUBLISHED.get(config.mode, {}) if split == "test" and config.input == PUBLISHED_INPUT else {}
+def published_rows(config: Config, split: str, table: pd.DataFrame) -> Published:
+    """The published rows for what was evaluated: the development test set, the published channels, the machine types
+    of the metrics. The average is among them if all its types are.
+    """
+    rows = PUBLISHED.get(config.mode, {}) if split == "test" and config.input == PUBLISHED_INPUT else {}
+    types = set(table.index.unique("machine_type"))
+    return {name: row for name, row in rows.items() if name in types and (name != AVERAGE or set(rows) <= types)}
 
 
 def percent(value: float) -> str:
@@ -54,8 +58,7 @@ def format_table(table: pd.DataFrame, published: Published) -> str:
     ]
     for machine_type in types:
         values = [f"{percent(table.loc[(machine_type, row), column]):>8}" for row, column, _ in SUMMARY]
-        is_comparable = machine_type in published and (machine_type != "average" or set(published) <= set(types))
-        shown = [f"{value:8.2f}" for value in published[machine_type]] if is_comparable else [f"{'-':>8}"] * 3
+        shown = [f"{value:8.2f}" for value in published.get(machine_type, ())] or [f"{'-':>8}"] * 3
         lines.append(
             f"{machine_type:12} |{values[0]} {values[1]}  |{values[2]}  |{values[3]} {values[4]}  |{' '.join(shown)}"
         )
@@ -113,7 +116,7 @@ def write_result(result: Result, folder: Path, split: str) -> None:
             reason = "because normal or anomalous clips are missing"
             notice(f"no AUC, and left out of the averages, {reason}: {', '.join(gaps)}")
         write_metrics(table, result.about, folder)
-        print(format_table(table, published_rows(result.trained.config, split)))
+        print(format_table(table, published_rows(result.trained.config, split, table)))
     write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")
     if len(result.thresholds):
         write_csv(folder / "decisions.csv", count_decisions(result.clips, result.thresholds).reset_index())

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,33 +16,48 @@ from conftest import MACHINES, write_set
 
 import train
 from benchmarks import paper
-from config import load_config
+from config import DEFAULT_CONFIG, Config, load_config
 from losses import MODES
 
 ROOT = Path(__file__).parent.parent
 
 
+def planned(folder: Path, seeds: list[int], inputs: str = "published", **keys) -> list[Config]:
+    return paper.plan(Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys)
+
+
 def test_all_modes_and_inputs_are_planned_for_each_seed():
-    runs = paper.plan(load_config(epoch=7), [3, 1, 3], False, Path("out"))
+    runs = planned(Path("out"), [3, 1, 3], epoch=7)
     assert [(run.seed, run.mode) for run in runs] == [(seed, mode) for seed in (3, 1) for mode in MODES]
     assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
     assert str(runs[0].checkpoint) == "out/noisy_arcmix_3.pth"
-    others = paper.plan(load_config(), [1], True, Path("out"))[len(MODES) :]
+    others = planned(Path("out"), [1], "all")[len(MODES) :]
     assert {run.mode for run in others} == {"noisy_arcmix"}
     assert len({tuple(run.input) for run in [*runs, *others]}) == 7, "every combination of three channels"
     assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
+
+
+def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "DOWNLOADED", tmp_path / "datasets")
+    config = load_config(data_root=str(tmp_path / "datasets"))
+    assert paper.is_to_download(config)
+    (tmp_path / "datasets" / "fan").mkdir(parents=True)
+    assert not paper.is_to_download(config)
+    (tmp_path / "datasets" / ".download").mkdir()
+    assert paper.is_to_download(config), "download.py was there, and perhaps not to its end"
+    assert not paper.is_to_download(load_config(data_root=str(tmp_path)))
 
 
 def test_which_scripts_are_called(call, tmp_path, data_root, monkeypatch):
     """Recordings in the project's own folder are downloaded first; the keys given reach every script."""
     calls = []
     monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
-    monkeypatch.setattr(paper, "DOWNLOADED", data_root.resolve())
+    monkeypatch.setattr(paper, "is_to_download", lambda config: True)
     options = ["--data_root", data_root, "--machines", MACHINES, "--device", "cpu", "--batch_size", 2]
     status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
     assert status == 0
-    assert "10 runs of 300 epochs, with 36283 clips, and 10868 to test on" in output
-    assert re.search(r"time: about [\d.]+ hours, for 3000 epochs", output)
+    assert "10 runs of 300 epochs, with 2655 clips, and 795 to test on" in output, "three of 41 machine IDs"
+    assert re.search(r"time: about [\d.]+ h, for 3000 epochs", output)
     assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
     assert calls[0][1:] == ("--types", "fan", "valve")
     trained = []
@@ -56,7 +73,7 @@ def test_which_scripts_are_called(call, tmp_path, data_root, monkeypatch):
         )
         trained.append(config)
     assert [(run.mode, run.input, run.seed) for run in trained] == [
-        (run.mode, run.input, 7) for run in paper.plan(load_config(), [7], True, tmp_path)
+        (run.mode, run.input, 7) for run in planned(tmp_path, [7], "all")
     ]
     assert calls[-1][1:11] == tuple(str(run.checkpoint) for run in trained)
     assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
@@ -72,11 +89,41 @@ def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
         paper.call("dies.py")
 
 
-def test_what_is_refused(tmp_path, data_root, fails, monkeypatch):
+def test_a_stop_reaches_the_script(tmp_path):
+    """SIGTERM to the caller alone: the script ends first, in its own way."""
+    (tmp_path / "long.py").write_text(
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (Path('stopped').touch(), sys.exit(143)))\n"
+        "Path('begun').touch()\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks import paper; from pathlib import Path\n"
+        "paper.ROOT = Path('.')\n"
+        "paper.run_script(lambda: paper.call('long.py'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert (tmp_path / "stopped").exists()
+
+
+def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
     fails(paper.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
+    fails(paper.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(paper.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
     fails(paper.main, *options, "--device", "cuda:77", match="device: cuda:77")
+    shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
+    had_another = (
+        r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
+    )
+    fails(paper.main, *options, match=had_another)
+    (tmp_path / "arcmix_1.pth").unlink()
     monkeypatch.setattr(paper, "RUN_BYTES", 10**15)
     fails(paper.main, *options, "--device", "cpu", "--batch_size", 2, match="the disk is too small")
 
@@ -98,7 +145,7 @@ def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
@@ -112,7 +159,7 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     kill_when(start(folder, data_root), (folder / "arcmix_1" / "test" / "metrics.csv").exists)
     assert not (folder / "comparison.md").exists()
     process = start(folder, data_root)
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert (folder / "noisy_arcmix_1.last.pth").stat() == finished, "a finished run is not written again"
     assert "epoch 1/2" not in output
