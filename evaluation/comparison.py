@@ -23,6 +23,7 @@ from evaluation.tables import (
 )
 from utils import UserError, write_csv, write_text
 
+N_PUBLISHED = 3  # of SUMMARY
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
@@ -62,22 +63,23 @@ def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]
 
 def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
     """Write comparison.md, with the figure of this name in it, and comparison.csv; print the tables."""
-    over_types = {name: summary_draws(runs, AVERAGE) for name, runs in groups.items()}
-    table = metrics_of(next(iter(groups.values()))[0]).table
-    published = {name: published_rows(runs[0].trained.config, split, table) for name, runs in groups.items()}
-    types = table.index.unique("machine_type").tolist()
-    lines = [f"## Averages over {len(types) - 1} machine types, in percent", *configuration_table(over_types)]
-    if len(groups) > 1:
-        lines += ["", *difference_table(over_types)]
+    metrics = metrics_of(next(iter(groups.values()))[0]).table
+    *types, _ = metrics.index.unique("machine_type")
+    sections = {}
     for name, runs in groups.items():
-        lines += ["", f"## {name}, by machine type", *type_table(runs, types, published[name])]
-    lines += ["", "## Runs, averages over machine types", *run_table(groups), "", EXPLANATION]
-    if any(published.values()):
-        lines.append(EXPLANATION_OF_PUBLISHED)
-    print("\n" + "\n".join(lines))
-    if figure:
-        lines.append(f"![Angle to the centre of the own class]({figure})\n")
-    write_text(folder / "comparison.md", "\n".join(["# Comparison\n", *lines]))
+        if published := published_rows(runs[0].trained.config, split, metrics):
+            sections[f"{name}, and as published"] = published_table(runs, [*types, AVERAGE], published)
+    explanation = EXPLANATION + (EXPLANATION_OF_PUBLISHED if sections else "")
+    for machine_type in (AVERAGE, *types):
+        title = f"Average over {len(types)} machine types" if machine_type == AVERAGE else machine_type
+        draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
+        sections[title] = [*configuration_table(draws), "", *difference_table(draws)]
+    sections["Runs, average over machine types"] = run_table(groups)
+    lines = [line for title, table in sections.items() for line in (f"## {title}, in percent", "", *table, "")]
+    text = "\n".join([*lines, explanation])
+    picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
+    print("\n" + text)
+    write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
     write_csv(folder / "comparison.csv", pd.concat([all_rows(run) for runs in groups.values() for run in runs]))
     print(f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}")
 
@@ -124,8 +126,8 @@ def configuration_table(draws: dict[str, np.ndarray]) -> list[str]:
 
 
 def difference_table(draws: dict[str, np.ndarray]) -> list[str]:
-    """Each pair of configurations."""
-    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)")
+    """Each pair of configurations; nothing for a single one."""
+    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)") if len(draws) > 1 else []
     for one, other in itertools.combinations(draws, 2):
         is_single = min(len(draws[one]), len(draws[other])) == 1
         value, half = difference(draws[one], draws[other])
@@ -139,15 +141,14 @@ def difference_table(draws: dict[str, np.ndarray]) -> list[str]:
     return lines
 
 
-def type_table(runs: Sequence[Result], types: Sequence[str], published: Published) -> list[str]:
-    """The runs of a configuration by machine type, and the published figures if there are any."""
-    count = len(next(iter(published.values()), ()))
-    lines = markdown_header("machine type", [*TITLES, *(f"{title}, published" for title in TITLES[:count])])
+def published_table(runs: Sequence[Result], types: Sequence[str], published: Published) -> list[str]:
+    """The runs of a configuration by machine type, and the published figures."""
+    lines = markdown_header("machine type", [*TITLES, *(f"{title}, published" for title in TITLES[:N_PUBLISHED])])
     for machine_type in types:
         draws, row = summary_draws(runs, machine_type), published.get(machine_type, ())
         low, high = 100 * prediction_interval(draws)
         marked = [f"{x:.2f}{' *' if x < low[column] or x > high[column] else ''}" for column, x in enumerate(row)]
-        lines.append(markdown_row(machine_type, [*spread(draws), *(marked or ["-"] * count)]))
+        lines.append(markdown_row(machine_type, [*spread(draws), *(marked or ["-"] * N_PUBLISHED)]))
     return lines
 
 

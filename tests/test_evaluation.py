@@ -486,13 +486,20 @@ def test_a_star_marks_a_difference_beyond_its_interval(result, tmp_path):
     runs = [run_of(result, of, 3 * signal + x, seed=seed) for seed, x in enumerate(noise)]
     runs += [run_of(result, of, signal + x, m=0.5, seed=seed) for seed, x in enumerate(noise)]
     runs += [run_of(result, of, 3 * signal + rng.normal(size=130), m=0.3, seed=seed) for seed in range(3)]
-    lines = {line[0]: line[1:] for line in compared(runs, tmp_path) if "minus" in line[0]}
+    every = compared(runs, tmp_path)
+    ends = [every.index([f"## {title}, in percent"]) for title in ("Average over 2 machine types", "fan", "pump")]
+    lines, of_fan = (
+        {line[0]: line[1:] for line in every[i:j] if "minus" in line[0]} for i, j in itertools.pairwise(ends)
+    )
     assert list(lines) == ["m 0.7 minus m 0.5", "m 0.7 minus m 0.3", "m 0.5 minus m 0.3"]
     better, same, _ = (line[0] for line in lines.values())
     assert re.fullmatch(r"\+\d+\.\d\d \(\+\d+\.\d\d to \+\d+\.\d\d\) \*", better)
     assert not same.endswith("*")
     auc = [100 * run.metrics.table.loc[("average", "pooled"), "AUC"] for run in runs]
     assert float(better.split()[0]) == pytest.approx(np.mean(auc[:3]) - np.mean(auc[3:6]), abs=0.01)
+    fan = [100 * run.metrics.table.loc[("fan", "pooled"), "AUC"] for run in runs]
+    difference_of_fan = float(of_fan["m 0.7 minus m 0.5"][0].split()[0])
+    assert difference_of_fan == pytest.approx(np.mean(fan[:3]) - np.mean(fan[3:6]), abs=0.01)
 
 
 def test_the_published_table_beside_the_measured_one(result, tmp_path):
@@ -528,7 +535,7 @@ def test_a_machine_type_without_known_clips_is_left_out(result, tmp_path):
         replace(result, clips=of, metrics=measure(of[~is_own], 200), about=result.about | {"seed": i}) for i in (1, 2)
     ]
     lines = compared(runs, tmp_path)
-    assert ["## Averages over 1 machine types, in percent"] in lines
+    assert ["## Average over 1 machine types, in percent"] in lines
     assert not any(line[0] == "own" for line in lines)
 
 
