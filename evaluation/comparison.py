@@ -33,7 +33,7 @@ drawn anew (bootstrap within machine ID and condition, the same clips on both si
 freedom of Welch and Satterthwaite. A star marks an interval without 0. Where nothing differs, one in twenty gets one.
 A configuration of a single run tells nothing of its seeds: then the interval allows for other test clips alone.
 """
-EXPLANATION_OF_PUBLISHED = f"""\
+EXPLANATION_OF_PUBLISHED = f"""
 Published: a star marks a figure outside the interval in which one further run of the configuration lies with a
 probability of {COVERAGE:.0%} (Student's t, the same test clips). With a single run there is no interval and no star.
 With few runs it is wide: that there is no star does not mean that the figures agree.
