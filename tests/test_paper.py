@@ -53,6 +53,7 @@ def test_which_scripts_are_called(call, tmp_path, data_root, monkeypatch):
     calls = []
     monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
     monkeypatch.setattr(paper, "is_to_download", lambda config: True)
+    monkeypatch.setattr(paper, "measure_apart", lambda config: ("cpu", 0.1, 0.1))
     options = ["--data_root", data_root, "--machines", MACHINES, "--device", "cpu", "--batch_size", 2]
     status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
     assert status == 0
@@ -117,7 +118,6 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     fails(paper.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
     fails(paper.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(paper.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
-    fails(paper.main, *options, "--device", "cuda:77", match="device: cuda:77")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
     had_another = (
         r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
@@ -125,7 +125,8 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     fails(paper.main, *options, match=had_another)
     (tmp_path / "arcmix_1.pth").unlink()
     monkeypatch.setattr(paper, "RUN_BYTES", 10**15)
-    fails(paper.main, *options, "--device", "cpu", "--batch_size", 2, match="the disk is too small")
+    monkeypatch.setattr(paper, "measure_apart", lambda config: ("cpu", 0.1, 0.1))
+    fails(paper.main, *options, match="the disk is too small")
 
 
 # ---- The whole ----
@@ -146,6 +147,15 @@ def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_the_measurement_and_its_errors_come_from_a_process_of_its_own():
+    device, training, validation = paper.measure_apart(load_config(device="cpu", batch_size=2))
+    assert device == "cpu"
+    assert 0 < validation < training < 10
+    with pytest.raises(paper.UserError, match="device: cuda:77"):
+        paper.measure_apart(load_config(device="cuda:77"))
 
 
 @pytest.mark.slow
