@@ -20,15 +20,7 @@ from tqdm import tqdm
 import distributed
 import utils
 from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
-from checkpoint import (
-    HISTORY,
-    RunFiles,
-    State,
-    build_network,
-    check_configuration,
-    copy_state,
-    save_checkpoint,
-)
+from checkpoint import HISTORY, RunFiles, State, build_network, check_configuration, copy_state, save_checkpoint
 from config import Config
 from dataloader import MACHINE, ClipSet, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size

@@ -67,11 +67,11 @@ def main() -> None:
         raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
     runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
-    is_missing = is_to_download(config)
-    say_what_it_takes(runs, published_counts(config) if is_missing else count_clips(config), options.output)
+    downloads = is_to_download(config)
+    say_what_it_takes(runs, published_counts(config) if downloads else count_clips(config), options.output)
 
     common = ["--config", str(options.config), *as_options(given)]
-    if is_missing:
+    if downloads:
         call("datasets/download.py", "--types", *config.machines)
     for run in runs:
         call("train.py", "--resume", *common, *as_options({key: getattr(run, key) for key in CHOSEN_HERE}))

@@ -569,17 +569,23 @@ def test_files_without_configuration_are_groups_of_their_own(result):
 # ---- Figures and report ----
 
 
-@pytest.fixture(scope="module")
-def figures(result, tmp_path_factory) -> dict[Path, Figure]:
-    """All figures of an evaluation, by their files."""
+def keep_figures(patch: pytest.MonkeyPatch) -> list[Figure]:
+    """A list that each figure joins when it is written."""
     kept, save = [], Figure.savefig
 
     def keep_and_save(figure, *words, **options):
         kept.append(figure)
         save(figure, *words, **options)
 
+    patch.setattr(Figure, "savefig", keep_and_save)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def figures(result, tmp_path_factory) -> dict[Path, Figure]:
+    """All figures of an evaluation, by their files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", keep_and_save)
+        kept = keep_figures(patch)
         files = draw_all(result, tmp_path_factory.mktemp("figures") / "figures")
     return dict(zip(files, kept, strict=True))
 
@@ -653,10 +659,7 @@ def test_the_history_is_drawn(result, axes):
 
 
 def test_a_panel_holds_the_runs_of_a_configuration(result, tmp_path, monkeypatch):
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *words, **options: (kept.append(figure), save(figure, *words, **options))
-    )
+    kept = keep_figures(monkeypatch)
     turned = replace(result, clips=result.clips.assign(angle=180 - result.clips["angle"]))
     draw_angles({"mode arcface": [result, turned], "mode arcmix": [turned]}, tmp_path / "angles.png")
     both = pd.concat([result.clips, turned.clips])
