@@ -1,6 +1,7 @@
 """The files of a run: their names, lock and removal; saving, finding and reading checkpoints; the model in one."""
 
 import contextlib
+import hashlib
 import io
 import warnings
 import zipfile
@@ -40,6 +41,7 @@ class RunFiles:
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
+        self.embeddings = self.folder / "embeddings.pth"  # what eval.py makes where the checkpoint has none
 
     def results(self, split: str) -> Path:
         """What eval.py writes for the clips of a split, "test" or "evaluation"."""
@@ -69,7 +71,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
 
 def clear_run(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
-    for file in (files.best, files.last, files.history):
+    for file in (files.best, files.last, files.history, files.embeddings):
         file.unlink(missing_ok=True)
     clear(files.tensorboard, ["events.out.tfevents.*"])
     for split in ("test", "evaluation"):
@@ -200,21 +202,34 @@ def load_checkpoint(path: Path) -> State:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with `python train.py` or name another")
-    try:
-        if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote another format
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch does not compare the checksums
-                    raise ValueError(damaged)
-        with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for what is not a checkpoint
-        raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
+    state = load_file(path)
     if is_state_dict(state):
         return {"model": state}
     config = state.get("config") if isinstance(state, dict) else None
     if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
     return state
+
+
+def load_file(path: Path) -> Any:
+    """What `save_checkpoint` or torch has written; a `UserError` for anything else."""
+    try:
+        if zipfile.is_zipfile(path):  # PyTorch before 1.6 wrote another format
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch does not compare the checksums
+                    raise ValueError(damaged)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises a dozen kinds for what is not a checkpoint
+        raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
+
+
+def hash_weights(model: Mapping[str, Tensor]) -> str:
+    """The same for the same weights, different for others."""
+    digest = hashlib.sha256()
+    for name, tensor in model.items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_state_dict(value: Any) -> bool:

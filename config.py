@@ -19,6 +19,7 @@ from losses import MODES
 from model import CHANNELS
 from utils import OneLineParser, UserError, suggest
 
+SCORINGS = ("published", "angle", "nearest")  # evaluation/scoring.py computes them
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
@@ -102,6 +103,8 @@ class Config(BaseModel):
     cuda_graph: Flag
     num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     tensorboard: Flag
+    scoring: Literal[SCORINGS]  # type: ignore[valid-type]
+    neighbours: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
     score_dtype: Literal["float32", "float64"]
     threshold: Literal["gamma", "quantile"]
     threshold_percentile: Annotated[Real, Field(gt=0, lt=100, description="a number above 0 and below 100")]
@@ -117,10 +120,10 @@ class Config(BaseModel):
 
 
 KEYS = tuple(Config.model_fields)
-# Where things lie and how they are computed: a resumed run may have others.
+# Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may have others.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
-    "num_workers", "tensorboard", "score_dtype", "threshold", "threshold_percentile",
+    "num_workers", "tensorboard", "scoring", "neighbours", "score_dtype", "threshold", "threshold_percentile",
 )  # fmt: skip
 # What makes the model and its score: eval.py takes it from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")

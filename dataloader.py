@@ -230,6 +230,11 @@ class ClipSet:
                 yield samples
 
 
+def fingerprint(parts: Sequence[ClipSet]) -> str:
+    """That of training and validation clips together, which a checkpoint keeps."""
+    return "/".join(part.fingerprint() for part in parts)
+
+
 def upload(samples: Tensor, device: torch.device, stream: torch.cuda.Stream, end: torch.cuda.Event) -> Tensor:
     """Copy pinned samples to the GPU on this stream; the current one waits for the event at the end of the copy."""
     with torch.cuda.stream(stream):

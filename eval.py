@@ -5,6 +5,8 @@
     python eval.py --split evaluation                   # the challenge's evaluation clips
     python eval.py --plots --report                     # figures, and one HTML file with everything
     python eval.py a_1.pth a_2.pth b_1.pth b_2.pth      # several, and a comparison of their configurations
+    python eval.py --scoring nearest                    # another score: distance to the nearest training clips
+    python eval.py --all_scores                         # the three kinds of score side by side
     python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
 
 Machines, mode, input, m, s and sub_centers come from the checkpoint. Written, in the folder NAME/test (NAME/evaluation
@@ -13,6 +15,10 @@ intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<X
 decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them, and decisions.csv with the thresholds. The names
 of the evaluation clips do not tell which are anomalous; eval_data_list.csv in data_root does, and without it there are
 scores and decisions but no metrics.
+
+Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
+training clips. Training leaves them in the checkpoint; for weights without them they are made from the training clips
+in data_root, once, and kept as NAME/embeddings.pth.
 
 --score takes files and folders of recordings, scores each against the machine ID given, or against that ID of the
 machine type that it fits best, and prints a line for each: file, machine, score, threshold, normal or anomalous. A file
@@ -24,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import RunFiles, load_model
-from config import Config, parse_command_line
+from config import SCORINGS, Config, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
 from evaluation.recordings import find_recordings, print_scores, score_recordings
-from evaluation.result import evaluate
+from evaluation.result import Result, evaluate
 from evaluation.tables import write_result
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
@@ -36,21 +42,25 @@ COMPARISON = Path("check_points/comparison")
 
 
 def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], options: Namespace) -> None:
-    """Evaluate the checkpoints, each into its folder, and compare them if there are several."""
+    """Evaluate the checkpoints, each into its folder; compare them if there are several, and the scores on request."""
     for path in paths:
         if not path.suffix:
             raise UserError(f"{path}: results go to a folder of this name without its ending; rename it to {path}.pth")
     if len({RunFiles(path).folder for path in paths}) < len(paths):
         raise UserError("two checkpoints of one name without its ending have the same folder of results; rename one")
-    if len(paths) > 1:
+    is_comparison = len(paths) > 1 or options.all_scores
+    if is_comparison:
         check_writable(options.output / "comparison.md", "--output names another folder")
-    device, has_figures, results = use_device(config.device), options.plots or options.report, []
+    device, has_figures = use_device(config.device), options.plots or options.report
+    results: list[Result] = []
     for path in paths:
         trained = load_model(path, config, given)
         folder = RunFiles(path).results(options.split)
         check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a folder of your own")
         clips = load_clips(config.data_root, trained.config.machines, options.split, config.num_workers)
-        result = evaluate(trained, clips, options.split, device)
+        kinds = SCORINGS[::-1] if options.all_scores else [config.scoring]  # the published one is subtracted
+        scored = evaluate(trained, clips, options.split, device, kinds)
+        result = scored[config.scoring]
         if len(paths) > 1:
             print(f"\n{path}")
         write_result(result, folder, options.split)
@@ -64,13 +74,14 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
 
             write_report(result, figures, folder / "report.html")
             print(f"report: {folder / 'report.html'}")
-        results.append(result)
-    if len(paths) > 1:
+        results += scored.values()
+    if is_comparison:
         groups, figure = group_by_configuration(results), "angles.png" if has_figures else ""
         if has_figures:
             from evaluation.figures import draw_angles
 
-            draw_angles(groups, options.output / figure)
+            chosen = {name: runs for name, runs in groups.items() if runs[0].about["scoring"] == config.scoring}
+            draw_angles(chosen, options.output / figure)
         compare(groups, options.split, options.output, figure)
 
 
@@ -96,6 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=COMPARISON, help=f"folder for comparisons (default: {COMPARISON})"
     )
+    parser.add_argument("--all_scores", action="store_true", help="compare the three kinds of score (see scoring)")
     files = parser.add_argument_group("scoring of single recordings")
     files.add_argument("--score", nargs="+", metavar="FILE", type=Path, help="files or folders to score, nothing else")
     files.add_argument("--machine_type", help="machine type of these recordings")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
@@ -54,6 +55,11 @@ def run_network(
             similarity[rows], embedding[rows] = prepared(**inputs)
         start += len(samples)
     return Outputs(similarity, embedding)
+
+
+def pack_embeddings(outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+    """What is kept of clips: their `embedding` `(n, E)`, of length 1 and in half precision, and `label` `(n,)`."""
+    return {"embedding": F.normalize(outputs.embedding).half().cpu(), "label": labels}
 
 
 def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:

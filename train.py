@@ -38,6 +38,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
                 print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
             barrier()
             run.fit()
+        run.add_embeddings()
         if is_main():
             print(f"lowest validation loss {run.best_loss:.4f}; weights: {files.best}")
 

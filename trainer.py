@@ -1,11 +1,12 @@
 """Training: one step, one epoch, validation; the run around them, with its history, checkpoints and resuming."""
 
+import contextlib
 import math
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,11 +21,20 @@ from tqdm import tqdm
 import distributed
 import utils
 from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
-from checkpoint import HISTORY, RunFiles, State, build_network, check_configuration, copy_state, save_checkpoint
+from checkpoint import (
+    HISTORY,
+    RunFiles,
+    State,
+    build_network,
+    check_configuration,
+    copy_state,
+    load_checkpoint,
+    save_checkpoint,
+)
 from config import Config
-from dataloader import MACHINE, ClipSet, shuffled_batches
+from dataloader import MACHINE, ClipSet, fingerprint, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
-from inference import run_network
+from inference import Outputs, pack_embeddings, run_network
 from losses import Mix, Objective, divide_mix
 from model import FrontEnd, TASTgramMFN
 from utils import UserError, copy_to_host, notice, random_stream
@@ -196,18 +206,30 @@ class Trainer:
             raise UserError(f"the {name} is {loss} at {moment} (learning rate {lr:.3g}): try {remedies}")
 
     def validate(self, clips: ClipSet) -> tuple[np.ndarray, float]:
-        """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed and in float32. The clips are
-        divided between the processes, and every process gets all scores.
+        """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed."""
+        similarity, labels = self.run_network(clips).similarity, clips.labels.to(self.device)
+        scores = self.objective.anomaly_score(similarity, labels, torch.float64)
+        return scores.cpu().numpy(), float(self.objective.accuracy(similarity, labels))
+
+    def run_network(self, clips: ClipSet, title: str | None = None) -> Outputs:
+        """What the network gives for clips in evaluation mode and float32. They are divided between the processes, and
+        every process gets all outputs. A title is that of a progress bar.
         """
         numbers = np.arange(len(clips))[rank() :: world_size()]
-        outputs = run_network(self.network, self.loss.front_end, clips, numbers, self.config.batch_size, self.device)
-        labels = clips.labels[numbers].to(self.device)
-        results = torch.zeros(2, len(clips), dtype=torch.float64, device=self.device)
-        results[0, numbers] = self.objective.anomaly_score(outputs.similarity, labels, torch.float64)
-        results[1, numbers] = (outputs.similarity.argmax(dim=1) == labels).double()
+        title = title if is_main() else None
+        share = run_network(
+            self.network, self.loss.front_end, clips, numbers, self.config.batch_size, self.device, title=title
+        )
+        if world_size() == 1:
+            return share
         distributed.barrier()  # a process may have read its clips long before another one
-        scores, hits = sum_over_ranks(results).cpu().numpy()
-        return scores, float(hits.mean())
+
+        def gather(values: Tensor) -> Tensor:
+            whole = values.new_zeros(len(clips), values.shape[1])
+            whole[numbers] = values
+            return sum_over_ranks(whole)
+
+        return Outputs(gather(share.similarity), gather(share.embedding))
 
     def memory_needed(self) -> int:
         """Bytes of a GPU that training takes besides the clips, estimated from the batch.
@@ -251,7 +273,7 @@ class Run:
             )
         if config.batch_size < least:
             raise UserError(f"batch_size: {config.batch_size} clips a step: {processes}; raise it")
-        self.fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
+        self.fingerprint = fingerprint([train_clips, valid_clips])
         if distributed.from_main(lambda: self.fingerprint) != self.fingerprint:
             raise UserError(
                 f"{config.data_root} on {platform.node()}: the clips are not those of the first process; give "
@@ -287,24 +309,29 @@ class Run:
                 f"{self.files.last}: its weights or optimiser state do not fit; start again with --overwrite"
             ) from None
         self.history, self.best_loss = state["history"], state["best_loss"]
+        self.saved = self.epoch
         if is_main():
             self.write_history(self.history)  # a crash may have come between checkpoint and history
 
     def fit(self) -> None:
         """Train from the present epoch to the last. The files of an epoch are written while the next one is trained."""
-        log, self.saved = None, self.epoch
+        log = None
         if self.config.tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             log = SummaryWriter(str(self.files.tensorboard), purge_step=self.saved + 1)  # drops epochs after a crash
-        with ThreadPoolExecutor(1) as writer:
-            try:
-                self.run_epochs(writer, log)
-            except (KeyboardInterrupt, SystemExit):
-                writer.shutdown()
-                how = f"; --resume continues after epoch {self.saved}" if self.saved else " before the first checkpoint"
-                notice(f"stopped{how}")
-                raise
+        with self.stoppable(), ThreadPoolExecutor(1) as writer:
+            self.run_epochs(writer, log)
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Say, when a user stops the run, what is kept of it."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            how = f"; --resume continues after epoch {self.saved}" if self.saved else " before the first checkpoint"
+            notice(f"stopped{how}")
+            raise
 
     def run_epochs(self, writer: ThreadPoolExecutor, log: Any) -> None:
         writing: Future[None] | None = None
@@ -352,6 +379,21 @@ class Run:
             "job": distributed.job_name(),
             "versions": utils.versions(),
         }
+
+    def add_embeddings(self) -> None:
+        """Put the embeddings of the clips under the best weights into their checkpoint, unless they are in it."""
+        state = distributed.from_main(lambda: load_checkpoint(self.files.best))
+        if "embeddings" in state:
+            return
+        if is_main():
+            print(f"embeddings of the clips under the weights of epoch {state['epoch']}", flush=True)
+        self.trainer.network.load_state_dict(state["model"])
+        with self.stoppable():
+            parts = [self.trainer.run_network(clips, "embeddings") for clips in (self.train_clips, self.valid_clips)]
+            if is_main():
+                bank, held_out = map(pack_embeddings, parts, (self.train_clips.labels, self.valid_clips.labels))
+                save_checkpoint(state | {"embeddings": {"bank": bank, "held_out": held_out}}, self.files.best)
+        distributed.barrier()  # as after the last epoch
 
     def write(self, read: Callable[[], State], is_best: bool, log: Any) -> None:
         """Write the checkpoints and `history.csv`, and report the epoch. Cut anywhere, `--resume` repeats at most this

@@ -30,8 +30,9 @@ Configurations: mean ± standard deviation over the seeds.
 Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test clips. The variance
 is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
 drawn anew (bootstrap within machine ID and condition, the same clips on both sides); Student's t with the degrees of
-freedom of Welch and Satterthwaite. A star marks an interval without 0. Where nothing differs, one in twenty gets one.
-A configuration of a single run tells nothing of its seeds: then the interval allows for other test clips alone.
+freedom of Welch and Satterthwaite. Two scores of the same runs are compared run by run. A star marks an interval
+without 0. Where nothing differs, one in twenty gets one. A configuration of a single run tells nothing of its seeds:
+then the interval allows for other test clips alone.
 """
 EXPLANATION_OF_PUBLISHED = f"""
 Published: a star marks a figure outside the interval in which one further run of the configuration lies with a
@@ -70,10 +71,11 @@ def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: s
         if published := published_rows(runs[0].trained.config, split, metrics):
             sections[f"{name}, and as published"] = published_table(runs, [*types, AVERAGE], published)
     explanation = EXPLANATION + (EXPLANATION_OF_PUBLISHED if sections else "")
+    pairs = find_pairs(groups)
     for machine_type in (AVERAGE, *types):
         title = f"Average over {len(types)} machine types" if machine_type == AVERAGE else machine_type
         draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
-        sections[title] = [*configuration_table(draws), "", *difference_table(draws)]
+        sections[title] = [*configuration_table(draws), "", *difference_table(draws, pairs)]
     sections["Runs, average over machine types"] = run_table(groups)
     lines = [line for title, table in sections.items() for line in (f"## {title}, in percent", "", *table, "")]
     text = "\n".join([*lines, explanation])
@@ -82,6 +84,18 @@ def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: s
     write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
     write_csv(folder / "comparison.csv", pd.concat([all_rows(run) for runs in groups.values() for run in runs]))
     print(f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}")
+
+
+def find_pairs(groups: dict[str, list[Result]]) -> dict[tuple[str, str], bool]:
+    """Which configurations are compared, and whether their runs are the same: all of one score, and the scores of each
+    training.
+    """
+    pairs = {}
+    for (name, one), (other_name, other) in itertools.combinations(groups.items(), 2):
+        has_same_runs = [run.trained.path for run in one] == [run.trained.path for run in other]
+        if has_same_runs or one[0].about["scoring"] == other[0].about["scoring"]:
+            pairs[name, other_name] = has_same_runs
+    return pairs
 
 
 def metrics_of(result: Result) -> Metrics:
@@ -97,17 +111,23 @@ def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
 
 
 def name_configurations(results: Sequence[Result]) -> list[str]:
-    """What tells the configuration of each result from the others: keys but seed and computation, or the file of a
-    bare state dict.
+    """What tells the configuration of each result from the others: the keys of its training but seed and computation,
+    or the file of a bare state dict; and the score.
     """
     settings = [settings_of(result) for result in results]
     known = [own for own in settings if own]
     keys = dict.fromkeys(key for own in known for key in own)
     differing = [key for key in keys if any(own.get(key) != known[0].get(key) for own in known)]
-    return [
+    trainings = [
         ", ".join(f"{key} {own.get(key)}" for key in differing or ["mode"]) if own else str(result.trained.path)
         for own, result in zip(settings, results, strict=True)
     ]
+    scores = [f"scoring {result.about['scoring']}" for result in results]
+    if len(set(scores)) == 1:
+        return trainings
+    if len(set(trainings)) == 1:
+        return scores
+    return [f"{training}, {score}" for training, score in zip(trainings, scores, strict=True)]
 
 
 def settings_of(result: Result) -> dict[str, str]:
@@ -125,12 +145,12 @@ def configuration_table(draws: dict[str, np.ndarray]) -> list[str]:
     return [*markdown_header("configuration"), *rows]
 
 
-def difference_table(draws: dict[str, np.ndarray]) -> list[str]:
-    """Each pair of configurations; nothing for a single one."""
-    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)") if len(draws) > 1 else []
-    for one, other in itertools.combinations(draws, 2):
+def difference_table(draws: dict[str, np.ndarray], pairs: dict[tuple[str, str], bool]) -> list[str]:
+    """The pairs of configurations, of which some have the same runs."""
+    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)") if pairs else []
+    for (one, other), has_same_runs in pairs.items():
         is_single = min(len(draws[one]), len(draws[other])) == 1
-        value, half = difference(draws[one], draws[other])
+        value, half = difference(draws[one], draws[other], has_same_runs)
         cells = [
             "-"
             if np.isnan(x)
@@ -153,10 +173,11 @@ def published_table(runs: Sequence[Result], types: Sequence[str], published: Pub
 
 
 def run_table(groups: dict[str, list[Result]]) -> list[str]:
-    lines = markdown_header("checkpoint", [*TITLES, "seed", "epoch of the weights"])
+    columns = ("seed", "epoch of the weights", "scoring")
+    lines = markdown_header("checkpoint", [*TITLES, *columns])
     for runs in groups.values():
         for run, drawn in zip(runs, summary_draws(runs, AVERAGE), strict=True):
-            about = [in_words(run.about[name]) for name in ("seed", "epoch of the weights")]
+            about = [in_words(run.about[name]) for name in columns]
             lines.append(markdown_row(str(run.trained.path), [*map(percent, drawn[0]), *about]))
     return lines
 
@@ -171,16 +192,18 @@ def spread(runs: np.ndarray) -> list[str]:
     return [percent(mean) + deviation for mean, deviation in zip(values.mean(axis=0), deviations, strict=True)]
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def difference(one: np.ndarray, other: np.ndarray, has_same_runs: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The difference of the means of two configurations, and half the width of its interval `(n,)`.
 
     A part of the variance comes from the seeds of each side, and has their degrees of freedom; a part comes from the
     test clips, and has infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
-    Where a side is a single run, nothing is known of its seeds, and the part of the seeds is left out.
+    Where a side is a single run, nothing is known of its seeds, and the part of the seeds is left out. Two scores of
+    the same runs are compared run by run.
     """
+    sides = [one - other] if has_same_runs else [one, other]
     drawn = one.mean(axis=0) - other.mean(axis=0)
     variance, variance_by_degrees = drawn[1:].var(axis=0), np.zeros(drawn.shape[1])
-    for runs in (one, other) if min(len(one), len(other)) > 1 else ():
+    for runs in sides if min(map(len, sides)) > 1 else ():
         of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
         variance = variance + of_mean
         variance_by_degrees += of_mean**2 / (len(runs) - 1)
@@ -204,7 +227,7 @@ def prediction_interval(runs: np.ndarray) -> np.ndarray:
 def all_rows(result: Result) -> pd.DataFrame:
     """Every row of the metrics, as fractions."""
     table = metrics_of(result).table.drop(columns=["n_normal", "n_anomaly"]).reset_index()
-    for name in ("seed", "mode"):
+    for name in ("seed", "scoring", "mode"):
         table.insert(0, name, result.about[name])
     table.insert(0, "checkpoint", str(result.trained.path))
     return table

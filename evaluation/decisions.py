@@ -1,11 +1,12 @@
 """Yes or no: a threshold for each machine ID, from the scores of normal clips that were held out of the training."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dataloader import ANOMALOUS, MACHINE, known_clips
+from dataloader import ANOMALOUS, MACHINE, class_labels, known_clips
 from utils import notice
 
 LEAST_CLIPS = 20  # of an ID; with fewer the scores of its machine type are pooled
@@ -14,8 +15,8 @@ LEAST_CLIPS = 20  # of an ID; with fewer the scores of its machine type are pool
 def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
     """The percentile of a gamma distribution fitted to the scores ("gamma"), or of the scores themselves ("quantile").
 
-    As in the DCASE baselines, but for a location fixed at 0, below which no cross-entropy lies: a free one fits less
-    well and at times not at all. Where all scores are alike nothing can be fitted, and the quantile serves.
+    As in the DCASE baselines, but for a location fixed at 0, below which no score lies: a free one fits less well and
+    at times not at all. Where all scores are alike nothing can be fitted, and the quantile serves.
     """
     values = np.maximum(scores, np.finfo(np.float64).eps)
     if method == "gamma" and np.ptp(values) > 0:
@@ -35,21 +36,27 @@ def fit_thresholds(
     it comes from: those of the ID, or of its whole type where the ID has fewer than 20.
 
     `held_out` has the columns `machine_type`, `machine_id` and `score`. A type without clips has no thresholds.
-    Notices say which.
     """
-    rows, pooled, without = [], [], []
+    rows = []
     for machine_type, ids in machines.items():
         of_type = held_out[held_out["machine_type"] == machine_type]
-        for machine_id in [f"{number:02d}" for number in ids]:
-            chosen, source = of_type[of_type["machine_id"] == machine_id], "ID"
-            if of_type.empty:
-                without.append(f"{machine_type} {machine_id}")
-                continue
-            if len(chosen) < LEAST_CLIPS:
-                pooled.append(f"{machine_type} {machine_id} ({len(chosen)} of {len(of_type)})")
-                chosen, source = of_type, "type"
+        for machine_id in [f"{number:02d}" for number in ids if len(of_type)]:
+            of_id = of_type[of_type["machine_id"] == machine_id]
+            chosen, source = (of_type, "type") if len(of_id) < LEAST_CLIPS else (of_id, "ID")
             threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
             rows.append((machine_type, machine_id, threshold, f"{len(chosen)} clips of the {source}"))
+    table = pd.DataFrame(rows, columns=[*MACHINE, "threshold", "held_out"])
+    return table.astype({"threshold": float}).set_index(MACHINE)
+
+
+def explain_thresholds(thresholds: pd.DataFrame, machines: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Say of which machines the threshold is that of the type, or is missing. The path is that of the checkpoint."""
+    if thresholds.empty:
+        notice(f"{path}: no scores of held-out clips, so there are no decisions")
+        return
+    sources = thresholds["held_out"].reindex(list(class_labels(machines)))
+    pooled = [" ".join(machine) for machine in sources.index[sources.str.endswith("type", na=False)]]
+    without = [" ".join(machine) for machine in sources.index[sources.isna()]]
     if pooled:
         notice(
             f"fewer than {LEAST_CLIPS} held-out clips, so the threshold is that of the whole machine type: "
@@ -57,8 +64,6 @@ def fit_thresholds(
         )
     if without:
         notice(f"no held-out clips of the machine type, so there is no threshold: {', '.join(without)}")
-    table = pd.DataFrame(rows, columns=[*MACHINE, "threshold", "held_out"])
-    return table.astype({"threshold": float}).set_index(MACHINE)
 
 
 def decide(scores: pd.Series, thresholds: pd.Series) -> pd.Series:

@@ -32,6 +32,11 @@ COLUMN, PAGE = 3.5, 7.2  # inches
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 BLUE, GREEN, RED = COLOURS[0], COLOURS[2], COLOURS[5]
 CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}  # colour and line
+SCORES = {
+    "published": "cross-entropy",
+    "angle": "degrees to own centre",
+    "nearest": "cosine distance to the nearest training clips",
+}
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "figure.dpi": 200, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
@@ -120,21 +125,30 @@ def draw_roc(result: Result, path: Path) -> None:
 
 
 def draw_scores(result: Result, path: Path) -> None:
-    """The scores of each machine ID with its threshold, on a logarithmic axis."""
-    clips = result.clips.assign(log_score=np.log10(result.clips["exact_score"].clip(lower=1e-12)))
+    """The scores of each machine ID with its threshold; the cross-entropy on a logarithmic axis."""
+    kind = result.trained.config.scoring
+    is_log = kind == "published"
+
+    def place(values: pd.Series | float) -> Any:
+        return np.log10(np.maximum(values, 1e-12)) if is_log else values
+
+    clips = result.clips.assign(place=place(result.clips["exact_score"]))
     groups = clips.groupby(MACHINE, sort=False)
-    bins = np.linspace(np.floor(clips["log_score"].min()), np.ceil(clips["log_score"].max()), 40)
+    bins = np.histogram_bin_edges(clips["place"], 40)
+    if is_log:
+        bins = np.linspace(np.floor(bins[0]), np.ceil(bins[-1]), 40)
     with panels(path, groups.ngroups, PAGE, 1.4) as (drawn, axes):
         handles: dict[str, Any] = {}
         for axis, (machine, group) in zip(axes, groups, strict=True):
-            draw_histograms(axis, group, "log_score", bins)
+            draw_histograms(axis, group, "place", bins)
             threshold = group["threshold"].iloc[0]
             if not np.isnan(threshold):
-                axis.axvline(np.log10(max(threshold, 1e-12)), color="black", linestyle=":", label="threshold")
+                axis.axvline(place(threshold), color="black", linestyle=":", label="threshold")
             axis.set_title(f"{machine[0]} {machine[1]}")
-            axis.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$")
+            if is_log:
+                axis.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$")
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        drawn.supxlabel("anomaly score (cross-entropy)", fontsize=8)
+        drawn.supxlabel(f"anomaly score ({SCORES[kind]})", fontsize=8)
         drawn.supylabel("density", fontsize=8)
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
 

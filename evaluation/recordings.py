@@ -11,9 +11,9 @@ import torch
 
 from checkpoint import TrainedModel
 from dataloader import ANOMALOUS, MACHINE, NORMAL, ClipSet, check_recordings, class_labels
-from evaluation.decisions import decide
-from evaluation.result import find_thresholds
-from evaluation.scoring import anomaly_scores, run_model
+from evaluation.decisions import decide, explain_thresholds
+from evaluation.result import check_finite, find_thresholds
+from evaluation.scoring import anomaly_scores, run_model, with_embeddings
 from utils import UserError
 
 
@@ -43,11 +43,16 @@ def score_recordings(
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in trained.config.machines.items())
         which = machine_type if machine_id is None else f"{machine_type} {machine_id}"
         raise UserError(f"{trained.path} knows no machine {which}; it was trained on {known}")
+    trained = with_embeddings(trained, [trained.config.scoring], device)
     checked = check_recordings(paths, trained.config.num_workers)
     good = [path for path, result in checked.items() if not isinstance(result, UserError)]
     scores = score_files(trained, good, [labels[machine] for machine in candidates], device)
     rows = [(*candidates[index], score) for index, score in zip(scores.argmin(axis=1), scores.min(axis=1), strict=True)]
-    scored = pd.DataFrame(rows, columns=[*MACHINE, "score"]).join(find_thresholds(trained)["threshold"], on=MACHINE)
+    scored = pd.DataFrame(rows, columns=[*MACHINE, "score"]).astype({"score": float})
+    check_finite(trained, scored)
+    thresholds = find_thresholds(trained)
+    explain_thresholds(thresholds, {machine_type: [int(number) for _, number in candidates]}, trained.path)
+    scored = scored.join(thresholds["threshold"], on=MACHINE)
     scored["decision"] = decide(scored["score"], scored["threshold"])
     results = dict(zip(good, scored.to_dict("records"), strict=True))
     return [

@@ -30,7 +30,7 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         tables["Thresholds"] = result.thresholds.reset_index()
     config = result.trained.state.get("config", result.trained.config.model_dump())
     content = {
-        "title": f"{result.trained.path.name}: {result.about['mode']}",
+        "title": f"{result.trained.path.name}: {result.about['mode']}, {result.about['scoring']} score",
         "about": {name: in_words(value) for name, value in result.about.items()},
         "tables": {title: table.to_html(index=False, border=0) for title, table in tables.items()},
         "figures": {file.stem: in_base64(file.read_bytes()) for file in figures},

@@ -1,19 +1,20 @@
 """What a checkpoint says of the clips of a split: what tables, figures, report and comparison are made of."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from checkpoint import TrainedModel
 from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, ClipSet, known_clips
 from evaluation.decisions import decide, fit_thresholds
 from evaluation.metrics import Metrics, measure
-from evaluation.scoring import Outputs, anomaly_scores, run_model
-from utils import UserError, notice, versions
+from evaluation.scoring import angles, anomaly_scores, held_out_scores, run_model, with_embeddings
+from inference import Outputs
+from utils import UserError, versions
 
 HARDEST = 3  # clips of each condition and machine ID
 
@@ -46,16 +47,23 @@ class Result:
         return pd.concat(chosen).sort_values("label", kind="stable")
 
 
-def evaluate(trained: TrainedModel, clip_set: ClipSet, split: str, device: torch.device) -> Result:
-    """Score the clips of a split ("test" or "evaluation"), measure and decide."""
+def evaluate(
+    trained: TrainedModel, clip_set: ClipSet, split: str, device: torch.device, kinds: Sequence[str]
+) -> dict[str, Result]:
+    """Score the clips of a split ("test" or "evaluation"), measure and decide, for each of these kinds of score."""
+    trained = with_embeddings(trained, kinds, device)
     outputs = run_model(trained, clip_set, device)
+    configs = {kind: trained.config.model_copy(update={"scoring": kind}) for kind in kinds}
+    return {kind: judge(replace(trained, config=own), outputs, clip_set, split) for kind, own in configs.items()}
+
+
+def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str) -> Result:
     clips = clip_set.clips.assign(
         score=anomaly_scores(trained, outputs, clip_set.labels, trained.config.score_dtype),
         exact_score=anomaly_scores(trained, outputs, clip_set.labels),
-        angle=angles(trained, outputs, clip_set.labels),
+        angle=angles(trained, outputs.embedding, clip_set.labels),
     )
-    if bad := int((~np.isfinite(clips["score"])).sum()):
-        raise UserError(f"{trained.path}: {bad} of {len(clips)} scores are not finite numbers")
+    check_finite(trained, clips)
     thresholds = find_thresholds(trained)
     clips = clips.join(thresholds["threshold"], on=MACHINE)
     clips["decision"] = decide(clips["exact_score"], clips["threshold"])
@@ -64,23 +72,23 @@ def evaluate(trained: TrainedModel, clip_set: ClipSet, split: str, device: torch
     return Result(trained, clips, outputs.embedding.numpy(), thresholds, metrics, describe(trained, clips, split))
 
 
-def angles(trained: TrainedModel, outputs: Outputs, labels: Tensor) -> np.ndarray:
-    """Degrees; of a plain linear head, which has no centres, the angle to the weights of the class."""
-    if trained.network.head == "arcface":
-        cosine = outputs.similarity.double().gather(1, labels[:, None])[:, 0]
-    else:
-        weights = trained.network.mobilefacenet.fc_out.weight.detach().cpu()[labels]
-        cosine = torch.nn.functional.cosine_similarity(outputs.embedding.double(), weights.double())
-    return torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0))).numpy()
+def check_finite(trained: TrainedModel, clips: pd.DataFrame) -> None:
+    """Raise `UserError` where a `score` is not finite: the weights are not, or nothing is near."""
+    bad = clips[~np.isfinite(clips["score"])]
+    if bad.empty:
+        return
+    machines = ", ".join(dict.fromkeys(bad["machine_type"].str.cat(bad["machine_id"], sep=" ")))
+    if np.isposinf(bad["score"]).all() and trained.config.scoring == "nearest":
+        raise UserError(
+            f"{trained.path}: it was trained on no clips of {machines}, so none are near; take another scoring"
+        )
+    raise UserError(f"{trained.path}: {len(bad)} of {len(clips)} scores are not finite numbers ({machines})")
 
 
 def find_thresholds(trained: TrainedModel) -> pd.DataFrame:
-    """The threshold of each machine; none, with a notice, where no held-out scores are stored."""
-    machines, held_out, config = trained.config.machines, trained.state.get("held_out"), trained.config
-    if held_out is None:
-        notice(f"{trained.path}: no scores of held-out clips, so there are no decisions")
-        machines = {}
-    return fit_thresholds(machines, pd.DataFrame(held_out), config.threshold, config.threshold_percentile)
+    """The threshold of each machine of which there are held-out clips."""
+    config = trained.config
+    return fit_thresholds(config.machines, held_out_scores(trained), config.threshold, config.threshold_percentile)
 
 
 def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str, Any]:
@@ -89,6 +97,8 @@ def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str
     return {
         "checkpoint": str(trained.path),
         "mode": trained.config.mode,
+        "scoring": trained.config.scoring,
+        **({"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}),
         "input": trained.config.input,
         "seed": training.get("seed"),
         "epoch of the weights": trained.state.get("epoch"),

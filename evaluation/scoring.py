@@ -1,19 +1,31 @@
-"""From clips to the anomaly scores of a trained network."""
+"""From clips to the anomaly scores of a trained network, of the three kinds that `scoring` names.
+
+- published: cross-entropy with margin against the own machine ID (Choi & Choi, ICASSP 2024)
+- angle: between the embedding and the centre of the own ID, in degrees
+- nearest: cosine distance between the embedding and those of the nearest training clips of the own ID, the bank
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import TrainedModel
-from dataloader import ClipSet
-from inference import Outputs, run_network
+from checkpoint import RunFiles, State, TrainedModel, hash_weights, load_file, save_checkpoint
+from dataloader import MACHINE, ClipSet, class_labels, fingerprint, load_clips
+from inference import Outputs, pack_embeddings, run_network
 from losses import Objective
 from model import FrontEnd
-from utils import choose_precision, keep_freed_memory, set_up_numerics
+from utils import UserError, check_writable, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 
-def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device) -> Outputs:
-    """What the network gives for clips, on the CPU.
+def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device, title: str = "scoring") -> Outputs:
+    """What the network gives for clips, on the CPU. The title is that of the progress bar.
 
     The network runs in `eval_precision`, everything before and after it in float32.
     """
@@ -23,11 +35,116 @@ def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device) -> Ou
     precision = choose_precision(config.eval_precision, device)
     network, front_end = trained.network.move_to(device), FrontEnd(config.input).to(device)
     numbers = np.arange(len(clips))
-    outputs = run_network(network, front_end, clips, numbers, config.batch_size, device, precision, "scoring")
+    outputs = run_network(network, front_end, clips, numbers, config.batch_size, device, precision, title)
     return Outputs(outputs.similarity.cpu(), outputs.embedding.cpu())
 
 
+# ---- Scores: one of each clip against the class `labels` `(n,)`; higher is more anomalous ----
+
+
 def anomaly_scores(trained: TrainedModel, outputs: Outputs, labels: Tensor, dtype: str = "float64") -> np.ndarray:
-    """The anomaly score of each clip against the class `labels` `(n,)`; higher is more anomalous."""
-    objective = Objective(trained.config.mode, trained.config.m, trained.config.s)
+    """The scores of the kind that the configuration names."""
+    config = trained.config
+    if config.scoring != "published":
+        return embedding_scores(trained, outputs.embedding, labels).astype(dtype)
+    objective = Objective(config.mode, config.m, config.s)
     return objective.anomaly_score(outputs.similarity, labels, getattr(torch, dtype)).numpy()
+
+
+def embedding_scores(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarray:
+    """Those of the kinds that an embedding `(n, E)` is enough for, whatever its length; float64."""
+    if trained.config.scoring == "angle":
+        return angles(trained, embedding, labels)
+    return nearest_distances(embedding, labels, trained.state["embeddings"]["bank"], trained.config.neighbours)
+
+
+def angles(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarray:
+    """Degrees to the centre of the class, the closest one where it has several; of a plain linear head, which has no
+    centres, to the weights of the class.
+    """
+    weight, sub_centers = trained.network.mobilefacenet.fc_out.weight, 1
+    if trained.network.head == "arcface":
+        weight, sub_centers = trained.network.arcface.weight, trained.network.arcface.sub_centers
+    centres = F.normalize(weight.detach().cpu().double())
+    cosine = (F.normalize(embedding.double()) @ centres.T).unflatten(1, (-1, sub_centers)).amax(dim=2)
+    own = cosine.gather(1, labels[:, None])[:, 0]
+    return torch.rad2deg(torch.acos(own.clamp(-1.0, 1.0))).numpy()
+
+
+def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tensor], neighbours: int) -> np.ndarray:
+    """The mean cosine distance (0 to 2) to the nearest embeddings of the class in the bank, of which it takes as many
+    as there are where the class has fewer; infinite where it has none.
+    """
+    distances = torch.full((len(labels),), torch.inf, dtype=torch.float64)
+    for label in labels.unique():
+        of_class, own = labels == label, bank["embedding"][bank["label"] == label]
+        if len(own):
+            cosine = F.normalize(embedding[of_class].double()) @ F.normalize(own.double()).T
+            distances[of_class] = 1.0 - cosine.topk(min(neighbours, len(own))).values.mean(dim=1)
+    return distances.numpy()
+
+
+def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
+    """The `score` of each clip that was held out of the training, with MACHINE; no rows where they are not known."""
+    if trained.config.scoring == "published":
+        return pd.DataFrame(trained.state.get("held_out", {}), columns=[*MACHINE, "score"])
+    held_out = trained.state.get("embeddings", {}).get("held_out")
+    if held_out is None:
+        return pd.DataFrame(columns=[*MACHINE, "score"])
+    machines = list(class_labels(trained.config.machines))
+    table = pd.DataFrame([machines[label] for label in held_out["label"].tolist()], columns=MACHINE)
+    return table.assign(score=embedding_scores(trained, held_out["embedding"], held_out["label"]))
+
+
+# ---- The embeddings of the clips of the training folder ----
+
+
+def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.device) -> TrainedModel:
+    """The model with what these kinds of score need: embeddings of training clips, and of held-out ones for thresholds.
+
+    Training leaves them in the checkpoint. For weights without them they are made from the training folder, once, and
+    kept beside the results.
+    """
+    is_run = "held_out" in trained.state  # else there are no thresholds, and the angle needs no clips
+    if "embeddings" in trained.state or not ("nearest" in kinds or (is_run and "angle" in kinds)):
+        return trained
+    path, machines = RunFiles(trained.path).embeddings, json.dumps(trained.config.machines)
+    weights = hash_weights(trained.state["model"])
+    kept = read_embeddings(path) if path.exists() else {}
+    if (kept.get("weights"), kept.get("machines")) != (weights, machines):
+        check_writable(path, "copy the checkpoint to a folder of your own")
+        embeddings = make_embeddings(trained, device)
+        kept = {"weights": weights, "machines": machines, "data_root": trained.config.data_root, **embeddings}
+        save_checkpoint(kept, path)
+    notice(
+        f"{trained.path} holds no embeddings of its training clips; {path} has those of {len(kept['bank']['label'])} "
+        f"clips of {kept['data_root']} (remove it to have it made again)"
+    )
+    return dataclasses.replace(trained, state=trained.state | {"embeddings": kept})
+
+
+def read_embeddings(path: Path) -> State:
+    try:
+        return load_file(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and it is made again") from None
+
+
+def make_embeddings(trained: TrainedModel, device: torch.device) -> State:
+    """Those of all training clips; of a run, without the clips that it held out, which are apart."""
+    config, run = trained.config.model_copy(update={"eval_precision": "fp32"}), trained.state.get("config")
+    try:
+        clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+    except UserError as error:
+        raise UserError(
+            f"{trained.path} holds no embeddings of its training clips, and this scoring needs them: {error}"
+        ) from None
+    parts = clips.split(run["split_ratio"], run["seed"]) if run else [clips]
+    if run and fingerprint(parts) != trained.state["clips"]:
+        raise UserError(
+            f"{trained.path} holds no embeddings of its training clips, and those under {config.data_root} are other "
+            f"clips; bring them back"
+        )
+    exact = dataclasses.replace(trained, config=config)
+    packed = [pack_embeddings(run_model(exact, part, device, "embeddings"), part.labels) for part in parts]
+    return dict(zip(("bank", "held_out"), packed, strict=False))

@@ -10,7 +10,7 @@ import pandas as pd
 from checkpoint import RESULT_FILES, clear
 from config import Config
 from dataloader import LABEL_LIST, MACHINE
-from evaluation.decisions import count_decisions
+from evaluation.decisions import count_decisions, explain_thresholds
 from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, SEED
 from evaluation.result import Result
 from utils import notice, write_csv, write_text
@@ -36,10 +36,11 @@ TITLES = [title for *_, title in SUMMARY]
 
 
 def published_rows(config: Config, split: str, table: pd.DataFrame) -> Published:
-    """The published rows for what was evaluated: the development test set, the published channels, the machine types
-    of the metrics. The average is among them if all its types are.
+    """The published rows for what was evaluated: the development test set, the published channels and score, the
+    machine types of the metrics. The average is among them if all its types are.
     """
-    rows = PUBLISHED.get(config.mode, {}) if split == "test" and config.input == PUBLISHED_INPUT else {}
+    is_published = split == "test" and config.input == PUBLISHED_INPUT and config.scoring == "published"
+    rows = PUBLISHED.get(config.mode, {}) if is_published else {}
     types = set(table.index.unique("machine_type"))
     return {name: row for name, row in rows.items() if name in types and (name != AVERAGE or set(rows) <= types)}
 
@@ -117,6 +118,7 @@ def write_result(result: Result, folder: Path, split: str) -> None:
             notice(f"no AUC, and left out of the averages, {reason}: {', '.join(gaps)}")
         write_metrics(table, result.about, folder)
         print(format_table(table, published_rows(result.trained.config, split, table)))
+    explain_thresholds(result.thresholds, result.trained.config.machines, result.trained.path)
     write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")
     if len(result.thresholds):
         write_csv(folder / "decisions.csv", count_decisions(result.clips, result.thresholds).reset_index())
@@ -126,7 +128,7 @@ def write_result(result: Result, folder: Path, split: str) -> None:
 def write_metrics(table: pd.DataFrame, about: dict[str, Any], folder: Path) -> None:
     """results.md, metrics.json and metrics.csv."""
     text = [
-        f"# {about['mode']}, input {in_words(about['input'])}\n",
+        f"# {about['mode']}, input {in_words(about['input'])}, {about['scoring']} score\n",
         markdown_table(table) + "\n",
         f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within machine ID and "
         "condition). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false "

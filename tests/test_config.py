@@ -77,6 +77,7 @@ def test_every_key_is_typed_on_the_command_line():
         "eval_precision": "bf16",
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",
+        "scoring": "nearest", "neighbours": 4,
         "threshold": "quantile", "threshold_percentile": 95.0,
     }  # fmt: skip
     assert set(values) == set(KEYS)

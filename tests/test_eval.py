@@ -14,7 +14,7 @@ from conftest import MACHINES, arguments, tone, write_clip, write_set
 from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
-from checkpoint import build_network, load_checkpoint, save_checkpoint
+from checkpoint import build_network, load_checkpoint, load_file, save_checkpoint
 from config import load_config
 from dataloader import class_labels
 from model import TASTgramMFN
@@ -43,6 +43,7 @@ def make_lively(folder: Path) -> None:
         rows += [(*machine, score) for score in rng.gamma(shape, scale, count).tolist()]
     held_out = dict(zip(("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True))
     state = load_checkpoint(folder / "run.pth") | {"held_out": held_out}
+    del state["embeddings"]  # which are those of other weights
     state["model"] = {
         name: value[: len(state["model"][name])] if value.ndim else value  # the centres of three classes
         for name, value in reference.parameters().items()
@@ -225,6 +226,106 @@ def test_published_weights_give_the_scores_of_the_reference(tmp_path, call, fail
     fails(eval_script.main, tmp_path / "run.pth", "--input", "sgram", match="conv1.conv.weight|tgramnet")
 
 
+# ---- The kinds of score ----
+
+
+def test_scores_of_another_kind(trained_copy, data_root, call):
+    """Of a finished run, whose checkpoint has the embeddings: the training clips are not looked for."""
+    state = load_checkpoint(trained_copy / "run.pth")
+    root = trained_copy / "data"
+    for machine_type in MACHINES:
+        shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
+    status, output, _ = evaluate(call, trained_copy, root, "--scoring", "nearest", "--neighbours", "3", "--plots")
+    assert status == 0
+    assert "98.32" not in output, "the published figures are of the published score"
+    folder = trained_copy / "run" / "test"
+    content = json.loads((folder / "metrics.json").read_text())
+    assert (content["about"]["scoring"], content["about"]["neighbours"]) == ("nearest", 3)
+    assert "nearest score" in (folder / "results.md").read_text()
+    assert (folder / "figures" / "scores.png").exists()
+    rows = [(name, float(value)) for path in folder.glob("anomaly_score_*.csv") for name, value in read_csv(path)]
+    assert len(rows) == 12
+    assert all(0 < value < 2 for _, value in rows), "cosine distances"
+    machine = [f"--machine_{name}" for name in ("type", "id")]
+    clip = root / "fan" / "test" / rows[0][0]
+    words = (clip, machine[0], "fan", machine[1], clip.name.split("_")[2], "--scoring", "nearest", "--neighbours", "3")
+    status, output, _ = score(call, trained_copy, *words, "--json")
+    assert status == 0
+    assert json.loads(output)[0]["score"] == pytest.approx(rows[0][1], rel=1e-4)
+    assert load_checkpoint(trained_copy / "run.pth").keys() == state.keys()
+
+
+def test_all_scores_side_by_side(trained_copy, data_root, call):
+    words = ("--all_scores", "--output", trained_copy / "scores")
+    status, output, _ = evaluate(call, trained_copy, data_root, *words)
+    assert status == 0
+    content = json.loads((trained_copy / "run" / "test" / "metrics.json").read_text())
+    assert content["about"]["scoring"] == "published"
+    for kind in ("nearest", "angle", "published"):
+        assert f"| scoring {kind} (n = 1) | " in output
+    assert "| scoring nearest minus scoring published (test clips alone) | " in output
+    header, *rows = read_csv(trained_copy / "scores" / "comparison.csv")
+    values = {
+        row[header.index("scoring")]: float(row[header.index("AUC")]) for row in rows if row[4:6] == ["average", "mean"]
+    }
+    assert values["published"] == content["metrics"]["average"]["mean"]["AUC"]
+    assert re.search(rf"\| scoring nearest \(n = 1\) \|.*\| {100 * values['nearest']:.2f} \|", output)
+
+
+def test_weights_without_embeddings_get_them_from_the_training_clips(trained_copy, tmp_path, data_root, call, fails):
+    expected = load_checkpoint(trained_copy / "run.pth")
+    without = {name: value for name, value in expected.items() if name != "embeddings"}
+    save_checkpoint(without, trained_copy / "run.pth")
+    words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest")
+    root, kept = tmp_path / "data", trained_copy / "run" / "embeddings.pth"
+    for machine_type in MACHINES:
+        shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
+    fails(
+        eval_script.main, *words, "--data_root", root,
+        match=r"run.pth holds no embeddings of its training clips, and this scoring needs them: no folder .*fan/train",
+    )  # fmt: skip
+    write_set(tmp_path / "others", train_clips=5)
+    fails(
+        eval_script.main, *words, "--data_root", tmp_path / "others",
+        match="holds no embeddings .*, and those under .*others are other clips; bring them back",
+    )  # fmt: skip
+    assert not kept.exists()
+    status, _, errors = evaluate(call, trained_copy, data_root, "--scoring", "nearest")
+    assert status == 0
+    assert f"embeddings.pth has those of 11 clips of {data_root} (remove it to have it made again)" in errors
+    for name, table in expected["embeddings"].items():
+        for column, values in table.items():
+            assert torch.equal(load_file(kept)[name][column], values)
+    before = kept.stat()
+    assert evaluate(call, trained_copy, root, "--scoring", "nearest")[0] == 0, "they are kept"
+    assert kept.stat().st_mtime_ns == before.st_mtime_ns
+    without["model"]["arcface.weight"] += 0.1
+    save_checkpoint(without, trained_copy / "run.pth")
+    fails(eval_script.main, *words, "--data_root", root, match="holds no embeddings")  # of these weights
+    kept.write_text("not it")
+    fails(eval_script.main, *words, "--data_root", root, match="embeddings.pth: not a readable .*; remove it, and it")
+
+
+def test_a_bare_state_dict_has_all_training_clips_in_its_bank(trained_copy, data_root, call):
+    torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
+    words = ("--data_root", data_root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest")
+    status, _, errors = call(eval_script.main, trained_copy / "bare.pth", *words)
+    assert status == 0
+    assert "embeddings.pth has those of 12 clips" in errors
+    assert "bare.pth: no scores of held-out clips, so there are no decisions" in errors
+
+
+def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, fails):
+    state = load_checkpoint(trained_copy / "run.pth")
+    bank = state["embeddings"]["bank"]
+    state["embeddings"]["bank"] = {name: values[bank["label"] != 1] for name, values in bank.items()}
+    save_checkpoint(state, trained_copy / "run.pth")
+    fails(
+        eval_script.main, trained_copy / "run.pth", "--data_root", data_root, "--device", "cpu", "--scoring", "nearest",
+        match="run.pth: it was trained on no clips of fan 02, so none are near; take another scoring",
+    )  # fmt: skip
+
+
 # ---- Single recordings ----
 
 
@@ -239,7 +340,7 @@ def test_single_recordings_score_as_in_an_evaluation(lively, data_root, call):
     folder = data_root / "fan" / "test"
     status, output, errors = score(call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json")
     assert status == 0
-    assert "fan 02 (5 of 30)" in errors
+    assert "that of the whole machine type: fan 02\n" in errors
     rows = {Path(row["file"]).name: row for row in json.loads(output)}
     assert set(rows) == {path.name for path in folder.iterdir()}
     for name, value in expected.items():

@@ -19,21 +19,23 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from test_eval import make_lively, read_csv
 
-from checkpoint import RunFiles, build_network, load_checkpoint, load_model
+from checkpoint import RunFiles, TrainedModel, build_network, load_checkpoint, load_model
 from config import load_config
 from dataloader import MACHINE, ClipSet, load_clips
 from evaluation.comparison import (
     compare,
     difference,
+    find_pairs,
     group_by_configuration,
     name_configurations,
     prediction_interval,
 )
-from evaluation.decisions import count_decisions, decide, fit_threshold, fit_thresholds
+from evaluation.decisions import count_decisions, decide, explain_thresholds, fit_threshold, fit_thresholds
 from evaluation.figures import draw_all, draw_angles, read_history, read_samples
 from evaluation.metrics import Metrics, compute, measure, resample
 from evaluation.report import write_report
 from evaluation.result import Result, evaluate
+from evaluation.scoring import anomaly_scores, held_out_scores, run_model, with_embeddings
 from evaluation.tables import (
     format_table,
     markdown_table,
@@ -42,7 +44,8 @@ from evaluation.tables import (
     write_per_machine,
     write_result,
 )
-from model import LogMel
+from inference import Outputs, pack_embeddings
+from model import EMBEDDING_SIZE, LogMel
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -57,6 +60,12 @@ def clips(counts: dict[tuple[str, int], tuple[int, int]]) -> pd.DataFrame:
         for index in range(count)
     ]
     return pd.DataFrame(rows, columns=["path", *MACHINE, "label", "condition"])
+
+
+def score_clips(trained: TrainedModel, clips: ClipSet) -> Result:
+    """The result for the score that the configuration names."""
+    kind = trained.config.scoring
+    return evaluate(trained, clips, "test", CPU, [kind])[kind]
 
 
 def measured(of: pd.DataFrame, scores, draws: int = 10, seed: int = 0) -> Metrics:
@@ -74,7 +83,7 @@ def result(trained, test_clips, tmp_path_factory) -> Result:
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
     make_lively(folder)
     config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
-    return evaluate(load_model(folder / "run.pth", config, {}), test_clips, "test", CPU)
+    return score_clips(load_model(folder / "run.pth", config, {}), test_clips)
 
 
 # ---- Metrics ----
@@ -230,14 +239,14 @@ def test_perfect_scores_leave_no_room():
 
 def test_scores_do_not_depend_on_the_batch_size(result, test_clips):
     config = load_config(score_dtype="float64", batch_size=5)
-    again = evaluate(load_model(result.trained.path, config, {}), test_clips, "test", CPU)
+    again = score_clips(load_model(result.trained.path, config, {}), test_clips)
     assert again.clips["score"].dtype == np.float64
     assert again.clips["score"].tolist() == pytest.approx(result.clips["score"].tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_half_precision_scores_stay_near(result, test_clips):
     model = load_model(result.trained.path, load_config(eval_precision="bf16"), {})
-    scores = evaluate(model, ClipSet(test_clips.clips[:4], 4), "test", CPU).clips["score"]
+    scores = score_clips(model, ClipSet(test_clips.clips[:4], 4)).clips["score"]
     differences = (scores - result.clips["score"][:4]).abs()
     assert differences.max() > 1e-4
     assert differences.max() < 0.5, "of scores around 20"
@@ -248,7 +257,7 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
     state = load_checkpoint(trained / "run.pth")
     config = load_config(**state["config"])
     _, valid_clips = load_clips(data_root, config.machines, "train", 4).split(config.split_ratio, config.seed)
-    clips_ = evaluate(load_model(trained / "run.pth", config, {}), valid_clips, "validation", CPU).clips
+    clips_ = score_clips(load_model(trained / "run.pth", config, {}), valid_clips).clips
     assert state["held_out"]["score"] == pytest.approx(clips_["exact_score"].tolist(), rel=1e-6, abs=1e-9)
     assert {name: state["held_out"][name] for name in MACHINE} == clips_[MACHINE].to_dict("list")
 
@@ -257,14 +266,109 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
 def test_angles_are_those_to_the_centre_of_the_own_class(result, test_clips, mode):
     network = build_network(load_config(machines=MACHINES, mode=mode))
     config = result.trained.config.model_copy(update={"mode": mode})
-    again = evaluate(
-        replace(result.trained, network=network, config=config), ClipSet(test_clips.clips[2:6], 4), "test", CPU
-    )
+    again = score_clips(replace(result.trained, network=network, config=config), ClipSet(test_clips.clips[2:6], 4))
     centres = (network.mobilefacenet.fc_out if mode == "cross_entropy" else network.arcface).weight.detach().numpy()
     for angle, embedding, label in zip(again.clips["angle"], again.embedding, again.clips["label"], strict=True):
         centre = centres[label]
         cosine = embedding @ centre / np.linalg.norm(embedding) / np.linalg.norm(centre)
         assert angle == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-2)
+
+
+def in_plane(*degrees: float) -> torch.Tensor:
+    """Embeddings of different lengths at these angles in the plane of the first two axes."""
+    angles_ = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    vectors = torch.zeros(len(degrees), EMBEDDING_SIZE, dtype=torch.float64)
+    vectors[:, 0], vectors[:, 1] = angles_.cos(), angles_.sin()
+    return (vectors * torch.linspace(0.5, 3, len(degrees))[:, None]).float()
+
+
+def distance(degrees: float) -> float:
+    return 1 - math.cos(math.radians(degrees))
+
+
+def planar_model(scoring: str, centres: torch.Tensor, sub_centers: int = 1) -> TrainedModel:
+    """A model of three classes with these centres. In its bank the second class has one clip, and the third none."""
+    config = load_config(machines=MACHINES, scoring=scoring, sub_centers=sub_centers, input="sgram")
+    network = build_network(config)
+    network.arcface.weight.data = centres
+    bank = pack_embeddings(Outputs(torch.empty(5, 3), in_plane(0, 20, -20, 90, 50)), torch.tensor([0, 0, 0, 0, 1]))
+    return TrainedModel(Path("run.pth"), network, config, {"embeddings": {"bank": bank}})
+
+
+def planar_scores(model: TrainedModel, labels: list[int], *degrees: float) -> list[float]:
+    embedding = in_plane(*degrees)
+    with torch.no_grad():
+        outputs = Outputs(model.network.arcface(embedding), embedding)
+    return anomaly_scores(model, outputs, torch.tensor(labels)).tolist()
+
+
+def test_the_published_score_of_known_angles():
+    scores = planar_scores(planar_model("published", in_plane(0, 90, 180)), [0, 1, 2], 30, 30, 30)
+    cosines = [math.cos(math.radians(angle)) for angle in (30, 60, 150)]
+    for label, score in enumerate(scores):
+        logits = [30 * cosine for cosine in cosines]
+        with_margin = math.acos(cosines[label]) + 0.7
+        logits[label] = 30 * (math.cos(with_margin) if with_margin < math.pi else cosines[label] - 0.7 * math.sin(0.7))
+        assert score == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[label], rel=1e-5)
+
+
+def test_the_angle_is_that_to_the_closest_centre_of_the_own_class():
+    model = planar_model("angle", in_plane(0, 90, 180))
+    assert planar_scores(model, [0, 1, 2, 0, 0], 30, 30, 30, 0, -90) == pytest.approx([30, 60, 150, 0, 90], abs=2e-2)
+    model = planar_model("angle", in_plane(0, 60, 90, 100, 180, 200), sub_centers=2)
+    assert planar_scores(model, [0, 1, 2], 50, 50, -100) == pytest.approx([10, 40, 60], abs=1e-3)
+
+
+HALF = 2**-11  # the rounding of an angle, in radians, in a bank in half precision
+
+
+def test_the_nearest_clips_of_the_own_class_count():
+    model = planar_model("nearest", in_plane(0, 90, 180))
+    expected = [
+        (distance(5) + distance(15)) / 2,  # to those at 0 and 20
+        (distance(0) + distance(20)) / 2,  # ties: one of those at 20 and -20
+        (distance(45) + distance(65)) / 2,
+        distance(60),  # a single clip in the class, though two are asked for
+        math.inf,  # none
+    ]
+    assert planar_scores(model, [0, 0, 0, 1, 2], 5, 0, -65, 110, 0) == pytest.approx(expected, abs=HALF)
+    one, four, ten = (
+        replace(model, config=model.config.model_copy(update={"neighbours": count})) for count in (1, 4, 10)
+    )
+    assert planar_scores(one, [0, 0], 5, 180) == pytest.approx([distance(5), distance(90)], abs=HALF)
+    mean = np.mean([distance(angle) for angle in (5, 15, 25, 85)])
+    assert planar_scores(four, [0], 5) == planar_scores(ten, [0], 5) == pytest.approx([mean], abs=HALF)
+
+
+def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
+    """Of the clips trained on, under the best weights; the clips held out are apart."""
+    model = load_model(trained / "run.pth", load_config(data_root=str(data_root)), {})
+    parts = load_clips(data_root, MACHINES, "train", 4).split(0.95, 2023)
+    assert [len(part) for part in parts] == [11, 1]
+    for name, part in zip(("bank", "held_out"), parts, strict=True):
+        embedding = run_model(model, part, CPU).embedding
+        kept = model.state["embeddings"][name]
+        assert torch.equal(kept["label"], part.labels)
+        assert kept["embedding"].dtype == torch.float16
+        assert torch.equal(kept["embedding"], torch.nn.functional.normalize(embedding).half())
+
+
+@pytest.mark.parametrize("kind", ["angle", "nearest"])
+def test_thresholds_and_decisions_are_of_the_same_kind_of_score(kind, result, data_root, test_clips):
+    """The held-out clips, which have their scores as other clips do, and the bank, which they are not in."""
+    config = result.trained.config.model_copy(update={"scoring": kind, "data_root": str(data_root)})
+    model = with_embeddings(replace(result.trained, config=config), [kind], CPU)
+    training, held_out = load_clips(data_root, MACHINES, "train", 4).split(0.95, 2023)
+    own = score_clips(model, held_out).clips
+    assert held_out_scores(model)["score"].tolist() == pytest.approx(own["exact_score"].tolist(), rel=1e-2)
+    again = score_clips(model, test_clips)
+    assert set(again.thresholds["held_out"]) == {"1 clips of the type"}
+    assert again.thresholds["threshold"].to_numpy() == pytest.approx(own["exact_score"].item(), rel=1e-2)
+    decided = again.clips[again.clips["decision"].notna()]
+    assert len(decided)
+    assert (decided["decision"] == (decided["exact_score"] > decided["threshold"])).all()
+    if kind == "nearest":
+        assert score_clips(model, training).clips["score"].min() < 1e-2 < own["exact_score"].min()
 
 
 def test_the_hardest_clips_are_high_normal_and_low_anomalous_ones(result):
@@ -293,15 +397,17 @@ def test_thresholds_of_odd_scores_are_finite(scores):
 def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
     rows = [("fan", "00", 1.0)] * 20 + [("fan", "02", 3.0)] * 5
     held_out = pd.DataFrame(rows, columns=[*MACHINE, "score"])
-    thresholds = fit_thresholds({"fan": [0, 2, 4], "pump": [1]}, held_out, "quantile", 90)
+    machines = {"fan": [0, 2, 4], "pump": [1]}
+    thresholds = fit_thresholds(machines, held_out, "quantile", 90)
     assert thresholds.to_dict("index") == {
         ("fan", "00"): {"threshold": 1.0, "held_out": "20 clips of the ID"},
         ("fan", "02"): {"threshold": 3.0, "held_out": "25 clips of the type"},
         ("fan", "04"): {"threshold": 3.0, "held_out": "25 clips of the type"},
     }
+    explain_thresholds(thresholds, machines, Path("run.pth"))
     said = capsys.readouterr().err
     assert "fewer than 20 held-out clips" in said
-    assert "that of the whole machine type: fan 02 (5 of 25), fan 04 (0 of 25)" in said
+    assert "that of the whole machine type: fan 02, fan 04\n" in said
     assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
 
 
@@ -448,6 +554,34 @@ def test_the_interval_of_seeds_alone_is_that_of_welch():
         assert (value[0] - half[0], value[0] + half[0]) == pytest.approx(tuple(welch))
 
 
+def test_scores_of_the_same_runs_are_compared_run_by_run():
+    rng = np.random.default_rng(0)
+    one, gain = rng.normal(0.9, 0.05, 4), rng.normal(0.02, 0.005, 4)
+    value, half = difference(*(draws_of(values, np.zeros(100)) for values in (one + gain, one)), has_same_runs=True)
+    paired = scipy.stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    assert (value[0] - half[0], value[0] + half[0]) == pytest.approx(tuple(paired))
+    single = difference(*(draws_of(values[:1], np.zeros(100)) for values in (one + gain, one)), has_same_runs=True)
+    assert np.allclose(single, [gain[:1], [0]]), "nothing is known of the seeds"
+
+
+def test_which_configurations_are_compared(result):
+    """All of one score, and the scores of the same runs."""
+
+    def run(mode: str, kind: str) -> Result:
+        trained = replace(result.trained, path=Path(f"{mode}.pth"), state={"config": {"mode": mode}})
+        return replace(result, trained=trained, about=result.about | {"scoring": kind})
+
+    runs = [run(mode, kind) for mode in ("arcmix", "arcface") for kind in ("nearest", "published")]
+    groups = dict(zip(name_configurations(runs), [[run] for run in runs], strict=True))
+    assert list(groups) == [
+        "mode arcmix, scoring nearest", "mode arcmix, scoring published",
+        "mode arcface, scoring nearest", "mode arcface, scoring published",
+    ]  # fmt: skip
+    a, b, c, d = groups
+    assert find_pairs(groups) == {(a, b): True, (a, c): False, (b, d): False, (c, d): True}
+    assert name_configurations(runs[:2]) == ["scoring nearest", "scoring published"]
+
+
 def test_the_interval_of_clips_alone_is_that_of_the_same_draws():
     one, other = np.random.default_rng(0).normal(0, 0.02, (2, 500))
     same = difference(draws_of(np.full(3, 0.9), one), draws_of(np.full(3, 0.8), one))
@@ -516,7 +650,11 @@ def test_the_published_table_beside_the_measured_one(result, tmp_path):
     assert lines["average"][5] == "-", "the published average is of six types"
     other = [run_of(result, of, signal, mode="arcface")]
     for results, split in ((other, "test"), (runs, "evaluation")):
-        assert not any("published" in cell for line in compared(results, tmp_path, split) for cell in line)
+        assert not any(
+            cell.endswith("published") and cell != "published"
+            for line in compared(results, tmp_path, split)
+            for cell in line
+        )
 
 
 def test_the_figure_is_in_the_comparison(result, tmp_path):

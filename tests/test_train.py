@@ -14,7 +14,7 @@ import torch
 from conftest import MACHINES, arguments, write_set
 
 import train
-from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run
+from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run, save_checkpoint
 from config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -31,11 +31,11 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_what_a_run_leaves(trained):
     best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
-    assert set(best) == {
+    assert set(last) == {
         "model", "optimizer", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
         "versions", "held_out", "job",
     }  # fmt: skip
-    assert set(last) == set(best)
+    assert set(best) == {*last, "embeddings"}
     assert best["clip_counts"] == {"training": 11, "validation": 1}
     assert best["config"]["machines"] == last["config"]["machines"] == MACHINES
     assert list(best["model"]) == list(build_network(load_config(machines=MACHINES)).state_dict())
@@ -60,6 +60,28 @@ def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root,
     assert status == 0
     assert "epoch" not in output
     assert (trained_copy / "run.pth").read_bytes() == before
+
+
+def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
+    trained_copy, data_root, call, monkeypatch
+):
+    whole = load_checkpoint(trained_copy / "run.pth")
+    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, trained_copy / "run.pth")
+    last = (trained_copy / "run.last.pth").read_bytes()
+    options = arguments(trained_copy, data_root)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.Trainer.run_network", lambda *_: signal.raise_signal(signal.SIGINT))
+        status, _, errors = call(train.main, *options, "--resume")
+    assert status == 130
+    assert errors.splitlines()[-1] == "notice: stopped; --resume continues after epoch 1"
+    status, output, _ = call(train.main, *options, "--resume")
+    assert status == 0
+    assert "embeddings of the clips under the weights of epoch 1" in output
+    again = load_checkpoint(trained_copy / "run.pth")
+    assert again.keys() == whole.keys()
+    for name, table in whole["embeddings"].items():
+        assert all(torch.equal(again["embeddings"][name][column], values) for column, values in table.items())
+    assert (trained_copy / "run.last.pth").read_bytes() == last
 
 
 def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fails):
