@@ -57,9 +57,9 @@ def run_network(
     return Outputs(similarity, embedding)
 
 
-def pack_embeddings(outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+def pack_embeddings(embedding: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What is kept of clips: their `embedding` `(n, E)`, of length 1 and in half precision, and `label` `(n,)`."""
-    return {"embedding": F.normalize(outputs.embedding).half().cpu(), "label": labels}
+    return {"embedding": F.normalize(embedding).half().cpu(), "label": labels}
 
 
 def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:

@@ -389,9 +389,11 @@ class Run:
             print(f"embeddings of the clips under the weights of epoch {state['epoch']}", flush=True)
         self.trainer.network.load_state_dict(state["model"])
         with self.stoppable():
-            parts = [self.trainer.run_network(clips, "embeddings") for clips in (self.train_clips, self.valid_clips)]
+            bank, held_out = (
+                pack_embeddings(self.trainer.run_network(clips, "embeddings").embedding, clips.labels)
+                for clips in (self.train_clips, self.valid_clips)
+            )
             if is_main():
-                bank, held_out = map(pack_embeddings, parts, (self.train_clips.labels, self.valid_clips.labels))
                 save_checkpoint(state | {"embeddings": {"bank": bank, "held_out": held_out}}, self.files.best)
         distributed.barrier()  # as after the last epoch
 

@@ -146,5 +146,5 @@ def make_embeddings(trained: TrainedModel, device: torch.device) -> State:
             f"clips; bring them back"
         )
     exact = dataclasses.replace(trained, config=config)
-    packed = [pack_embeddings(run_model(exact, part, device, "embeddings"), part.labels) for part in parts]
+    packed = [pack_embeddings(run_model(exact, part, device, "embeddings").embedding, part.labels) for part in parts]
     return dict(zip(("bank", "held_out"), packed, strict=False))

@@ -95,6 +95,19 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
     assert epochs(trained_copy) == ["1", "2"]
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_embeddings_that_one_makes(trained_copy, data_root):
+    """Those of the tiny run, which two processes are left to finish."""
+    whole = load_checkpoint(trained_copy / "run.pth")
+    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, trained_copy / "run.pth")
+    result = torchrun(2, *arguments(trained_copy, data_root), "--resume")
+    assert result.returncode == 0, result.stderr
+    again = load_checkpoint(trained_copy / "run.pth")["embeddings"]
+    for name, table in whole["embeddings"].items():
+        assert torch.equal(again[name]["label"], table["label"])
+        assert torch.allclose(again[name]["embedding"], table["embedding"], rtol=0, atol=2**-11)
+
+
 INPUTS = {  # words and options of ddp_worker.py
     "reference": (["--reference"], {"batch_size": 4, "machines": load_config().machines}),
     "recordings": ([], {"batch_size": 8, "machines": {"fan": [0, 2], "valve": [1]}}),

@@ -291,7 +291,7 @@ def planar_model(scoring: str, centres: torch.Tensor, sub_centers: int = 1) -> T
     config = load_config(machines=MACHINES, scoring=scoring, sub_centers=sub_centers, input="sgram")
     network = build_network(config)
     network.arcface.weight.data = centres
-    bank = pack_embeddings(Outputs(torch.empty(5, 3), in_plane(0, 20, -20, 90, 50)), torch.tensor([0, 0, 0, 0, 1]))
+    bank = pack_embeddings(in_plane(0, 20, -20, 90, 50), torch.tensor([0, 0, 0, 0, 1]))
     return TrainedModel(Path("run.pth"), network, config, {"embeddings": {"bank": bank}})
 
 

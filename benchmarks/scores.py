@@ -1,0 +1,190 @@
+"""Which score hears more with the same network: the study of docs/scores.md.
+
+    python benchmarks/scores.py --config docs/real_recordings.yaml --data_root FOLDER
+
+Trains the four modes with each seed, as paper.py does, and keeps the state after each epoch of the last third. Then it
+scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
+kept; with the published score, the angle, and the distance to the nearest training clips: of the own ID, or of the
+whole machine type, where clips of other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights
+and score; OUTPUT/scores.md the means and the differences to what is published, over all runs and for each mode.
+Finished runs are not trained again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import trainer
+from benchmarks.paper import SEEDS, plan
+from checkpoint import RunFiles, State, TrainedModel, load_checkpoint, load_model, save_checkpoint
+from config import Config, parse_command_line
+from dataloader import ClipSet, load_clips
+from evaluation.comparison import difference
+from evaluation.metrics import COLUMNS, Draws, measure
+from evaluation.scoring import anomaly_scores, run_model
+from evaluation.tables import markdown_header, markdown_row
+from inference import Outputs, pack_embeddings
+from train import train
+from utils import OneLineParser, run_script, use_device, write_csv, write_text
+
+NEIGHBOURS = (1, 2, 4, 8)
+PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs
+BASE = ("best", "published")  # what all others are compared with
+ROWS = {"mean AUC": "mean", "lowest AUC": "min"}  # of the metrics of a machine type
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)")
+    parser.add_argument("--output", type=Path, default=Path("check_points/scores"), help="default: %(default)s")
+    _, options, given = parse_command_line(parser)
+    runs = plan(argparse.Namespace(**vars(options), inputs="published"), given)
+    measured: dict[str, dict[tuple[str, str], Draws]] = {}
+    for run in runs:
+        train_and_keep(run)
+        measured[run.checkpoint.stem] = dict(measure_run(run))
+        print(f"{run.checkpoint.stem}: {len(measured[run.checkpoint.stem])} pairs of weights and score", flush=True)
+    write_csv(options.output / "scores.csv", all_rows(measured))
+    text = "\n\n".join(
+        f"## {title}, in percent\n\n" + "\n".join(table({name: measured[name] for name in names}))
+        for title, names in {
+            "All runs": list(measured),
+            **{mode: [run.checkpoint.stem for run in runs if run.mode == mode] for mode in {r.mode: 0 for r in runs}},
+        }.items()
+    )
+    print(text)
+    write_text(options.output / "scores.md", text + "\n")
+
+
+# ---- Training ----
+
+
+def states_folder(run: Config) -> Path:
+    return RunFiles(run.checkpoint).folder / "states"
+
+
+def train_and_keep(run: Config) -> None:
+    """Train, or go on after an interruption; the last state of each epoch of the last third stays in `states`."""
+    last, folder = RunFiles(run.checkpoint).last, states_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save_and_keep(state: State, *paths: Path) -> None:
+        save_checkpoint(state, *paths)
+        kept = folder / f"{state['epoch']:03d}.pth"
+        if last in paths and state["epoch"] > run.epoch * 2 / 3:
+            kept.unlink(missing_ok=True)
+            os.link(last, kept)
+
+    trainer.save_checkpoint = save_and_keep
+    train(run, resume=True)
+
+
+# ---- Scores ----
+
+
+def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
+    """The metrics of each pair (weights, score)."""
+    device, files = use_device(run.device), RunFiles(run.checkpoint)
+    training, _ = load_clips(run.data_root, run.machines, "train", run.num_workers).split(run.split_ratio, run.seed)
+    test = load_clips(run.data_root, run.machines, "test", run.num_workers)
+    best = load_model(files.best, run, {})
+    states = [load_checkpoint(path)["model"] for path in sorted(states_folder(run).glob("*.pth"))]
+    for weights, model in {"best": best.state["model"], "last": states[-1], "mean": mean_of(states)}.items():
+        best.network.load_state_dict(model)
+        bank = pack_embeddings(run_model(best, training, device).embedding, training.labels)
+        trained = replace(best, state={"embeddings": {"bank": bank}})
+        for name, scores in all_scores(trained, run_model(best, test, device), test):
+            yield (weights, name), measure(test.clips.assign(score=scores)).draws
+
+
+def mean_of(states: list[State]) -> State:
+    """The mean of weights and of the statistics of batch norm."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
+        for name, value in states[0].items()
+    }
+
+
+def all_scores(trained: TrainedModel, outputs: Outputs, clips: ClipSet) -> Iterator[tuple[str, np.ndarray]]:
+    def scores(**keys) -> np.ndarray:
+        return anomaly_scores(replace(trained, config=trained.config.model_copy(update=keys)), outputs, clips.labels)
+
+    yield "published", scores(scoring="published")
+    yield "angle", scores(scoring="angle")
+    for count in NEIGHBOURS:
+        yield f"nearest {count}", scores(scoring="nearest", neighbours=count)
+    types = clips.clips.groupby("label")["machine_type"].first()
+    for penalty in PENALTIES:
+        yield (
+            f"nearest 2 of the type, penalty {penalty}",
+            type_distances(trained, outputs, clips.labels, types, penalty),
+        )
+
+
+def type_distances(
+    trained: TrainedModel, outputs: Outputs, labels: Tensor, types: pd.Series, penalty: float
+) -> np.ndarray:
+    """The mean of the two smallest distances to clips of the machine type, those of other IDs larger by the penalty."""
+    bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
+    distances = 1.0 - normalise(outputs.embedding.double()) @ normalise(bank["embedding"].double()).T
+    own, other = labels.numpy()[:, None], bank["label"].numpy()[None]
+    distances += penalty * torch.from_numpy(own != other)
+    is_other_type = types.loc[own.ravel()].to_numpy()[:, None] != types.loc[other.ravel()].to_numpy()[None]
+    distances[torch.from_numpy(is_other_type)] = torch.inf
+    return distances.topk(2, largest=False).values.mean(dim=1).numpy()
+
+
+# ---- Tables ----
+
+
+def machine_types(measured: dict) -> list[str]:
+    draws = next(iter(next(iter(measured.values())).values()))
+    return list(dict.fromkeys(machine_type for machine_type, _ in draws))
+
+
+def auc(draws: Draws, machine_type: str, row: str) -> np.ndarray:
+    return draws[machine_type, row][:, COLUMNS.index("AUC")]
+
+
+def table(measured: dict[str, dict[tuple[str, str], Draws]]) -> list[str]:
+    """For each pair (weights, score) the mean over the runs, the difference to BASE with its interval, and in how many
+    runs it is higher.
+    """
+    types, runs = machine_types(measured), list(measured.values())
+    lines = markdown_header("weights, score", [f"{name}: {title}" for name in types for title in ROWS])
+    for pair in runs[0]:
+        cells = []
+        for machine_type in types:
+            for row in ROWS.values():
+                one, base = (np.stack([auc(run[key], machine_type, row) for run in runs]) for key in (pair, BASE))
+                value, half = difference(one[:, :, None], base[:, :, None], has_same_runs=True)
+                cell = f"{100 * one[:, 0].mean():.2f}"
+                if pair != BASE:
+                    higher = int((one[:, 0] > base[:, 0]).sum())
+                    cell += f", {100 * value[0]:+.2f} ± {100 * half[0]:.2f}, {higher} of {len(runs)}"
+                cells.append(cell)
+        lines.append(markdown_row(", ".join(pair), cells))
+    return lines
+
+
+def all_rows(measured: dict[str, dict[tuple[str, str], Draws]]) -> pd.DataFrame:
+    """Each run, weights and score: the AUC of every row of the metrics, in percent."""
+    return pd.DataFrame(
+        {"run": name, "weights": weights, "score": score}
+        | {f"{machine_type} {row}": round(100 * drawn[0, 0], 2) for (machine_type, row), drawn in draws.items()}
+        for name, pairs in measured.items()
+        for (weights, score), draws in pairs.items()
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
