@@ -224,11 +224,11 @@ def load_file(path: Path) -> Any:
         raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
 
 
-def hash_weights(model: Mapping[str, Tensor]) -> str:
+def hash_weights(network: TASTgramMFN) -> str:
     """The same for the same weights, different for others."""
     digest = hashlib.sha256()
-    for name, tensor in model.items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -125,7 +125,7 @@ COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
     "num_workers", "tensorboard", "scoring", "neighbours", "score_dtype", "threshold", "threshold_percentile",
 )  # fmt: skip
-# What makes the model and its score: eval.py takes it from the checkpoint.
+# What makes the model and its published score: eval.py takes it from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
 
 

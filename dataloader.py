@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -230,7 +230,7 @@ class ClipSet:
                 yield samples
 
 
-def fingerprint(parts: Sequence[ClipSet]) -> str:
+def fingerprint(parts: Iterable[ClipSet]) -> str:
     """That of training and validation clips together, which a checkpoint keeps."""
     return "/".join(part.fingerprint() for part in parts)
 

@@ -80,7 +80,7 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
         if has_figures:
             from evaluation.figures import draw_angles
 
-            chosen = {name: runs for name, runs in groups.items() if runs[0].about["scoring"] == config.scoring}
+            chosen = {name: runs for name, runs in groups.items() if runs[0].trained.config.scoring == config.scoring}
             draw_angles(chosen, options.output / figure)
         compare(groups, options.split, options.output, figure)
 

@@ -207,29 +207,30 @@ class Trainer:
 
     def validate(self, clips: ClipSet) -> tuple[np.ndarray, float]:
         """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed."""
-        similarity, labels = self.run_network(clips).similarity, clips.labels.to(self.device)
-        scores = self.objective.anomaly_score(similarity, labels, torch.float64)
-        return scores.cpu().numpy(), float(self.objective.accuracy(similarity, labels))
+        share, labels = self.run_share(clips), clips.labels[rank() :: world_size()].to(self.device)
+        scores = self.objective.anomaly_score(share.similarity, labels, torch.float64)
+        hits = (share.similarity.argmax(dim=1) == labels).double()
+        scores, hits = self.gather(torch.stack([scores, hits], dim=1), len(clips)).T.cpu().numpy()
+        return scores, float(hits.mean())
 
-    def run_network(self, clips: ClipSet, title: str | None = None) -> Outputs:
-        """What the network gives for clips in evaluation mode and float32. They are divided between the processes, and
-        every process gets all outputs. A title is that of a progress bar.
+    def embed(self, clips: ClipSet) -> Tensor:
+        """The embeddings `(n, E)` of the clips."""
+        return self.gather(self.run_share(clips, "embeddings").embedding, len(clips))
+
+    def run_share(self, clips: ClipSet, title: str | None = None) -> Outputs:
+        """What the network gives, in evaluation mode and float32, for the clips that are this process's share. A title
+        is that of a progress bar.
         """
         numbers = np.arange(len(clips))[rank() :: world_size()]
-        title = title if is_main() else None
-        share = run_network(
-            self.network, self.loss.front_end, clips, numbers, self.config.batch_size, self.device, title=title
-        )
-        if world_size() == 1:
-            return share
+        batch_size, title = self.config.batch_size, title if is_main() else None
+        return run_network(self.network, self.loss.front_end, clips, numbers, batch_size, self.device, title=title)
+
+    def gather(self, share: Tensor, count: int) -> Tensor:
+        """The rows of all clips, from the shares of all processes."""
+        rows = share.new_zeros(count, share.shape[1])
+        rows[rank() :: world_size()] = share
         distributed.barrier()  # a process may have read its clips long before another one
-
-        def gather(values: Tensor) -> Tensor:
-            whole = values.new_zeros(len(clips), values.shape[1])
-            whole[numbers] = values
-            return sum_over_ranks(whole)
-
-        return Outputs(gather(share.similarity), gather(share.embedding))
+        return sum_over_ranks(rows)
 
     def memory_needed(self) -> int:
         """Bytes of a GPU that training takes besides the clips, estimated from the batch.
@@ -382,20 +383,25 @@ class Run:
 
     def add_embeddings(self) -> None:
         """Put the embeddings of the clips under the best weights into their checkpoint, unless they are in it."""
-        state = distributed.from_main(lambda: load_checkpoint(self.files.best))
-        if "embeddings" in state:
-            return
-        if is_main():
-            print(f"embeddings of the clips under the weights of epoch {state['epoch']}", flush=True)
-        self.trainer.network.load_state_dict(state["model"])
+        best = self.files.best
+
+        def weights_without() -> State | None:
+            state = load_checkpoint(best)
+            return None if "embeddings" in state else state["model"]
+
         with self.stoppable():
-            bank, held_out = (
-                pack_embeddings(self.trainer.run_network(clips, "embeddings").embedding, clips.labels)
-                for clips in (self.train_clips, self.valid_clips)
-            )
+            weights = distributed.from_main(weights_without)
+            if weights is None:
+                return
+            self.trainer.network.load_state_dict(weights)
+            parts = {"bank": self.train_clips, "held_out": self.valid_clips}
+            embeddings = {
+                name: pack_embeddings(self.trainer.embed(clips), clips.labels) for name, clips in parts.items()
+            }
             if is_main():
-                save_checkpoint(state | {"embeddings": {"bank": bank, "held_out": held_out}}, self.files.best)
-        distributed.barrier()  # as after the last epoch
+                save_checkpoint(load_checkpoint(best) | {"embeddings": embeddings}, best)
+                print(f"embeddings of the clips: {best}", flush=True)
+            distributed.barrier()  # as after the last epoch
 
     def write(self, read: Callable[[], State], is_best: bool, log: Any) -> None:
         """Write the checkpoints and `history.csv`, and report the epoch. Cut anywhere, `--resume` repeats at most this

@@ -63,8 +63,6 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("published", "all"), default="published", help=help_text)
     parser.add_argument("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
     config, options, given = parse_command_line(parser)
-    for key in CHOSEN_HERE.keys() & given.keys():
-        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
     runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
     downloads = is_to_download(config)
@@ -79,7 +77,9 @@ def main() -> None:
 
 
 def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[Config]:
-    """The configurations of the runs, one seed after the other."""
+    """The configurations of the runs, one seed after the other. Raises `UserError` for a key that is chosen here."""
+    for key in CHOSEN_HERE.keys() & given.keys():
+        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
     variants: dict[str, dict[str, Any]] = {mode: {"mode": mode, "input": list(CHANNELS)} for mode in MODES}
     if options.inputs == "all":
         subsets = [list(chosen) for n in range(1, len(CHANNELS)) for chosen in itertools.combinations(CHANNELS, n)]
@@ -147,7 +147,7 @@ def say_what_it_takes(runs: Sequence[Config], counts: Mapping[str, int], output:
     print(f"{len(runs)} runs of {config.epoch} epochs, with {counts['train']} clips, and {counts['test']} to test on")
     device, training, validation = measure_apart(config)
     epoch = n_train * training + (counts["train"] - n_train) * validation
-    total = left * epoch + len(runs) * counts["test"] * validation
+    total = left * epoch + len(runs) * (counts["train"] + counts["test"]) * validation  # embeddings and evaluation
     needed, free = (len(runs) - len(begun)) * RUN_BYTES, shutil.disk_usage(output).free
     print(f"device: {device}, {1 / training:,.0f} clips a second in training")
     print(f"disk: {needed / 1e9:.1f} GB in {output}, {free / 1e9:.1f} GB free; recordings not counted")

@@ -6,14 +6,16 @@ Trains the four modes with each seed, as paper.py does, and keeps the state afte
 scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
 kept; with the published score, the angle, and the distance to the nearest training clips: of the own ID, or of the
 whole machine type, where clips of other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights
-and score; OUTPUT/scores.md the means and the differences to what is published, over all runs and for each mode.
-Finished runs are not trained again.
+and score; OUTPUT/scores.md the means and the differences to what is published, over all modes and for each, with 95 %
+intervals that allow for other seeds and other test clips. Runs of one seed, which share their validation clips, count
+as one observation, the mean over the modes. Finished runs are not trained again.
 """
 
 import argparse
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +35,16 @@ from evaluation.metrics import COLUMNS, Draws, measure
 from evaluation.scoring import anomaly_scores, run_model
 from evaluation.tables import markdown_header, markdown_row
 from inference import Outputs, pack_embeddings
+from losses import MODES
 from train import train
-from utils import OneLineParser, run_script, use_device, write_csv, write_text
+from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
 
 NEIGHBOURS = (1, 2, 4, 8)
 PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs
 BASE = ("best", "published")  # what all others are compared with
+IN_RUN_TABLE = [(weights, score) for weights in ("best", "last") for score in ("published", "angle", "nearest 2")]
+Pairs = dict[tuple[str, str], Draws]  # what one run gives, by (weights, score)
+Measured = dict[str, Pairs]  # by run
 ROWS = {"mean AUC": "mean", "lowest AUC": "min"}  # of the metrics of a machine type
 
 
@@ -48,21 +54,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("check_points/scores"), help="default: %(default)s")
     _, options, given = parse_command_line(parser)
     runs = plan(argparse.Namespace(**vars(options), inputs="published"), given)
-    measured: dict[str, dict[tuple[str, str], Draws]] = {}
+    measured: Measured = {}
     for run in runs:
         train_and_keep(run)
         measured[run.checkpoint.stem] = dict(measure_run(run))
-        print(f"{run.checkpoint.stem}: {len(measured[run.checkpoint.stem])} pairs of weights and score", flush=True)
-    write_csv(options.output / "scores.csv", all_rows(measured))
-    text = "\n\n".join(
-        f"## {title}, in percent\n\n" + "\n".join(table({name: measured[name] for name in names}))
-        for title, names in {
-            "All runs": list(measured),
-            **{mode: [run.checkpoint.stem for run in runs if run.mode == mode] for mode in {r.mode: 0 for r in runs}},
-        }.items()
-    )
+    sections = {}
+    for title, modes in {"All modes": list(MODES), **{mode: [mode] for mode in MODES}}.items():
+        chosen = [[measured[run.checkpoint.stem] for run in runs if run.seed == seed and run.mode in modes]
+                  for seed in dict.fromkeys(options.seeds)]  # fmt: skip
+        sections[title] = difference_table(chosen)
+    sections |= {
+        f"Each run, {name}": run_table(measured, name) for name in machine_types(next(iter(measured.values())))
+    }
+    text = "\n".join(line for title, lines in sections.items() for line in (f"## {title}, in percent", "", *lines, ""))
     print(text)
-    write_text(options.output / "scores.md", text + "\n")
+    write_text(options.output / "scores.md", text)
+    write_csv(options.output / "scores.csv", all_rows(measured))
 
 
 # ---- Training ----
@@ -77,13 +84,18 @@ def train_and_keep(run: Config) -> None:
     last, folder = RunFiles(run.checkpoint).last, states_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save_and_keep(state: State, *paths: Path) -> None:
-        save_checkpoint(state, *paths)
-        kept = folder / f"{state['epoch']:03d}.pth"
-        if last in paths and state["epoch"] > run.epoch * 2 / 3:
-            kept.unlink(missing_ok=True)
+    def keep(epoch: int) -> None:
+        kept = folder / f"{epoch:03d}.pth"
+        if epoch > run.epoch * 2 / 3 and not kept.exists():
             os.link(last, kept)
 
+    def save_and_keep(state: State, *paths: Path) -> None:
+        save_checkpoint(state, *paths)
+        if last in paths:
+            keep(state["epoch"])
+
+    if last.exists():  # the interruption may have come between the two
+        keep(load_checkpoint(last)["epoch"])
     trainer.save_checkpoint = save_and_keep
     train(run, resume=True)
 
@@ -97,8 +109,13 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
     training, _ = load_clips(run.data_root, run.machines, "train", run.num_workers).split(run.split_ratio, run.seed)
     test = load_clips(run.data_root, run.machines, "test", run.num_workers)
     best = load_model(files.best, run, {})
+    last = load_checkpoint(files.last)["model"]
     states = [load_checkpoint(path)["model"] for path in sorted(states_folder(run).glob("*.pth"))]
-    for weights, model in {"best": best.state["model"], "last": states[-1], "mean": mean_of(states)}.items():
+    if len(states) != run.epoch - run.epoch * 2 // 3:
+        raise UserError(
+            f"{states_folder(run)}: states of the last third are missing; remove the run, to train it again"
+        )
+    for weights, model in {"best": best.state["model"], "last": last, "mean": mean_of(states)}.items():
         best.network.load_state_dict(model)
         bank = pack_embeddings(run_model(best, training, device).embedding, training.labels)
         trained = replace(best, state={"embeddings": {"bank": bank}})
@@ -146,37 +163,47 @@ def type_distances(
 # ---- Tables ----
 
 
-def machine_types(measured: dict) -> list[str]:
-    draws = next(iter(next(iter(measured.values())).values()))
-    return list(dict.fromkeys(machine_type for machine_type, _ in draws))
+def machine_types(pairs: Pairs) -> list[str]:
+    return list(dict.fromkeys(machine_type for machine_type, _ in next(iter(pairs.values()))))
 
 
 def auc(draws: Draws, machine_type: str, row: str) -> np.ndarray:
-    return draws[machine_type, row][:, COLUMNS.index("AUC")]
+    """In percent, of the clips themselves and of all draws `(1 + DRAWS, 1)`."""
+    return 100 * draws[machine_type, row][:, [COLUMNS.index("AUC")]]
 
 
-def table(measured: dict[str, dict[tuple[str, str], Draws]]) -> list[str]:
-    """For each pair (weights, score) the mean over the runs, the difference to BASE with its interval, and in how many
-    runs it is higher.
+def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
+    """For each pair (weights, score) the mean over the runs of each seed, the difference to BASE with its interval, and
+    in how many runs it is higher.
     """
-    types, runs = machine_types(measured), list(measured.values())
-    lines = markdown_header("weights, score", [f"{name}: {title}" for name in types for title in ROWS])
-    for pair in runs[0]:
+    one_run = seeds[0][0]
+    lines = markdown_header("weights, score", [f"{name}: {title}" for name in machine_types(one_run) for title in ROWS])
+    for pair in one_run:
         cells = []
-        for machine_type in types:
-            for row in ROWS.values():
-                one, base = (np.stack([auc(run[key], machine_type, row) for run in runs]) for key in (pair, BASE))
-                value, half = difference(one[:, :, None], base[:, :, None], has_same_runs=True)
-                cell = f"{100 * one[:, 0].mean():.2f}"
-                if pair != BASE:
-                    higher = int((one[:, 0] > base[:, 0]).sum())
-                    cell += f", {100 * value[0]:+.2f} ± {100 * half[0]:.2f}, {higher} of {len(runs)}"
-                cells.append(cell)
+        for machine_type, row in itertools.product(machine_types(one_run), ROWS.values()):
+            one, base = (
+                np.array([[auc(run[key], machine_type, row) for run in runs] for runs in seeds]) for key in (pair, BASE)
+            )  # (seeds, modes, 1 + DRAWS, 1)
+            cell = f"{one[:, :, 0].mean():.2f}"
+            if pair != BASE:
+                value, half = difference(one.mean(axis=1), base.mean(axis=1), has_same_runs=True)
+                higher = one[:, :, 0] > base[:, :, 0]
+                cell += f", {value[0]:+.2f} ± {half[0]:.2f}, {higher.sum()} of {higher.size}"
+            cells.append(cell)
         lines.append(markdown_row(", ".join(pair), cells))
     return lines
 
 
-def all_rows(measured: dict[str, dict[tuple[str, str], Draws]]) -> pd.DataFrame:
+def run_table(measured: Measured, machine_type: str) -> list[str]:
+    """The mean and the lowest AUC of the IDs in each run."""
+    lines = markdown_header("run: mean / lowest AUC", [", ".join(pair) for pair in IN_RUN_TABLE])
+    for name, pairs in measured.items():
+        values = [[auc(pairs[pair], machine_type, row)[0, 0] for row in ROWS.values()] for pair in IN_RUN_TABLE]
+        lines.append(markdown_row(name, [" / ".join(f"{value:.2f}" for value in cell) for cell in values]))
+    return lines
+
+
+def all_rows(measured: Measured) -> pd.DataFrame:
     """Each run, weights and score: the AUC of every row of the metrics, in percent."""
     return pd.DataFrame(
         {"run": name, "weights": weights, "score": score}

@@ -93,7 +93,7 @@ def find_pairs(groups: dict[str, list[Result]]) -> dict[tuple[str, str], bool]:
     pairs = {}
     for (name, one), (other_name, other) in itertools.combinations(groups.items(), 2):
         has_same_runs = [run.trained.path for run in one] == [run.trained.path for run in other]
-        if has_same_runs or one[0].about["scoring"] == other[0].about["scoring"]:
+        if has_same_runs or one[0].trained.config.scoring == other[0].trained.config.scoring:
             pairs[name, other_name] = has_same_runs
     return pairs
 
@@ -122,7 +122,7 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
         ", ".join(f"{key} {own.get(key)}" for key in differing or ["mode"]) if own else str(result.trained.path)
         for own, result in zip(settings, results, strict=True)
     ]
-    scores = [f"scoring {result.about['scoring']}" for result in results]
+    scores = [f"scoring {result.trained.config.scoring}" for result in results]
     if len(set(scores)) == 1:
         return trainings
     if len(set(trainings)) == 1:

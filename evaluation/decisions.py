@@ -32,8 +32,9 @@ def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
 def fit_thresholds(
     machines: Mapping[str, Sequence[int]], held_out: pd.DataFrame, method: str, percentile: float
 ) -> pd.DataFrame:
-    """For each machine type and ID the `threshold`, above which a score counts as anomalous, and the `held_out` clips
-    it comes from: those of the ID, or of its whole type where the ID has fewer than 20.
+    """For each machine type and ID the `threshold`, above which a score counts as anomalous, the `held_out` clips it
+    comes from: those of the ID, or of its whole type where the ID has fewer than 20; and how many are
+    `held_out_of_id`.
 
     `held_out` has the columns `machine_type`, `machine_id` and `score`. A type without clips has no thresholds.
     """
@@ -44,8 +45,8 @@ def fit_thresholds(
             of_id = of_type[of_type["machine_id"] == machine_id]
             chosen, source = (of_type, "type") if len(of_id) < LEAST_CLIPS else (of_id, "ID")
             threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
-            rows.append((machine_type, machine_id, threshold, f"{len(chosen)} clips of the {source}"))
-    table = pd.DataFrame(rows, columns=[*MACHINE, "threshold", "held_out"])
+            rows.append((machine_type, machine_id, threshold, f"{len(chosen)} clips of the {source}", len(of_id)))
+    table = pd.DataFrame(rows, columns=[*MACHINE, "threshold", "held_out", "held_out_of_id"])
     return table.astype({"threshold": float}).set_index(MACHINE)
 
 
@@ -54,9 +55,10 @@ def explain_thresholds(thresholds: pd.DataFrame, machines: Mapping[str, Sequence
     if thresholds.empty:
         notice(f"{path}: no scores of held-out clips, so there are no decisions")
         return
-    sources = thresholds["held_out"].reindex(list(class_labels(machines)))
-    pooled = [" ".join(machine) for machine in sources.index[sources.str.endswith("type", na=False)]]
-    without = [" ".join(machine) for machine in sources.index[sources.isna()]]
+    counts = thresholds["held_out_of_id"].reindex(list(class_labels(machines)))
+    counts.index = counts.index.map(" ".join)
+    pooled = [f"{machine} ({count:.0f})" for machine, count in counts[counts < LEAST_CLIPS].items()]
+    without = counts.index[counts.isna()].tolist()
     if pooled:
         notice(
             f"fewer than {LEAST_CLIPS} held-out clips, so the threshold is that of the whole machine type: "

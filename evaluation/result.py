@@ -78,9 +78,9 @@ def check_finite(trained: TrainedModel, clips: pd.DataFrame) -> None:
     if bad.empty:
         return
     machines = ", ".join(dict.fromkeys(bad["machine_type"].str.cat(bad["machine_id"], sep=" ")))
-    if np.isposinf(bad["score"]).all() and trained.config.scoring == "nearest":
+    if trained.config.scoring == "nearest" and np.isposinf(bad["score"]).all():
         raise UserError(
-            f"{trained.path}: it was trained on no clips of {machines}, so none are near; take another scoring"
+            f"{trained.path}: it has no embeddings of training clips of {machines}, so nothing is near them"
         )
     raise UserError(f"{trained.path}: {len(bad)} of {len(clips)} scores are not finite numbers ({machines})")
 

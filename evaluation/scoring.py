@@ -93,28 +93,41 @@ def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
         return pd.DataFrame(columns=[*MACHINE, "score"])
     machines = list(class_labels(trained.config.machines))
     table = pd.DataFrame([machines[label] for label in held_out["label"].tolist()], columns=MACHINE)
-    return table.assign(score=embedding_scores(trained, held_out["embedding"], held_out["label"]))
+    scores = embedding_scores(trained, held_out["embedding"], held_out["label"])
+    return table.assign(score=scores)[np.isfinite(scores)]  # nothing is near a clip of an ID that has no others
 
 
 # ---- The embeddings of the clips of the training folder ----
 
 
 def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.device) -> TrainedModel:
-    """The model with what these kinds of score need: embeddings of training clips, and of held-out ones for thresholds.
+    """The model with what these kinds of score need: for nearest the embeddings of the training clips, for the
+    thresholds of nearest and angle those of the clips that were held out.
 
     Training leaves them in the checkpoint. For weights without them they are made from the training folder, once, and
     kept beside the results.
     """
-    is_run = "held_out" in trained.state  # else there are no thresholds, and the angle needs no clips
-    if "embeddings" in trained.state or not ("nearest" in kinds or (is_run and "angle" in kinds)):
+    has_thresholds = "clips" in trained.state
+    if "embeddings" in trained.state or not ("nearest" in kinds or (has_thresholds and "angle" in kinds)):
         return trained
-    path, machines = RunFiles(trained.path).embeddings, json.dumps(trained.config.machines)
-    weights = hash_weights(trained.state["model"])
+    path, config = RunFiles(trained.path).embeddings, trained.config
+    made_of = {
+        "weights": hash_weights(trained.network),
+        "input": config.input,
+        "machines": json.dumps(config.machines),
+        "clips": trained.state.get("clips"),
+    }
     kept = read_embeddings(path) if path.exists() else {}
-    if (kept.get("weights"), kept.get("machines")) != (weights, machines):
-        check_writable(path, "copy the checkpoint to a folder of your own")
-        embeddings = make_embeddings(trained, device)
-        kept = {"weights": weights, "machines": machines, "data_root": trained.config.data_root, **embeddings}
+    if any(kept.get(name) != value for name, value in made_of.items()):
+        check_writable(path, "copy the checkpoint to a folder of your own, under a name that ends in .pth")
+        try:
+            embeddings = embed_training_clips(trained, device)
+        except UserError as error:
+            if "nearest" in kinds:
+                raise
+            notice(f"{error}; so there are no thresholds")
+            return trained
+        kept = {**made_of, "data_root": config.data_root, **embeddings}
         save_checkpoint(kept, path)
     notice(
         f"{trained.path} holds no embeddings of its training clips; {path} has those of {len(kept['bank']['label'])} "
@@ -124,27 +137,30 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
 
 
 def read_embeddings(path: Path) -> State:
+    """What an evaluation before has kept; raises `UserError` if the file is something else."""
     try:
-        return load_file(path)
-    except UserError as error:
-        raise UserError(f"{error}; remove it, and it is made again") from None
+        kept = load_file(path)
+        return kept | {}
+    except (UserError, TypeError):
+        raise UserError(f"{path}: no embeddings, or damaged; remove it, and it is made again") from None
 
 
-def make_embeddings(trained: TrainedModel, device: torch.device) -> State:
+def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:
     """Those of all training clips; of a run, without the clips that it held out, which are apart."""
-    config, run = trained.config.model_copy(update={"eval_precision": "fp32"}), trained.state.get("config")
+    config, before = trained.config, trained.state.get("clips")
+    lacking = f"{trained.path} holds no embeddings of its training clips"
     try:
         clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
     except UserError as error:
-        raise UserError(
-            f"{trained.path} holds no embeddings of its training clips, and this scoring needs them: {error}"
-        ) from None
-    parts = clips.split(run["split_ratio"], run["seed"]) if run else [clips]
-    if run and fingerprint(parts) != trained.state["clips"]:
-        raise UserError(
-            f"{trained.path} holds no embeddings of its training clips, and those under {config.data_root} are other "
-            f"clips; bring them back"
-        )
-    exact = dataclasses.replace(trained, config=config)
-    packed = [pack_embeddings(run_model(exact, part, device, "embeddings").embedding, part.labels) for part in parts]
-    return dict(zip(("bank", "held_out"), packed, strict=False))
+        raise UserError(f"{lacking}, and there is nothing to make them from: {error}") from None
+    parts = {"bank": clips}
+    if before is not None:
+        run = trained.state["config"]
+        parts = dict(zip(("bank", "held_out"), clips.split(run["split_ratio"], run["seed"]), strict=True))
+        if fingerprint(parts.values()) != before:
+            raise UserError(f"{lacking}, and those under {config.data_root} are other clips; bring them back")
+    exact = dataclasses.replace(trained, config=config.model_copy(update={"eval_precision": "fp32"}))
+    return {
+        name: pack_embeddings(run_model(exact, part, device, "embeddings").embedding, part.labels)
+        for name, part in parts.items()
+    }

@@ -350,7 +350,8 @@ def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
         kept = model.state["embeddings"][name]
         assert torch.equal(kept["label"], part.labels)
         assert kept["embedding"].dtype == torch.float16
-        assert torch.equal(kept["embedding"], torch.nn.functional.normalize(embedding).half())
+        normalised = torch.nn.functional.normalize(embedding)
+        assert torch.allclose(kept["embedding"].float(), normalised, rtol=0, atol=HALF)
 
 
 @pytest.mark.parametrize("kind", ["angle", "nearest"])
@@ -400,14 +401,14 @@ def test_few_held_out_clips_are_pooled_and_it_is_said(capsys):
     machines = {"fan": [0, 2, 4], "pump": [1]}
     thresholds = fit_thresholds(machines, held_out, "quantile", 90)
     assert thresholds.to_dict("index") == {
-        ("fan", "00"): {"threshold": 1.0, "held_out": "20 clips of the ID"},
-        ("fan", "02"): {"threshold": 3.0, "held_out": "25 clips of the type"},
-        ("fan", "04"): {"threshold": 3.0, "held_out": "25 clips of the type"},
+        ("fan", "00"): {"threshold": 1.0, "held_out": "20 clips of the ID", "held_out_of_id": 20},
+        ("fan", "02"): {"threshold": 3.0, "held_out": "25 clips of the type", "held_out_of_id": 5},
+        ("fan", "04"): {"threshold": 3.0, "held_out": "25 clips of the type", "held_out_of_id": 0},
     }
     explain_thresholds(thresholds, machines, Path("run.pth"))
     said = capsys.readouterr().err
     assert "fewer than 20 held-out clips" in said
-    assert "that of the whole machine type: fan 02, fan 04\n" in said
+    assert "that of the whole machine type: fan 02 (5), fan 04 (0)\n" in said
     assert "no held-out clips of the machine type, so there is no threshold: pump 01" in said
 
 
@@ -488,7 +489,16 @@ def test_decision_files(result, tmp_path):
         ("valve", "01"): (np.percentile(of["valve", "01"], 80), "30 clips of the ID"),
     }
     header, *rows = read_csv(tmp_path / "decisions.csv")
-    assert header == ["machine_type", "machine_id", "threshold", "held_out", "precision", "recall", "F1"]
+    assert header == [
+        "machine_type",
+        "machine_id",
+        "threshold",
+        "held_out",
+        "held_out_of_id",
+        "precision",
+        "recall",
+        "F1",
+    ]
     assert {(row[0], row[1]): (float(row[2]), row[3]) for row in rows} == expected
     decided = []
     for (machine_type, machine_id), (threshold, _) in expected.items():
@@ -568,8 +578,8 @@ def test_which_configurations_are_compared(result):
     """All of one score, and the scores of the same runs."""
 
     def run(mode: str, kind: str) -> Result:
-        trained = replace(result.trained, path=Path(f"{mode}.pth"), state={"config": {"mode": mode}})
-        return replace(result, trained=trained, about=result.about | {"scoring": kind})
+        state, config = {"config": {"mode": mode}}, load_config(mode=mode, scoring=kind)
+        return replace(result, trained=replace(result.trained, path=Path(f"{mode}.pth"), state=state, config=config))
 
     runs = [run(mode, kind) for mode in ("arcmix", "arcface") for kind in ("nearest", "published")]
     groups = dict(zip(name_configurations(runs), [[run] for run in runs], strict=True))

@@ -70,13 +70,13 @@ def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     last = (trained_copy / "run.last.pth").read_bytes()
     options = arguments(trained_copy, data_root)
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.Trainer.run_network", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("trainer.Trainer.embed", lambda *_: signal.raise_signal(signal.SIGINT))
         status, _, errors = call(train.main, *options, "--resume")
     assert status == 130
     assert errors.splitlines()[-1] == "notice: stopped; --resume continues after epoch 1"
     status, output, _ = call(train.main, *options, "--resume")
     assert status == 0
-    assert "embeddings of the clips under the weights of epoch 1" in output
+    assert f"embeddings of the clips: {trained_copy / 'run.pth'}" in output
     again = load_checkpoint(trained_copy / "run.pth")
     assert again.keys() == whole.keys()
     for name, table in whole["embeddings"].items():
