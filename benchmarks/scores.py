@@ -111,9 +111,10 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
     best = load_model(files.best, run, {})
     last = load_checkpoint(files.last)["model"]
     states = [load_checkpoint(path)["model"] for path in sorted(states_folder(run).glob("*.pth"))]
-    if len(states) != run.epoch - run.epoch * 2 // 3:
+    if len(states) != (expected := run.epoch - run.epoch * 2 // 3):
         raise UserError(
-            f"{states_folder(run)}: states of the last third are missing; remove the run, to train it again"
+            f"{states_folder(run)}: {len(states)} states, not the {expected} of the last third; remove the run, and it "
+            f"is trained again"
         )
     for weights, model in {"best": best.state["model"], "last": last, "mean": mean_of(states)}.items():
         best.network.load_state_dict(model)
