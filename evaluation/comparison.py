@@ -87,15 +87,12 @@ def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: s
 
 
 def find_pairs(groups: dict[str, list[Result]]) -> dict[tuple[str, str], bool]:
-    """Which configurations are compared, and whether their runs are the same: all of one score, and the scores of each
-    training.
+    """Which configurations are compared, and whether their runs are the same. Where there are several scores, it is
+    these that are compared, for each training.
     """
-    pairs = {}
-    for (name, one), (other_name, other) in itertools.combinations(groups.items(), 2):
-        has_same_runs = [run.trained.path for run in one] == [run.trained.path for run in other]
-        if has_same_runs or one[0].trained.config.scoring == other[0].trained.config.scoring:
-            pairs[name, other_name] = has_same_runs
-    return pairs
+    paths = {name: [run.trained.path for run in runs] for name, runs in groups.items()}
+    pairs = {(one, other): paths[one] == paths[other] for one, other in itertools.combinations(groups, 2)}
+    return {pair: is_same for pair, is_same in pairs.items() if is_same} or pairs
 
 
 def metrics_of(result: Result) -> Metrics:

@@ -575,7 +575,7 @@ def test_scores_of_the_same_runs_are_compared_run_by_run():
 
 
 def test_which_configurations_are_compared(result):
-    """All of one score, and the scores of the same runs."""
+    """The scores of the same runs; where there is one score, all."""
 
     def run(mode: str, kind: str) -> Result:
         state, config = {"config": {"mode": mode}}, load_config(mode=mode, scoring=kind)
@@ -588,7 +588,8 @@ def test_which_configurations_are_compared(result):
         "mode arcface, scoring nearest", "mode arcface, scoring published",
     ]  # fmt: skip
     a, b, c, d = groups
-    assert find_pairs(groups) == {(a, b): True, (a, c): False, (b, d): False, (c, d): True}
+    assert find_pairs(groups) == {(a, b): True, (c, d): True}
+    assert find_pairs({name: groups[name] for name in (b, d)}) == {(b, d): False}
     assert name_configurations(runs[:2]) == ["scoring nearest", "scoring published"]
 
 
