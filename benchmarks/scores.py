@@ -1,4 +1,4 @@
-"""Which score hears more with the same network: the study of docs/scores.md.
+"""Which score detects more with the same network: the study of docs/scores.md.
 
     python benchmarks/scores.py --config docs/real_recordings.yaml --data_root FOLDER
 
@@ -6,9 +6,9 @@ Trains the four modes with each seed, as paper.py does, and keeps the state afte
 scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
 kept; with the published score, the angle, and the distance to the nearest training clips: of the own ID, or of the
 whole machine type, where clips of other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights
-and score; OUTPUT/scores.md the means and the differences to what is published, over all modes and for each, with 95 %
-intervals that allow for other seeds and other test clips. Runs of one seed, which share their validation clips, count
-as one observation, the mean over the modes. Finished runs are not trained again.
+and score; OUTPUT/scores.md the means, and the differences to the published score under the best weights, over all modes
+and for each, with 95 % intervals that allow for other seeds and other test clips. Runs of one seed, which share their
+validation clips, count as one observation, the mean over the modes. Finished runs are not trained again.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
             cell = f"{one[:, :, 0].mean():.2f}"
             if pair != BASE:
                 value, half = difference(one.mean(axis=1), base.mean(axis=1), has_same_runs=True)
-                higher = one[:, :, 0] > base[:, :, 0]
+                higher = one[:, :, 0] - base[:, :, 0] > 1e-9  # ties do not count
                 cell += f", {value[0]:+.2f} ± {half[0]:.2f}, {higher.sum()} of {higher.size}"
             cells.append(cell)
         lines.append(markdown_row(", ".join(pair), cells))
