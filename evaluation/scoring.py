@@ -5,6 +5,7 @@
 - nearest: cosine distance between the embedding and those of the nearest training clips of the own ID, the bank
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -137,12 +138,11 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
 
 
 def read_embeddings(path: Path) -> State:
-    """What an evaluation before has kept; raises `UserError` if the file is something else."""
-    try:
-        kept = load_file(path)
-        return kept | {}
-    except (UserError, TypeError):
-        raise UserError(f"{path}: no embeddings, or damaged; remove it, and it is made again") from None
+    """What an earlier evaluation has kept; raises `UserError` if the file is something else."""
+    with contextlib.suppress(UserError):
+        if isinstance(kept := load_file(path), dict):
+            return kept
+    raise UserError(f"{path}: no embeddings, or damaged; remove it, and it is made again")
 
 
 def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:
