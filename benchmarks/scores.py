@@ -29,7 +29,7 @@ import trainer
 from benchmarks.paper import SEEDS, plan
 from checkpoint import RunFiles, State, TrainedModel, load_checkpoint, load_model, save_checkpoint
 from config import Config, parse_command_line
-from dataloader import ClipSet, load_clips
+from dataloader import ClipSet, class_labels, load_clips
 from evaluation.comparison import difference
 from evaluation.metrics import COLUMNS, Draws, measure
 from evaluation.scoring import anomaly_scores, run_model
@@ -140,24 +140,19 @@ def all_scores(trained: TrainedModel, outputs: Outputs, clips: ClipSet) -> Itera
     yield "angle", scores(scoring="angle")
     for count in NEIGHBOURS:
         yield f"nearest {count}", scores(scoring="nearest", neighbours=count)
-    types = clips.clips.groupby("label")["machine_type"].first()
     for penalty in PENALTIES:
-        yield (
-            f"nearest 2 of the type, penalty {penalty}",
-            type_distances(trained, outputs, clips.labels, types, penalty),
-        )
+        distances = type_distances(trained, outputs.embedding, clips.labels, penalty)
+        yield f"nearest 2 of the type, penalty {penalty}", distances
 
 
-def type_distances(
-    trained: TrainedModel, outputs: Outputs, labels: Tensor, types: pd.Series, penalty: float
-) -> np.ndarray:
+def type_distances(trained: TrainedModel, embedding: Tensor, labels: Tensor, penalty: float) -> np.ndarray:
     """The mean of the two smallest distances to clips of the machine type, those of other IDs larger by the penalty."""
     bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
-    distances = 1.0 - normalise(outputs.embedding.double()) @ normalise(bank["embedding"].double()).T
+    distances = 1.0 - normalise(embedding.double()) @ normalise(bank["embedding"].double()).T
+    types = np.array([machine_type for machine_type, _ in class_labels(trained.config.machines)])
     own, other = labels.numpy()[:, None], bank["label"].numpy()[None]
     distances += penalty * torch.from_numpy(own != other)
-    is_other_type = types.loc[own.ravel()].to_numpy()[:, None] != types.loc[other.ravel()].to_numpy()[None]
-    distances[torch.from_numpy(is_other_type)] = torch.inf
+    distances[torch.from_numpy(types[own] != types[other])] = torch.inf
     return distances.topk(2, largest=False).values.mean(dim=1).numpy()
 
 

@@ -4,7 +4,6 @@ import csv
 import math
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from conftest import MACHINES
@@ -12,17 +11,14 @@ from test_evaluation import HALF, distance, in_plane, planar_model
 
 from benchmarks import scores
 from checkpoint import load_checkpoint
-from inference import Outputs
 from losses import MODES
 
 
 def test_other_ids_of_the_type_are_farther_by_the_penalty():
     """fan 00 has clips at 0, 20, -20 and 90 degrees, fan 02 one at 50; the third class is another type."""
     model, labels = planar_model("nearest", in_plane(0, 90, 180)), torch.tensor([0, 1, 2])
-    outputs = Outputs(torch.empty(3, 3), in_plane(30, 50, 0))
-    types = pd.Series({0: "fan", 1: "fan", 2: "valve"})
     for penalty, second in ((0.0, distance(20)), (0.5, distance(30))):
-        found = scores.type_distances(model, outputs, labels, types, penalty)
+        found = scores.type_distances(model, in_plane(30, 50, 0), labels, penalty)
         assert found[0] == pytest.approx((distance(10) + second) / 2, abs=HALF)
         assert found[1] == pytest.approx((distance(0) + distance(30) + penalty) / 2, abs=HALF)
         assert found[2] == math.inf, "no clip of its type"
