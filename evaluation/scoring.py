@@ -115,7 +115,7 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
     made_of = {
         "weights": hash_weights(trained.network),
         "input": config.input,
-        "machines": json.dumps(config.machines),
+        "machines": json.dumps(config.machines),  # as text, since their order counts
         "clips": trained.state.get("clips"),
     }
     kept = read_embeddings(path) if path.exists() else {}

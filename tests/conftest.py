@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from checkpoint import load_checkpoint, save_checkpoint
 from config import load_config, parse_yaml
 from train import train
 from utils import run_script
@@ -45,6 +46,19 @@ def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: i
                     write_clip(root / machine_type / split / name, tone(seed, seconds=1.0))
                     seed += 1
     return root
+
+
+def copy_test_clips(data_root: Path, root: Path, machines=MACHINES) -> None:
+    """A data folder that lacks the training clips of another one."""
+    for machine_type in machines:
+        shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
+
+
+def remove_embeddings(path: Path) -> dict:
+    """Take the embeddings out of a checkpoint; returns what it was."""
+    whole = load_checkpoint(path)
+    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, path)
+    return whole
 
 
 def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments
+from conftest import arguments, remove_embeddings
 
 import eval as eval_script
 import train
@@ -98,8 +98,7 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
 @pytest.mark.slow
 def test_two_processes_make_the_embeddings_that_one_makes(trained_copy, data_root):
     """Those of the tiny run, which two processes are left to finish."""
-    whole = load_checkpoint(trained_copy / "run.pth")
-    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, trained_copy / "run.pth")
+    whole = remove_embeddings(trained_copy / "run.pth")
     result = torchrun(2, *arguments(trained_copy, data_root), "--resume")
     assert result.returncode == 0, result.stderr
     again = load_checkpoint(trained_copy / "run.pth")["embeddings"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import MACHINES, arguments, tone, write_clip, write_set
+from conftest import MACHINES, arguments, copy_test_clips, remove_embeddings, tone, write_clip, write_set
 from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
@@ -233,8 +233,7 @@ def test_scores_of_another_kind(trained_copy, data_root, call):
     """Of a finished run, whose checkpoint has the embeddings: the training clips are not looked for."""
     state = load_checkpoint(trained_copy / "run.pth")
     root = trained_copy / "data"
-    for machine_type in MACHINES:
-        shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
+    copy_test_clips(data_root, root)
     status, output, _ = evaluate(call, trained_copy, root, "--scoring", "nearest", "--neighbours", "3", "--plots")
     assert status == 0
     assert "98.32" not in output, "the published figures are of the published score"
@@ -273,13 +272,10 @@ def test_all_scores_side_by_side(trained_copy, data_root, call):
 
 
 def test_weights_without_embeddings_get_them_from_the_training_clips(trained_copy, tmp_path, data_root, call, fails):
-    expected = load_checkpoint(trained_copy / "run.pth")
-    without = {name: value for name, value in expected.items() if name != "embeddings"}
-    save_checkpoint(without, trained_copy / "run.pth")
+    expected = remove_embeddings(trained_copy / "run.pth")
     words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest")
     root, kept = tmp_path / "data", trained_copy / "run" / "embeddings.pth"
-    for machine_type in MACHINES:
-        shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
+    copy_test_clips(data_root, root)
     fails(
         eval_script.main, *words, "--data_root", root,
         match=r"run.pth holds no embeddings of its training clips, and there is nothing .* no folder .*fan/train",
@@ -303,8 +299,9 @@ def test_weights_without_embeddings_get_them_from_the_training_clips(trained_cop
     before = kept.stat()
     assert evaluate(call, trained_copy, root, "--scoring", "nearest")[0] == 0, "they are kept"
     assert kept.stat().st_mtime_ns == before.st_mtime_ns
-    without["model"]["arcface.weight"] += 0.1
-    save_checkpoint(without, trained_copy / "run.pth")
+    other = load_checkpoint(trained_copy / "run.pth")
+    other["model"]["arcface.weight"] += 0.1
+    save_checkpoint(other, trained_copy / "run.pth")
     fails(eval_script.main, *words, "--data_root", root, match="holds no embeddings")  # of these weights
     kept.write_text("not it")
     fails(

@@ -490,15 +490,8 @@ def test_decision_files(result, tmp_path):
     }
     header, *rows = read_csv(tmp_path / "decisions.csv")
     assert header == [
-        "machine_type",
-        "machine_id",
-        "threshold",
-        "held_out",
-        "held_out_of_id",
-        "precision",
-        "recall",
-        "F1",
-    ]
+        "machine_type", "machine_id", "threshold", "held_out", "held_out_of_id", "precision", "recall", "F1",
+    ]  # fmt: skip
     assert {(row[0], row[1]): (float(row[2]), row[3]) for row in rows} == expected
     decided = []
     for (machine_type, machine_id), (threshold, _) in expected.items():
@@ -662,7 +655,7 @@ def test_the_published_table_beside_the_measured_one(result, tmp_path):
     other = [run_of(result, of, signal, mode="arcface")]
     for results, split in ((other, "test"), (runs, "evaluation")):
         assert not any(
-            cell.endswith("published") and cell != "published"
+            "published" in cell and cell != "published"  # which the score is called
             for line in compared(results, tmp_path, split)
             for cell in line
         )

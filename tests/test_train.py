@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MACHINES, arguments, write_set
+from conftest import MACHINES, arguments, remove_embeddings, write_set
 
 import train
-from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run, save_checkpoint
+from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run
 from config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +65,7 @@ def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root,
 def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     trained_copy, data_root, call, monkeypatch
 ):
-    whole = load_checkpoint(trained_copy / "run.pth")
-    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, trained_copy / "run.pth")
+    whole = remove_embeddings(trained_copy / "run.pth")
     last = (trained_copy / "run.last.pth").read_bytes()
     options = arguments(trained_copy, data_root)
     with monkeypatch.context() as patch:
