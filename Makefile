@@ -9,7 +9,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := datasets/synthetic
 DEMO_WEIGHTS := check_points/demo.pth
-DEMO_MACHINES := {fan: [0, 2, 4], pump: [0, 2, 4], slider: [0, 2, 4], ToyCar: [1, 2, 3], ToyConveyor: [1, 2, 3], valve: [0, 2, 4]}
 .DEFAULT_GOAL := help
 
 PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root '$(DATA)') \
@@ -22,7 +21,7 @@ help:
 
 demo: .venv/installed
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
-	$(BIN)/python train.py --data_root $(DEMO_DATA) --machines '$(DEMO_MACHINES)' --save_path $(DEMO_WEIGHTS) \
+	$(BIN)/python train.py --data_root $(DEMO_DATA) --machines auto --save_path $(DEMO_WEIGHTS) \
 		--epoch 8 --batch_size 16 --lr 1e-3 --overwrite
 	$(BIN)/python eval.py $(DEMO_WEIGHTS) --data_root $(DEMO_DATA)
 	@echo 'The machines of the demo are synthetic: its table cannot be compared with the published one.'
@@ -39,7 +38,7 @@ gpu: .venv/installed
 paper: .venv/installed
 ifeq ($(patsubst ./%,%,$(DATA:/=)),$(DEMO_DATA))
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
-	$(BIN)/python benchmarks/paper.py --machines '$(DEMO_MACHINES)' $(PAPER_OPTIONS)
+	$(BIN)/python benchmarks/paper.py --machines auto $(PAPER_OPTIONS)
 else
 	$(BIN)/python benchmarks/paper.py $(PAPER_OPTIONS)
 endif

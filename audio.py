@@ -1,6 +1,7 @@
 """One recording to samples, or the reason why it cannot be used.
 
-Of a WAV or FLAC file the first 10 s of the first channel count, as int16 at 16 kHz; a shorter one is repeated.
+Of a WAV or FLAC file windows of 10 s of one channel are read, as int16 at 16 kHz; a shorter recording is repeated. No
+more than a window is in memory, however long the recording is.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -16,25 +17,47 @@ import soundfile
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
 from utils import UserError
 
+TOLERATED = 2  # seconds that may be left over behind the first window without a word: published clips have one
+BLOCK = 2**20  # samples of all channels that are read at once
 
-def check_recording(path: Path) -> list[str]:
-    """What has to be changed in a recording, as in "12 clips ...". Raises `UserError` with the reason for a file that
-    is unreadable, empty, cut short, damaged or not finite.
 
-    16-bit PCM WAV is judged by its header against its size, anything else by reading it.
+class Recording(NamedTuple):
+    """The seconds at which its windows start, and what has to be changed in it, as in "12 clips ..."."""
+
+    starts: list[float]
+    changes: list[str]
+
+
+def check_recording(path: Path, channel: int = 0, hop: float | None = None) -> Recording:
+    """What there is of a channel, counted from 0, in windows that start `hop` seconds apart, the last one ending with
+    the recording; or in the first window alone.
+
+    Raises `UserError` with the reason for a file that is unreadable, empty, cut short, damaged, not finite, or without
+    the channel. 16-bit PCM WAV is judged by its header against its size, anything else by reading the windows.
     """
     with open_audio(path) as file:
-        if (file.format, file.subtype) == ("WAV", "PCM_16"):
-            return list_changes(file)
-        return decode(file, np.empty(N_SAMPLES, dtype=np.int16))
+        changes = list_changes(file, channel, hop)
+        if (file.format, file.subtype) != ("WAV", "PCM_16"):
+            row = np.empty(N_SAMPLES, dtype=np.int16)
+            if sum(decode(file, row, start, channel) for start in find_windows(file, hop and SECONDS)):
+                changes.append("exceed full scale and were clipped")
+        return Recording(find_windows(file, hop), changes)
 
 
-def read_recording(path: Path, out: np.ndarray) -> list[str]:
-    """Fill `out`, int16 `(N_SAMPLES,)`, with the samples. Returns and raises the same as `check_recording`, and also
-    whether resampling a 16-bit recording clipped it.
+def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int = 0) -> None:
+    """Fill `out`, int16 `(N_SAMPLES,)`, with the samples of the window that starts at this second. Raises the same as
+    `check_recording`, and if the recording has become shorter.
     """
     with open_audio(path) as file:
-        return decode(file, out)
+        list_changes(file, channel)
+        decode(file, out, start, channel)
+
+
+def find_windows(file: soundfile.SoundFile, hop: float | None) -> list[float]:
+    last = file.frames - SECONDS * file.samplerate
+    if hop is None or last <= 0:
+        return [0.0]
+    return [frame / file.samplerate for frame in (*range(0, last, round(hop * file.samplerate)), last)]
 
 
 @contextlib.contextmanager
@@ -87,39 +110,55 @@ def check_wav(file: BinaryIO) -> None:
     raise UserError("damaged: there is no audio behind its header")
 
 
-def list_changes(file: soundfile.SoundFile) -> list[str]:
+def list_changes(file: soundfile.SoundFile, channel: int, hop: float | None = None) -> list[str]:
     if not 1_000 <= file.samplerate <= 1_000_000:
         raise UserError(f"unreadable: the header gives a sample rate of {file.samplerate} Hz")
     if file.frames == 0:
         raise UserError("empty: no samples")
+    if channel >= file.channels:
+        count = "a single channel" if file.channels == 1 else f"{file.channels} channels, counted from 0"
+        raise UserError(f"no channel {channel}: it has {count}")
     changes = {
-        "have several channels: the first is used": file.channels > 1,
+        f"have several channels: channel {channel} is used": file.channels > 1,
         f"are resampled to {SAMPLE_RATE} Hz at each reading; `sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once": (
             file.samplerate != SAMPLE_RATE
         ),
         "are rounded to 16 bits": file.subtype != "PCM_16",
         f"are shorter than {SECONDS} s and are repeated": file.frames < SECONDS * file.samplerate,
+        f"are longer than {SECONDS + TOLERATED} s, and only their first {SECONDS} s count (--window all takes all)": (
+            hop is None and file.frames > (SECONDS + TOLERATED) * file.samplerate
+        ),
     }
     return [change for change, is_needed in changes.items() if is_needed]
 
 
-def decode(file: soundfile.SoundFile, out: np.ndarray) -> list[str]:
-    changes = list_changes(file)
-    expected = min(file.frames, SECONDS * file.samplerate)
+def decode(file: soundfile.SoundFile, out: np.ndarray, start: float, channel: int) -> bool:
+    """Fill `out` with the samples of a window; returns whether any had to be clipped."""
+    first, length = round(start * file.samplerate), SECONDS * file.samplerate
+    if first:
+        if first + length > file.frames:
+            raise UserError(f"truncated: it ends before second {start + SECONDS:g}, which it has had before")
+        file.seek(first)
+    expected, is_clipped = min(file.frames, length), False
     is_exact = file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
     if is_exact and file.channels == 1 and expected == N_SAMPLES:
         samples = file.read(out=out)  # twice as fast as through an array of its own
     else:
-        samples = file.read(expected, dtype="int16" if is_exact else "float64", always_2d=True)[:, 0]
+        samples = read_channel(file, channel, expected, "int16" if is_exact else "float64")
     if len(samples) < expected:
         raise UserError(f"truncated: {len(samples)} of {expected} samples can be read")
     if not is_exact:
         samples, is_clipped = round_to_int16(resample(samples, file.samplerate))
-        if is_clipped:
-            changes.append("exceed full scale and were clipped")
     if samples is not out:
         out[:] = np.resize(samples, N_SAMPLES)
-    return changes
+    return is_clipped
+
+
+def read_channel(file: soundfile.SoundFile, channel: int, count: int, dtype: str) -> np.ndarray:
+    """Up to `count` samples of one channel, read in blocks: all channels together may not fit into the memory."""
+    size = max(1, BLOCK // file.channels)
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    return np.concatenate([file.read(size, dtype, always_2d=True)[:, channel].copy() for size in sizes])
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -15,11 +15,11 @@ import filelock
 import torch
 from torch import Tensor
 
-from config import COMPUTATION_KEYS, KEYS, MODEL_KEYS, Config, make_config
-from dataloader import class_labels
+from config import AUTO, COMPUTATION_KEYS, KEYS, MODEL_KEYS, RECORDING_KEYS, Config, make_config
+from dataloader import class_labels, settle_machines
 from distributed import from_main
 from losses import MODES
-from model import TASTgramMFN
+from model import CENTRES, TASTgramMFN
 from utils import UserError, check_writable, copy_to_host, notice, replace_file
 
 State = dict[str, Any]  # what a checkpoint holds: tensors and plain values
@@ -42,6 +42,8 @@ class RunFiles:
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
         self.embeddings = self.folder / "embeddings.pth"  # what eval.py makes where the checkpoint has none
+
+        self.timelines = self.folder / "timelines"  # pictures of single recordings, which eval.py draws
 
     def results(self, split: str) -> Path:
         """What eval.py writes for the clips of a split, "test" or "evaluation"."""
@@ -74,6 +76,7 @@ def clear_run(files: RunFiles) -> None:
     for file in (files.best, files.last, files.history, files.embeddings):
         file.unlink(missing_ok=True)
     clear(files.tensorboard, ["events.out.tfevents.*"])
+    clear(files.timelines, ["*.png"])
     for split in ("test", "evaluation"):
         clear(files.results(split), RESULT_FILES)
 
@@ -264,23 +267,41 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
     state = load_checkpoint(path)
     if "config" in state:
         trained = state["config"]
-        for key in config.differences(trained, [key for key in MODEL_KEYS if key in given]):
+        checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) != AUTO]
+        for key in config.differences(trained, checked):
             raise UserError(
                 f"command line: {key} {getattr(config, key)!r} is not the checkpoint's, {trained[key]!r} ({path}); "
                 f"leave it out"
             )
         decided = {key: trained[key] for key in MODEL_KEYS}
+        decided |= {key: trained[key] for key in RECORDING_KEYS if key in trained and key not in given}
         config = make_config(("configuration", config.model_dump()), (str(path), decided))
     else:
         notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of the configuration")
+        config = settle_machines(config)
     network = build_network(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
+    check_fit(state["model"], network.state_dict(), path, "machines, input, sub_centers")
+    network.load_state_dict(state["model"])
+    return TrainedModel(path, network.eval(), config, state)
+
+
+def check_fit(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], path: Path, keys: str) -> None:
+    """Raise `UserError` where the weights of a file are not those of the model; the keys are what may be the reason."""
+    found, expected = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (weights, model))
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{path} does not fit the configuration (machines, input, sub_centers): {name} is "
-                f"{found.get(name, 'absent')} in the file and {expected.get(name, 'absent')} in the model"
+                f"{path} does not fit the configuration ({keys}): {name} is {found.get(name, 'absent')} in the file "
+                f"and {expected.get(name, 'absent')} in the model"
             )
-    network.load_state_dict(state["model"])
-    return TrainedModel(path, network.eval(), config, state)
+
+
+def load_initial(network: TASTgramMFN, path: Path) -> None:
+    """Begin with the weights of a file, but for the centres of the classes, which are those of other machines."""
+    weights, own = from_main(lambda: load_checkpoint(path)["model"]), network.state_dict()
+    taken, replaced = (
+        {name: tensor for name, tensor in part.items() if name not in CENTRES} for part in (weights, own)
+    )
+    check_fit(taken, replaced, path, "input")
+    network.load_state_dict(own | taken)
+    notice(f"init_from: the weights of {path} are taken, but for the class centres ({', '.join(CENTRES)})")

@@ -8,12 +8,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from losses import MODES
 from model import CHANNELS
@@ -21,6 +21,11 @@ from utils import OneLineParser, UserError, suggest
 
 SCORINGS = ("published", "angle", "nearest")  # evaluation/scoring.py computes them
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
+
+MachineID = int | str
+Machines = Mapping[str, Sequence[MachineID]]  # by machine type, their order numbers the classes
+AUTO: Machines = {}  # `machines: auto`, until `dataloader.settle_machines` has looked which there are
+MACHINE_ID = r"(?!(pooled|mean|min)$)[^_/\\\x00-\x1f\x7f]+"
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
@@ -37,10 +42,35 @@ def refuse_repeats(values: list) -> list:
     return values
 
 
-def refuse_one_machine(machines: dict[str, list[int]]) -> dict[str, list[int]]:
-    if sum(map(len, machines.values())) < 2:
+def refuse_one_machine(machines: Machines) -> Machines:
+    if sum(map(len, machines.values())) == 1:
         raise ValueError
     return machines
+
+
+def read_machines(value: Any) -> Any:
+    if not value:
+        raise ValueError
+    return AUTO if value == "auto" else value
+
+
+def parse_id(text: str) -> MachineID:
+    """A machine ID: a number, however many zeros are before it, or else the word it is."""
+    return int(text) if re.fullmatch("[0-9]+", text) else text
+
+
+def check_id(value: Any) -> MachineID:
+    """An ID that can be read from a file name, and names no row of the table of results."""
+    machine_id = parse_id(value) if isinstance(value, str) else value
+    is_number = type(machine_id) is int and 0 <= machine_id < 10**9
+    if not is_number and not (isinstance(machine_id, str) and re.fullmatch(MACHINE_ID, machine_id)):
+        raise ValueError
+    return machine_id
+
+
+def name_id(machine_id: MachineID) -> str:
+    """A machine ID as outputs name it: a number has two digits, as in the published file names."""
+    return f"{machine_id:02d}" if isinstance(machine_id, int) else machine_id
 
 
 Real = Annotated[float, BeforeValidator(refuse_non_numbers), Field(allow_inf_nan=False)]
@@ -48,12 +78,14 @@ Whole = Annotated[int, BeforeValidator(refuse_non_numbers)]
 Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]
-# A folder name, but `average`, a row of the table of results. An ID may be written 2, "02" or 08.
+# A folder name, but `average`, a row of the table of results.
 MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$")]
 MachineIDs = Annotated[
-    list[Annotated[Whole, Field(ge=0, lt=10**9)]], Field(min_length=1), AfterValidator(refuse_repeats)
+    list[Annotated[MachineID, PlainValidator(check_id)]], Field(min_length=1), AfterValidator(refuse_repeats)
 ]
-Machines = Annotated[dict[MachineType, MachineIDs], AfterValidator(refuse_one_machine)]
+MachineTable = Annotated[
+    dict[MachineType, MachineIDs], BeforeValidator(read_machines), AfterValidator(refuse_one_machine)
+]
 Channels = Annotated[
     list[Literal[CHANNELS]],  # type: ignore[valid-type]
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -70,12 +102,19 @@ class Config(BaseModel):
 
     data_root: Annotated[Path_, Field(pattern=r"\S", description="the name of a folder (a number needs quotes)")]
     machines: Annotated[
-        Machines,
+        MachineTable,
         Field(
-            description="a table of machine types with lists of different IDs, at least two in all, such as "
-            "{fan: [0, 2], pump: [0]}"
+            description="auto or a table of machine types (names of folders, not average) with lists of different IDs "
+            "(numbers, or words without _, / and \\, not pooled, mean or min), at least two in all, such as "
+            "{fan: [0, 2], press: [line-3]}"
         ),
     ]
+    window: Literal["first", "all"]
+    hop: Annotated[
+        Literal["auto"] | Annotated[Real, Field(ge=0.1, le=10)],
+        Field(description="auto or a number of seconds from 0.1 to 10"),
+    ]
+    channel: Annotated[Whole, Field(ge=0, description="a whole number of at least 0")]
     split_ratio: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
     mode: Literal[tuple(MODES)]  # type: ignore[valid-type]
     input: Annotated[Channels, Field(description=f"a list of different channels out of {', '.join(CHANNELS)}")]
@@ -88,6 +127,7 @@ class Config(BaseModel):
     lr: Positive
     weight_decay: Annotated[Real, Field(ge=0, description="a number of at least 0")]
     seed: Annotated[Whole, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
+    init_from: Annotated[Path_, Field(description="the name of a file (a number needs quotes)")]
     save_path: Annotated[
         Path_,
         Field(
@@ -105,6 +145,7 @@ class Config(BaseModel):
     tensorboard: Flag
     scoring: Literal[SCORINGS]  # type: ignore[valid-type]
     neighbours: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
+    over_windows: Literal["mean", "max"]
     score_dtype: Literal["float32", "float64"]
     threshold: Literal["gamma", "quantile"]
     threshold_percentile: Annotated[Real, Field(gt=0, lt=100, description="a number above 0 and below 100")]
@@ -113,6 +154,12 @@ class Config(BaseModel):
     def checkpoint(self) -> Path:
         """`save_path` with its placeholders filled in."""
         return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
+
+    def hop_of(self, split: str) -> float | None:
+        """Seconds between the windows of a recording of the split; None where its first window alone counts."""
+        if self.window == "first":
+            return None
+        return {"train": 10.0}.get(split, 5.0) if self.hop == "auto" else self.hop
 
     def differences(self, other: dict[str, Any], keys: Sequence[str]) -> list[str]:
         """Those of the keys whose values in another configuration differ; the order of the machines counts."""
@@ -123,10 +170,13 @@ KEYS = tuple(Config.model_fields)
 # Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may have others.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
-    "num_workers", "tensorboard", "scoring", "neighbours", "score_dtype", "threshold", "threshold_percentile",
+    "num_workers", "tensorboard", "init_from", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
+    "threshold_percentile",
 )  # fmt: skip
 # What makes the model and its published score: eval.py takes it from the checkpoint.
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+# What the model has heard of a recording: eval.py takes it from the checkpoint too, but the command line may differ.
+RECORDING_KEYS = ("window", "channel")
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:

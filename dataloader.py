@@ -3,8 +3,9 @@
     <data_root>/<machine type>/{train,test}/{normal,anomaly}_id_XX_*.wav    (or .flac)
     <data_root>/<machine type>/evaluation/id_XX_*.wav                       labels in <data_root>/eval_data_list.csv
 
-`find_clips` lists what the machines of the configuration ask for, as a table with a row per clip. A `ClipSet` reads
-the recordings of such a table in batches, or keeps them in the memory of a GPU.
+`find_clips` lists what the machines of the configuration ask for, as a table with a row per recording. A clip is a
+window of 10 s of a recording: its first one, or one of several. A `ClipSet` reads the clips of such a table in batches,
+or keeps them in the memory of a GPU.
 """
 
 import csv
@@ -22,14 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import check_recording, read_recording
+from audio import Recording, check_recording, read_recording
+from config import AUTO, Config, MachineID, Machines, make_config, name_id, parse_id
+from distributed import from_main
 from model.tastgram import N_SAMPLES
 from utils import ORDER, SPLIT, UserError, notice, random_stream
 
 NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a clip
 MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
 COLUMNS = ["path", *MACHINE, "label", "condition"]
-CLIP_NAME = re.compile(r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[0-9]+)_.*\.(?:wav|flac)", re.IGNORECASE)
+CLIP_NAME = re.compile(r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE)
 CLIP_FORMS = {  # how the recordings of a split are named
     "train": "normal_id_XX_*.wav",
     "test": "{normal,anomaly}_id_XX_*.wav",
@@ -40,18 +43,44 @@ GET_DATA = "`python datasets/download.py` fetches DCASE 2020 Task 2, `python dat
 GET_EVALUATION = "`python datasets/download.py --parts evaluation` fetches those of DCASE 2020 Task 2"
 NAMES_SHOWN = 5  # of files that are passed over
 
-# ---- Which clips ----
+# ---- Which machines, and which recordings of them ----
 
 
-def class_labels(machines: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], int]:
+def class_labels(machines: Machines) -> dict[tuple[str, str], int]:
     """The class of each (machine type, machine ID as in file names, "02"), numbered in the order of the table."""
-    pairs = [(machine_type, f"{machine_id:02d}") for machine_type, ids in machines.items() for machine_id in ids]
+    pairs = [(machine_type, name_id(machine_id)) for machine_type, ids in machines.items() for machine_id in ids]
     return {pair: label for label, pair in enumerate(pairs)}
 
 
-def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], split: str) -> pd.DataFrame:
-    """The clips of a split, ordered by type and file name: "train" (normal only), "test" (normal and anomalous), or
-    "evaluation" (the file's name does not tell; the label list does, where there is one).
+def settle_machines(config: Config) -> Config:
+    """The configuration with a table of machines: for `machines: auto`, of those in its training folders, and said."""
+    if config.machines != AUTO:
+        return config
+    machines = from_main(lambda: find_machines(Path(config.data_root)))
+    found = make_config(("configuration", config.model_dump()), (config.data_root, {"machines": machines}))
+    ids = [f"{machine_type} {', '.join(map(name_id, ids))}" for machine_type, ids in machines.items()]
+    notice(f"{config.data_root}: {sum(map(len, machines.values()))} machine IDs: {'; '.join(ids)}")
+    return found
+
+
+def find_machines(root: Path) -> dict[str, list[MachineID]]:
+    """The types and IDs of the training recordings, in alphabetical order, of numbers in their own, whatever the order
+    on the disk.
+    """
+    machines: dict[str, list[MachineID]] = {}
+    for folder in sorted(root.glob("*/train"), key=lambda folder: (folder.parent.name.casefold(), folder)):
+        matches = [match for path in folder.glob("*") if (match := CLIP_NAME.fullmatch(path.name))]
+        ids = {parse_id(match["machine_id"]) for match in matches if (match["condition"] or "").lower() == NORMAL}
+        if ids:
+            machines[folder.parent.name] = sorted(ids, key=lambda machine_id: (isinstance(machine_id, str), machine_id))
+    if not machines:
+        raise UserError(f"no machines found: looked for {root}/<machine type>/train/{CLIP_FORMS['train']}; {GET_DATA}")
+    return machines
+
+
+def find_clips(data_root: str | Path, machines: Machines, split: str) -> pd.DataFrame:
+    """The recordings of a split, ordered by type and file name: "train" (normal only), "test" (normal and anomalous),
+    or "evaluation" (the file's name does not tell; the label list does, where there is one).
 
     Columns: `path`, `machine_type`, `machine_id` ("02", read from the file name), `label` (the class), `condition`
     (NORMAL, ANOMALOUS or UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError`
@@ -76,7 +105,7 @@ def find_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], spl
             if not match or (match["condition"] is None) != (split == "evaluation"):
                 skipped[f"not named {CLIP_FORMS[split]} or .flac"].append(name)
                 continue
-            machine = (machine_type, f"{int(match['machine_id']):02d}")
+            machine = (machine_type, name_id(parse_id(match["machine_id"])))
             condition = conditions.get((machine_type, Path(name).stem), UNLABELLED)
             if match["condition"]:
                 condition = NORMAL if match["condition"].lower() == "normal" else ANOMALOUS
@@ -135,16 +164,17 @@ def read_label_list(path: Path) -> dict[tuple[str, str], str]:
     return conditions
 
 
-def check_recordings(paths: Sequence[Path], num_workers: int) -> dict[Path, list[str] | UserError]:
-    """What has to be changed in each recording, or why it cannot be used."""
+def check_recordings(paths: Sequence[Path], config: Config, split: str) -> dict[Path, Recording | UserError]:
+    """What there is of each recording, or why it cannot be used."""
+    hop = config.hop_of(split)
 
-    def check(path: Path) -> list[str] | UserError:
+    def check(path: Path) -> Recording | UserError:
         try:
-            return check_recording(path)
+            return check_recording(path, config.channel, hop)
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(config.num_workers) as pool:
         checks = tqdm(pool.map(check, paths), total=len(paths), desc="checking", unit="clip", leave=False, disable=None)
         return dict(zip(paths, checks, strict=True))
 
@@ -153,30 +183,63 @@ def check_recordings(paths: Sequence[Path], num_workers: int) -> dict[Path, list
 
 
 class ClipSet:
-    """The recordings of a table of clips, for training, validation and test alike.
+    """The clips of a table, for training, validation and test alike. The windows of a recording follow each other:
+    `start` says at which second each of them starts, at 0 the first one; without that column each clip is one.
 
     They are read at each use, by threads, while the batch before is computed; or once, into the memory of a GPU.
     """
 
-    def __init__(self, clips: pd.DataFrame, num_workers: int) -> None:
-        self.clips, self.num_workers = clips.reset_index(drop=True), num_workers
+    def __init__(self, clips: pd.DataFrame, num_workers: int, channel: int = 0) -> None:
+        self.clips, self.num_workers, self.channel = clips.reset_index(drop=True), num_workers, channel
+        if "start" not in clips:
+            self.clips["start"] = 0.0
+        is_first = self.clips["start"].to_numpy() == 0
+        self.firsts = np.flatnonzero(is_first)  # the clips that begin a recording
+        self.recording = np.cumsum(is_first) - 1  # its number, for each clip
         self.labels = torch.tensor(clips["label"].to_numpy(np.int64))
         self.samples: Tensor | None = None  # int16 (n, T), once they are kept on a GPU
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def machines(self) -> list[str]:
+        """Machine types and IDs, as in "fan 02"."""
+        return self.clips["machine_type"].str.cat(self.clips["machine_id"], sep=" ").unique().tolist()
+
+    @property
+    def recordings(self) -> pd.DataFrame:
+        """The rows of the table, one for each recording."""
+        return self.clips.iloc[self.firsts].drop(columns="start").reset_index(drop=True)
+
+    def over_windows(self, values: np.ndarray, rule: str) -> np.ndarray:
+        """The "mean" or "max" of the values `(n, ...)` of all clips over the windows of each recording."""
+        if rule == "max":
+            return np.maximum.reduceat(values, self.firsts)
+        counts = np.diff(self.firsts, append=len(self)).astype(values.dtype)
+        return (np.add.reduceat(values, self.firsts).T / counts).T
+
+    def worst_starts(self, values: np.ndarray) -> np.ndarray:
+        """At which second the window with the highest value `(n,)` of each recording starts."""
+        order = np.lexsort((-values, self.recording))
+        return self.clips["start"].to_numpy()[order[self.firsts]]
+
     def split(self, ratio: float, seed: int) -> tuple["ClipSet", "ClipSet"]:
-        """A random share of `int(ratio * n)` clips, for training, and the rest, for validation."""
-        order, count = random_stream(seed, SPLIT).permutation(len(self)), int(ratio * len(self))
-        parts = (np.sort(order[:count]), np.sort(order[count:]))
-        training, validation = (ClipSet(self.clips.iloc[part], self.num_workers) for part in parts)
+        """A random share of `int(ratio * n)` of the n recordings, for training, and the rest, for validation."""
+        order, count = random_stream(seed, SPLIT).permutation(len(self.firsts)), int(ratio * len(self.firsts))
+        is_training = np.isin(self.recording, order[:count])
+        training, validation = (
+            ClipSet(self.clips[chosen], self.num_workers, self.channel) for chosen in (is_training, ~is_training)
+        )
         return training, validation
 
     def fingerprint(self) -> str:
         """Which clips these are, in which order: a resumed run must see the same."""
-        rows = self.clips[["machine_type", "path", "label"]].itertuples(index=False)
-        names = "\n".join(f"{machine_type}/{path.name} {label}" for machine_type, path, label in rows)
+        rows = self.clips[["machine_type", "path", "label", "start"]].itertuples(index=False)
+        names = "\n".join(
+            f"{machine_type}/{path.name} {label}{f' from {start}' if start else ''}"
+            for machine_type, path, label, start in rows
+        )
         return hashlib.sha256(os.fsencode(names)).hexdigest()
 
     def read_all(self, device: torch.device) -> Tensor:
@@ -206,7 +269,7 @@ class ClipSet:
 
         To a GPU the samples travel on a stream of their own, beside the computation.
         """
-        is_cuda, paths = device.type == "cuda", self.clips["path"].tolist()
+        is_cuda, windows = device.type == "cuda", list(zip(self.clips["path"], self.clips["start"], strict=True))
         size = max(map(len, plan), default=0)
         buffers = [torch.empty((size, N_SAMPLES), dtype=torch.int16, pin_memory=is_cuda) for _ in range(2)]
         stream = torch.cuda.Stream(device) if is_cuda else None
@@ -216,7 +279,8 @@ class ClipSet:
             if stream:
                 copies[number % 2].synchronize()  # the samples read before may still be on their way to the GPU
             rows = buffers[number % 2].numpy()
-            return [pool.submit(read, paths[index], row) for index, row in zip(plan[number], rows, strict=False)]
+            chosen = zip(rows, plan[number], strict=False)
+            return [pool.submit(read, row, self.channel, *windows[index]) for row, index in chosen]
 
         with ThreadPoolExecutor(self.num_workers) as pool:
             reading = start(0) if plan else []
@@ -269,31 +333,35 @@ def keep_on_gpu(parts: Sequence[ClipSet], data_device: str, device: torch.device
         part.samples = part.read_all(device)
 
 
-def read(path: Path, out: np.ndarray) -> None:
+def read(out: np.ndarray, channel: int, path: Path, start: float) -> None:
     try:
-        read_recording(path, out)
+        read_recording(path, out, start, channel)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def load_clips(data_root: str | Path, machines: Mapping[str, Sequence[int]], split: str, num_workers: int) -> ClipSet:
+def load_clips(config: Config, split: str) -> ClipSet:
     """The clips of a split. Raises `UserError` that names all recordings that cannot be used; notices report what has
     to be changed in the others.
     """
-    clips = find_clips(data_root, machines, split)
-    problems, changes = [], Counter[str]()
-    for path, result in check_recordings(clips["path"].tolist(), num_workers).items():
-        if isinstance(result, UserError):
-            problems.append(f"{path} ({result})")
-        else:
-            changes.update(result)
-    if problems:
+    recordings = find_clips(config.data_root, config.machines, split)
+    checked = check_recordings(recordings["path"].tolist(), config, split)
+    good = {path: result for path, result in checked.items() if not isinstance(result, UserError)}
+    if problems := [f"{path} ({checked[path]})" for path in checked.keys() - good.keys()]:
         raise UserError(
-            f"{len(problems)} of {len(clips)} recordings cannot be used, replace or remove them: {'; '.join(problems)}"
+            f"{len(problems)} of {len(checked)} recordings cannot be used, replace or remove them: "
+            f"{'; '.join(sorted(problems))}"
         )
-    for change, count in changes.items():
-        notice(f"{count} of {len(clips)} clips {change}")
-    return ClipSet(clips, num_workers)
+    for change, count in Counter(change for result in good.values() for change in result.changes).items():
+        notice(f"{count} of {len(good)} recordings {change}")
+    return cut_into_windows(recordings, good, config)
+
+
+def cut_into_windows(recordings: pd.DataFrame, checked: Mapping[Path, Recording], config: Config) -> ClipSet:
+    """A clip for each window of each recording."""
+    starts = [checked[path].starts for path in recordings["path"]]
+    windows = recordings.loc[recordings.index.repeat(list(map(len, starts)))]
+    return ClipSet(windows.assign(start=np.concatenate(starts)), config.num_workers, config.channel)
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int, least: int = 2) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ from checkpoint import RunFiles, load_model
 from config import SCORINGS, Config, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
-from evaluation.recordings import find_recordings, print_scores, score_recordings
+from evaluation.recordings import find_recordings, picture_files, print_json, print_scores, score_recordings
 from evaluation.result import Result, evaluate
 from evaluation.tables import write_result
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
@@ -57,7 +57,7 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
         trained = load_model(path, config, given)
         folder = RunFiles(path).results(options.split)
         check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a folder of your own")
-        clips = load_clips(config.data_root, trained.config.machines, options.split, config.num_workers)
+        clips = load_clips(trained.config, options.split)
         kinds = SCORINGS[::-1] if options.all_scores else [config.scoring]  # the published one is subtracted
         scored = evaluate(trained, clips, options.split, device, kinds)
         result = scored[config.scoring]
@@ -86,13 +86,21 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
 
 
 def score(config: Config, path: Path, given: dict[str, Any], options: Namespace) -> None:
-    """Score single recordings; a `UserError` at the end if some could not be read."""
+    """Score single recordings, the whole of them; a `UserError` at the end if some could not be read."""
     if options.machine_type is None:
         raise UserError("--score needs --machine_type, and takes --machine_id")
-    trained, files = load_model(path, config, given), find_recordings(options.score)
-    device = use_device(config.device)
+    if "window" not in given:
+        config, given = config.model_copy(update={"window": "all"}), given | {"window": "all"}
+    trained = load_model(path, config, given)
+    files, device = find_recordings(options.score), use_device(config.device)
     results = score_recordings(trained, files, options.machine_type, options.machine_id, device)
-    print_scores(results, options.json)
+    if options.plots:
+        from evaluation.figures import draw_timeline
+
+        for row, file in picture_files(results, RunFiles(path).timelines):
+            draw_timeline(row, trained.config, file)
+            row["picture"] = str(file)
+    (print_json if options.json else print_scores)(results, options.timeline)
     if bad := sum("error" in row for row in results):
         raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
 
@@ -111,7 +119,8 @@ def main() -> None:
     files = parser.add_argument_group("scoring of single recordings")
     files.add_argument("--score", nargs="+", metavar="FILE", type=Path, help="files or folders to score, nothing else")
     files.add_argument("--machine_type", help="machine type of these recordings")
-    files.add_argument("--machine_id", type=int, help="their machine ID (default: for each file the best-fitting one)")
+    files.add_argument("--machine_id", help="their machine ID (default: for each file the best-fitting one)")
+    files.add_argument("--timeline", action="store_true", help="print the score and the decision of each window too")
     files.add_argument("--json", action="store_true", help="print the scores as JSON")
     config, options, given = parse_command_line(parser)
     paths = options.checkpoint or [config.checkpoint]

@@ -10,9 +10,11 @@ the folder NAME with history.csv and TensorBoard logs. `python eval.py` scores t
 Several GPUs: see train_ddp.py.
 """
 
-from checkpoint import RunFiles, clear_run, find_state, lock_run
+from pathlib import Path
+
+from checkpoint import RunFiles, clear_run, find_state, load_initial, lock_run
 from config import Config, parse_command_line
-from dataloader import keep_on_gpu, load_clips
+from dataloader import keep_on_gpu, load_clips, settle_machines
 from distributed import barrier, from_main, is_main, is_restarted, job_name, planned_processes
 from trainer import Run
 from utils import OneLineParser, UserError, run_script, use_device
@@ -25,11 +27,14 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         restarted_job = job_name() if is_restarted() else ""
         state = from_main(lambda: find_state(files, resume, overwrite, restarted_job))
         device = use_device(config.device)
-        clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+        config = settle_machines(config)
+        clips = load_clips(config, "train")
         train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
         run = Run(config, device, train_clips, valid_clips)
         if state:
             run.resume(state)
+        elif config.init_from:
+            load_initial(run.trainer.network, Path(config.init_from))
         if run.epoch < config.epoch:
             keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
             if is_main():

@@ -274,6 +274,11 @@ class Run:
             )
         if config.batch_size < least:
             raise UserError(f"batch_size: {config.batch_size} clips a step: {processes}; raise it")
+        if unseen := [machine for machine in valid_clips.machines if machine not in train_clips.machines]:
+            raise UserError(
+                f"all recordings of {', '.join(unseen)} are held out for validation: bring more (a long one can be cut "
+                f"into several), or raise split_ratio"
+            )
         self.fingerprint = fingerprint([train_clips, valid_clips])
         if distributed.from_main(lambda: self.fingerprint) != self.fingerprint:
             raise UserError(

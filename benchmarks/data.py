@@ -74,7 +74,7 @@ def link_clips(config: Config, root: Path, count: int) -> None:
 def measure(config: Config) -> dict[str, float]:
     """What a training does before its first step, and one epoch of reading."""
     start = time.perf_counter()
-    clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+    clips = load_clips(config, "train")
     train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
     run = Run(config, CPU, train_clips, valid_clips)
     plan = shuffled_batches(len(train_clips), BATCH, config.seed, epoch=0)

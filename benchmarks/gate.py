@@ -24,7 +24,7 @@ def main() -> None:
     config, _, _ = parse_command_line(OneLineParser(description=__doc__))
     front_end, peaks = FrontEnd(["tagram"]), dict[str, list[float]]()
     for split in ("train", "test"):
-        clips = load_clips(config.data_root, config.machines, split, config.num_workers)
+        clips = load_clips(config, split)
         plan = batches(np.arange(len(clips)), 16)
         for indices, (samples, _) in zip(plan, clips.batches(plan, torch.device("cpu")), strict=True):
             highest = temporal_gate(front_end(samples)["log_mel"]).flatten(1).amax(dim=1).tolist()

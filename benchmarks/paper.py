@@ -35,8 +35,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput import CLASSES, random_clips, seconds
 from checkpoint import RunFiles, check_configuration, load_newest
-from config import Config, load_config, parse_command_line
-from dataloader import class_labels, find_clips
+from config import AUTO, Config, load_config, parse_command_line
+from dataloader import class_labels, find_clips, settle_machines
 from losses import MODES
 from model import CHANNELS
 from trainer import Trainer
@@ -63,6 +63,9 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("published", "all"), default="published", help=help_text)
     parser.add_argument("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
     config, options, given = parse_command_line(parser)
+    if config.machines == AUTO:
+        config = settle_machines(config)
+        given["machines"] = config.machines
     runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
     downloads = is_to_download(config)

@@ -106,8 +106,8 @@ def train_and_keep(run: Config) -> None:
 def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
     """The metrics of each pair (weights, score)."""
     device, files = use_device(run.device), RunFiles(run.checkpoint)
-    training, _ = load_clips(run.data_root, run.machines, "train", run.num_workers).split(run.split_ratio, run.seed)
-    test = load_clips(run.data_root, run.machines, "test", run.num_workers)
+    training, _ = load_clips(run, "train").split(run.split_ratio, run.seed)
+    test = load_clips(run, "test")
     best = load_model(files.best, run, {})
     last = load_checkpoint(files.last)["model"]
     states = [load_checkpoint(path)["model"] for path in sorted(states_folder(run).glob("*.pth"))]

@@ -1,11 +1,11 @@
 """Yes or no: a threshold for each machine ID, from the scores of normal clips that were held out of the training."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from config import Machines, name_id
 from dataloader import ANOMALOUS, MACHINE, class_labels, known_clips
 from utils import notice
 
@@ -29,9 +29,7 @@ def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
     return float(np.percentile(values, percentile))
 
 
-def fit_thresholds(
-    machines: Mapping[str, Sequence[int]], held_out: pd.DataFrame, method: str, percentile: float
-) -> pd.DataFrame:
+def fit_thresholds(machines: Machines, held_out: pd.DataFrame, method: str, percentile: float) -> pd.DataFrame:
     """For each machine type and ID the `threshold`, above which a score counts as anomalous, the `held_out` clips it
     comes from: those of the ID, or of its whole type where the ID has fewer than 20; and how many are
     `held_out_of_id`.
@@ -41,7 +39,7 @@ def fit_thresholds(
     rows = []
     for machine_type, ids in machines.items():
         of_type = held_out[held_out["machine_type"] == machine_type]
-        for machine_id in [f"{number:02d}" for number in ids if len(of_type)]:
+        for machine_id in [name_id(machine_id) for machine_id in ids if len(of_type)]:
             of_id = of_type[of_type["machine_id"] == machine_id]
             chosen, source = (of_type, "type") if len(of_id) < LEAST_CLIPS else (of_id, "ID")
             threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
@@ -50,7 +48,7 @@ def fit_thresholds(
     return table.astype({"threshold": float}).set_index(MACHINE)
 
 
-def explain_thresholds(thresholds: pd.DataFrame, machines: Mapping[str, Sequence[int]], path: Path) -> None:
+def explain_thresholds(thresholds: pd.DataFrame, machines: Machines, path: Path) -> None:
     """Say of which machines the threshold is that of the type, or is missing. The path is that of the checkpoint."""
     if thresholds.empty:
         notice(f"{path}: no scores of held-out clips, so there are no decisions")

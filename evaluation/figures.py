@@ -21,11 +21,12 @@ from sklearn.metrics import roc_curve
 
 from audio import read_recording
 from checkpoint import HISTORY, RunFiles, TrainedModel
+from config import Config, name_id
 from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
 from evaluation.metrics import AVERAGE, MAX_FPR
 from evaluation.result import Result
 from model import CHANNELS, FrontEnd
-from model.tastgram import HOP_LENGTH, N_MELS, N_SAMPLES, SAMPLE_RATE, SECONDS, temporal_gate
+from model.tastgram import HOP_LENGTH, N_FRAMES, N_MELS, N_SAMPLES, SAMPLE_RATE, SECONDS, temporal_gate
 from utils import UserError, replace_file
 
 COLUMN, PAGE = 3.5, 7.2  # inches
@@ -42,6 +43,7 @@ STYLE = {
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
 }  # fmt: skip
 MAX_POINTS = 5000  # of the embedding map
+MAX_COLUMNS, COLUMNS_PER_SECOND = 1440, 15  # of the log-mel of a whole recording; a column has two frames or more
 PANELS_ACROSS = 4
 TITLE_LETTERS = 30  # in a line above a panel
 
@@ -153,20 +155,68 @@ def draw_scores(result: Result, path: Path) -> None:
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
 
 
-def read_samples(path: Path) -> torch.Tensor:
-    """The samples of a recording as a batch of one, int16 `(1, T)`."""
+def read_samples(path: Path, start: float, channel: int) -> torch.Tensor:
+    """The samples of the window of a recording that starts at this second, as a batch of one, int16 `(1, T)`."""
     samples = np.empty(N_SAMPLES, dtype=np.int16)
-    read_recording(path, samples)
+    read_recording(path, samples, start, channel)
     return torch.from_numpy(samples).unsqueeze(0)
+
+
+def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
+    """The score of each window of a recording, at its middle, with the threshold, over the log-mel. The row is one of
+    `recordings.score_recordings`.
+    """
+    starts, scores = (np.array([window[name] for window in row["windows"]]) for name in ("start", "score"))
+    seconds = starts[-1] + SECONDS
+    unit, name = (60, "min") if seconds > 120 else (1, "s")
+    middles, worst = starts + SECONDS / 2, scores.argmax()
+    is_anomalous = np.array([window["decision"] == ANOMALOUS for window in row["windows"]])
+    with figure(path, PAGE, 3.2) as drawn:
+        score, image = drawn.subplots(2, 1, sharex=True)
+        score.axvspan(starts[worst] / unit, (starts[worst] + SECONDS) / unit, color="0.85", lw=0, label="worst window")
+        score.plot(middles / unit, scores, color=BLUE, lw=0.8)
+        score.plot(middles / unit, np.where(is_anomalous, scores, np.nan), ".", color=RED, label=ANOMALOUS)
+        score.plot(middles / unit, np.where(is_anomalous, np.nan, scores), ".", color=BLUE, label=NORMAL)
+        if row["threshold"] is not None:
+            score.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
+        if config.scoring == "published":
+            score.set_yscale("symlog", linthresh=1e-3)
+        score.set(ylabel=f"score\n({SCORES[config.scoring]})")
+        log_mel = whole_log_mel(Path(row["file"]), starts[-1], config.channel)
+        image.imshow(log_mel, origin="lower", aspect="auto", extent=(0, seconds / unit, 0, N_MELS), cmap="viridis")
+        image.set(xlabel=f"time ({name})", ylabel="mel bin", xlim=(0, seconds / unit))
+        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
+        verdict = f", {row['decision']}" if row["decision"] else ""
+        drawn.suptitle(f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}{verdict}", fontsize=8)
+        drawn.legend(*score.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+@torch.no_grad()
+def whole_log_mel(path: Path, last: float, channel: int) -> np.ndarray:
+    """The log-mel `(M, N)` in dB of a recording whose last window starts at this second: the mean over the frames in
+    each of N stretches of equal length.
+    """
+    front_end, seconds = FrontEnd(["sgram"]), last + SECONDS
+    count = min(MAX_COLUMNS, int(seconds * COLUMNS_PER_SECOND))
+    sums, counts = np.zeros((count, N_MELS)), np.zeros((count, 1))
+    for start in (*np.arange(0, last, SECONDS), last):
+        log_mel = front_end(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
+        times = start + np.arange(N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
+        columns = np.minimum(times / seconds * count, count - 1).astype(int)
+        np.add.at(sums, columns, log_mel.T)
+        np.add.at(counts, columns, 1)
+    return (sums / counts).T
 
 
 @torch.no_grad()
 def draw_tastgram(result: Result, path: Path) -> None:
-    """The input channels of the first clip known to be normal (else the first), and the gate of the attention."""
+    """The input channels of the first clip known to be normal (else the first), its first 10 s, and the gate of the
+    attention.
+    """
     normal = result.clips[result.clips["condition"] == NORMAL]
     clip = (normal if len(normal) else result.clips).iloc[0]
     network = result.trained.network.cpu()
-    inputs = FrontEnd(CHANNELS)(read_samples(clip["path"]))
+    inputs = FrontEnd(CHANNELS)(read_samples(clip["path"], 0.0, result.trained.config.channel))
     images = dict(zip(network.channels, network.features(**inputs)[0].numpy(), strict=True))
     gate = temporal_gate(inputs["log_mel"])[0, 0, 0].numpy()
     with figure(path, COLUMN, 1.35 * (len(images) + 1)) as drawn:

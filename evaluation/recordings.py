@@ -1,7 +1,9 @@
-"""Single recordings: score, threshold and decision of each."""
+"""Single recordings: score, threshold and decision of each, and of each of its windows."""
 
+import datetime
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from audio import Recording
 from checkpoint import TrainedModel
-from dataloader import ANOMALOUS, MACHINE, NORMAL, ClipSet, check_recordings, class_labels
+from config import name_id, parse_id
+from dataloader import ANOMALOUS, MACHINE, NORMAL, check_recordings, class_labels, cut_into_windows
 from evaluation.decisions import decide, explain_thresholds
 from evaluation.result import check_finite, find_thresholds
 from evaluation.scoring import anomaly_scores, run_model, with_embeddings
 from utils import UserError
+
+SPLIT = "test"  # whose windows overlap
 
 
 def find_recordings(paths: Sequence[Path]) -> list[Path]:
@@ -31,67 +37,118 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
 
 
 def score_recordings(
-    trained: TrainedModel, paths: Sequence[Path], machine_type: str, machine_id: int | None, device: torch.device
+    trained: TrainedModel, paths: Sequence[Path], machine_type: str, machine_id: str | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """What the model says of recordings: `file`, and either `error` or `machine_type`, `machine_id`, `score`,
-    `threshold`, `decision`. Without a machine ID, that of the type with the lowest score counts.
+    """What the model says of recordings, in plain values: `file`, and either `error` or `machine_type`, `machine_id`,
+    `score`, `threshold`, `decision` (None without a threshold), and of each of the `windows` the `start` in seconds,
+    `score` and `decision`. Without a machine ID, that of the type with the lowest score counts.
     """
-    labels = class_labels(trained.config.machines)
-    of_type = [machine for machine in labels if machine[0] == machine_type]
-    candidates = [machine for machine in of_type if machine_id is None or int(machine[1]) == machine_id]
+    candidates = find_candidates(trained, machine_type, machine_id)
+    trained = with_embeddings(trained, [trained.config.scoring], device)
+    checked = check_recordings(paths, trained.config, SPLIT)
+    good = {path: result for path, result in checked.items() if not isinstance(result, UserError)}
+    results = score_windows(trained, good, candidates, device) if good else {}
+    return [{"file": str(path)} | results.get(path, {"error": str(result)}) for path, result in checked.items()]
+
+
+def find_candidates(trained: TrainedModel, machine_type: str, machine_id: str | None) -> dict[tuple[str, str], int]:
+    """The machine of this ID, or all of the type, with their classes."""
+    wanted = None if machine_id is None else name_id(parse_id(machine_id))
+    classes = class_labels(trained.config.machines).items()
+    candidates = {pair: label for pair, label in classes if pair[0] == machine_type and wanted in (None, pair[1])}
     if not candidates:
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in trained.config.machines.items())
         which = machine_type if machine_id is None else f"{machine_type} {machine_id}"
         raise UserError(f"{trained.path} knows no machine {which}; it was trained on {known}")
-    trained = with_embeddings(trained, [trained.config.scoring], device)
-    checked = check_recordings(paths, trained.config.num_workers)
-    good = [path for path, result in checked.items() if not isinstance(result, UserError)]
-    scores = score_files(trained, good, [labels[machine] for machine in candidates], device)
-    rows = [(*candidates[index], score) for index, score in zip(scores.argmin(axis=1), scores.min(axis=1), strict=True)]
-    scored = pd.DataFrame(rows, columns=[*MACHINE, "score"]).astype({"score": float})
-    check_finite(trained, scored)
+    return candidates
+
+
+def score_windows(
+    trained: TrainedModel,
+    recordings: Mapping[Path, Recording],
+    candidates: Mapping[tuple[str, str], int],
+    device: torch.device,
+) -> dict[Path, dict[str, Any]]:
+    """What `score_recordings` says of recordings that can be used."""
+    table = pd.DataFrame({"path": list(recordings), "label": 0})
+    clips = cut_into_windows(table, recordings, trained.config)
+    outputs = run_model(trained, clips, device)
+    labels = [torch.full((len(clips),), label) for label in candidates.values()]
+    scores = np.stack([anomaly_scores(trained, outputs, against) for against in labels], axis=1)
+    of_recordings = clips.over_windows(scores, trained.config.over_windows)  # (recordings, candidates), float64
+    best = of_recordings.argmin(axis=1)
+    table = pd.DataFrame(np.array(list(candidates))[best], columns=MACHINE).assign(score=of_recordings.min(axis=1))
+    check_finite(trained, table)
     thresholds = find_thresholds(trained)
-    explain_thresholds(thresholds, {machine_type: [int(number) for _, number in candidates]}, trained.path)
-    scored = scored.join(thresholds["threshold"], on=MACHINE)
-    scored["decision"] = decide(scored["score"], scored["threshold"])
-    results = dict(zip(good, scored.to_dict("records"), strict=True))
-    return [
-        describe(path, results[path]) if path in results else {"file": str(path), "error": str(result)}
-        for path, result in checked.items()
-    ]
-
-
-def describe(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
-    """A scored recording in plain values; None where there is no threshold."""
-    is_decided = not pd.isna(row["threshold"])
+    machine_type = table["machine_type"][0]
+    explain_thresholds(thresholds, {machine_type: [parse_id(name) for _, name in candidates]}, trained.path)
+    table = table.join(thresholds["threshold"], on=MACHINE)
+    own = scores[np.arange(len(clips)), best[clips.recording]]
+    windows = clips.clips[["start"]].assign(score=own, threshold=table["threshold"][clips.recording].array)
+    parts = np.split(np.array(describe(windows.drop(columns="threshold"), windows)), clips.firsts[1:])
     return {
-        "file": str(path),
-        "machine_type": row["machine_type"],
-        "machine_id": int(row["machine_id"]),
-        "score": row["score"],
-        "threshold": row["threshold"] if is_decided else None,
-        "decision": (ANOMALOUS if row["decision"] else NORMAL) if is_decided else None,
+        path: row | {"machine_id": parse_id(row["machine_id"]), "windows": part.tolist()}
+        for path, row, part in zip(recordings, describe(table, table), parts, strict=True)
     }
 
 
-def score_files(trained: TrainedModel, paths: list[Path], labels: list[int], device: torch.device) -> np.ndarray:
-    """Anomaly scores (float64) of recordings against several classes `(n, classes)`."""
-    if not paths:
-        return np.empty((0, len(labels)))
-    clips = ClipSet(pd.DataFrame({"path": paths, "label": labels[0]}), trained.config.num_workers)
-    outputs = run_model(trained, clips, device)
-    return np.stack([anomaly_scores(trained, outputs, torch.full((len(paths),), label)) for label in labels], axis=1)
+def describe(table: pd.DataFrame, judged: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The rows of a table in plain values, with the decisions about them."""
+    decision = decide(judged["score"], judged["threshold"]).map({0: NORMAL, 1: ANOMALOUS})
+    values = table.assign(decision=decision).astype(object)
+    return values.where(values.notna(), None).to_dict("records")
 
 
-def print_scores(results: Sequence[dict[str, Any]], as_json: bool) -> None:
-    """A line for each recording: file, machine, score, threshold, decision; or file and error."""
-    if as_json:
-        print(json.dumps(results, indent=2))
-        return
+# ---- What is shown ----
+
+
+def worst_window(row: Mapping[str, Any]) -> dict[str, Any]:
+    return max(row["windows"], key=lambda window: window["score"])
+
+
+def picture_files(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Each recording that has a score, and the file of its picture; of several with one name they are numbered."""
+    seen = Counter[str]()
+    for row in results:
+        if "error" not in row:
+            name = Path(row["file"]).name
+            seen[name] += 1
+            yield row, folder / f"{name}{f' ({seen[name]})' if seen[name] > 1 else ''}.png"
+
+
+def clock(seconds: float) -> str:
+    """As in 0:41:05."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def print_scores(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
+    """A line for each recording: file, machine, score, threshold, decision; or file and error. Where it has several
+    windows, when it is worst, and, for a timeline, a line for each of them: start, score, decision.
+    """
     for row in results:
         if "error" in row:
             print(f"{row['file']}\terror: {row['error']}")
             continue
         threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
-        machine = f"{row['machine_type']} {row['machine_id']:02d}"
-        print(f"{row['file']}\t{machine}\t{row['score']:.6g}\t{threshold}\t{row['decision'] or '-'}")
+        machine, several = f"{row['machine_type']} {name_id(row['machine_id'])}", len(row["windows"]) > 1
+        worst = f"\t{describe_worst(row)}" if several else ""
+        print(f"{row['file']}\t{machine}\t{row['score']:.6g}\t{threshold}\t{row['decision'] or '-'}{worst}")
+        for window in row["windows"] if has_timeline else ():
+            print(f"\t{clock(window['start'])}\t{window['score']:.6g}\t{window['decision'] or '-'}")
+
+
+def describe_worst(row: Mapping[str, Any]) -> str:
+    worst, windows = worst_window(row), row["windows"]
+    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
+    count = "" if row["threshold"] is None else f", {n_anomalous} of {len(windows)} windows anomalous"
+    return f"worst at {clock(worst['start'])} ({worst['score']:.6g}){count}"
+
+
+def print_json(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
+    """The same as JSON."""
+    shown = []
+    for row in results:
+        several = len(row.get("windows", ())) > 1
+        rest = {name: value for name, value in row.items() if name != "windows" or has_timeline}
+        shown.append(rest | ({"worst": worst_window(row)} if several else {}))
+    print(json.dumps(shown, indent=2))

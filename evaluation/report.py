@@ -9,6 +9,7 @@ import jinja2
 import matplotlib.image
 import pandas as pd
 import yaml
+from torch import Tensor
 
 from dataloader import MACHINE
 from evaluation.figures import read_samples
@@ -52,17 +53,21 @@ def metric_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def hardest_clips(result: Result) -> list[dict]:
-    front_end, clips = FrontEnd(["sgram"]), result.hardest[["path", *MACHINE, "condition", "exact_score"]]
-    return [clip | {"png": in_base64(small_picture(front_end, clip["path"]))} for clip in clips.to_dict("records")]
+    clips = result.hardest[["path", "worst", *MACHINE, "condition", "exact_score"]].to_dict("records")
+    front_end, channel = FrontEnd(["sgram"]), result.trained.config.channel
+    return [
+        clip | {"png": in_base64(small_picture(front_end, read_samples(clip["path"], clip["worst"], channel)))}
+        for clip in clips
+    ]
 
 
 def in_base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def small_picture(front_end: FrontEnd, path: Path) -> bytes:
+def small_picture(front_end: FrontEnd, samples: Tensor) -> bytes:
     """A PNG of 157 x 64 pixels: every second frame and mel bin of the log-mel."""
-    image = front_end(read_samples(path))["log_mel"][0, 0].numpy()[::2, ::2]
+    image = front_end(samples)["log_mel"][0, 0].numpy()[::2, ::2]
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, image, origin="lower", cmap="viridis", format="png")
     return buffer.getvalue()

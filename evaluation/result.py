@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from checkpoint import TrainedModel
+from config import Config
 from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, ClipSet, known_clips
 from evaluation.decisions import decide, fit_thresholds
 from evaluation.metrics import Metrics, measure
@@ -21,10 +22,12 @@ HARDEST = 3  # clips of each condition and machine ID
 
 @dataclass(frozen=True)
 class Result:
-    """`clips` has a row per clip: what `find_clips` gives, the `score` in `score_dtype`, the `exact_score` (float64)
-    that decisions rest on, the `angle` to the centre of its class in degrees, `threshold`, and `decision` (1 for
-    anomalous, missing without a threshold). `embedding` `(n, E)` belongs to these rows. `metrics` are of the clips
-    whose condition is known; None without any. `about` says by name what was evaluated.
+    """`clips` has a row per recording: what `find_clips` gives, the `score` in `score_dtype`, the `exact_score`
+    (float64) that decisions rest on, the `angle` to the centre of its class in degrees, the second `worst` at which the
+    window with the highest score starts, `threshold`, and `decision` (1 for anomalous, missing without a threshold).
+    Over several windows scores and angle are combined as `over_windows` says, and the `embedding` `(n, E)`, which
+    belongs to these rows, is the mean. `metrics` are of the recordings whose condition is known; None without any.
+    `about` says by name what was evaluated.
     """
 
     trained: TrainedModel
@@ -58,18 +61,24 @@ def evaluate(
 
 
 def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str) -> Result:
-    clips = clip_set.clips.assign(
-        score=anomaly_scores(trained, outputs, clip_set.labels, trained.config.score_dtype),
-        exact_score=anomaly_scores(trained, outputs, clip_set.labels),
-        angle=angles(trained, outputs.embedding, clip_set.labels),
+    rule, of_windows = (
+        trained.config.over_windows,
+        {
+            "score": anomaly_scores(trained, outputs, clip_set.labels, trained.config.score_dtype),
+            "exact_score": anomaly_scores(trained, outputs, clip_set.labels),
+            "angle": angles(trained, outputs.embedding, clip_set.labels),
+        },
     )
+    of_recordings = {name: clip_set.over_windows(values, rule) for name, values in of_windows.items()}
+    clips = clip_set.recordings.assign(**of_recordings, worst=clip_set.worst_starts(of_windows["exact_score"]))
     check_finite(trained, clips)
     thresholds = find_thresholds(trained)
     clips = clips.join(thresholds["threshold"], on=MACHINE)
     clips["decision"] = decide(clips["exact_score"], clips["threshold"])
     known = known_clips(clips)
     metrics = None if known.empty else measure(known)
-    return Result(trained, clips, outputs.embedding.numpy(), thresholds, metrics, describe(trained, clips, split))
+    embedding = clip_set.over_windows(outputs.embedding.numpy(), "mean")
+    return Result(trained, clips, embedding, thresholds, metrics, describe(trained, clips, split))
 
 
 def check_finite(trained: TrainedModel, clips: pd.DataFrame) -> None:
@@ -83,6 +92,10 @@ def check_finite(trained: TrainedModel, clips: pd.DataFrame) -> None:
             f"{trained.path}: it has no embeddings of training clips of {machines}, so nothing is near them"
         )
     raise UserError(f"{trained.path}: {len(bad)} of {len(clips)} scores are not finite numbers ({machines})")
+
+
+def describe_windows(config: Config, split: str) -> str:
+    return f"all, {config.hop_of(split):g} s apart, {config.over_windows} of their scores"
 
 
 def find_thresholds(trained: TrainedModel) -> pd.DataFrame:
@@ -99,6 +112,7 @@ def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str
         "mode": trained.config.mode,
         "scoring": trained.config.scoring,
         **({"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}),
+        **({"windows": describe_windows(trained.config, split)} if trained.config.window == "all" else {}),
         "input": trained.config.input,
         "seed": training.get("seed"),
         "epoch of the weights": trained.state.get("epoch"),

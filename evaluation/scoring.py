@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import RunFiles, State, TrainedModel, hash_weights, load_file, save_checkpoint
+from config import Config
 from dataloader import MACHINE, ClipSet, class_labels, fingerprint, load_clips
 from inference import Outputs, pack_embeddings, run_network
 from losses import Objective
@@ -111,12 +112,13 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
     has_thresholds = "clips" in trained.state
     if "embeddings" in trained.state or not ("nearest" in kinds or (has_thresholds and "angle" in kinds)):
         return trained
-    path, config = RunFiles(trained.path).embeddings, trained.config
+    path, config = RunFiles(trained.path).embeddings, training_config(trained)
     made_of = {
         "weights": hash_weights(trained.network),
         "input": config.input,
         "machines": json.dumps(config.machines),  # as text, since their order counts
         "clips": trained.state.get("clips"),
+        "windows": [config.hop_of("train"), config.channel],
     }
     kept = read_embeddings(path) if path.exists() else {}
     if any(kept.get(name) != value for name, value in made_of.items()):
@@ -145,12 +147,18 @@ def read_embeddings(path: Path) -> State:
     raise UserError(f"{path}: no embeddings, or damaged; remove it, and it is made again")
 
 
+def training_config(trained: TrainedModel) -> Config:
+    """The configuration, with the windows of the run behind the weights, whatever is evaluated."""
+    run = trained.state.get("config", {})
+    return trained.config.model_copy(update={key: run[key] for key in ("window", "hop", "channel") if key in run})
+
+
 def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:
     """Those of all training clips; of a run, without the clips that it held out, which are apart."""
-    config, before = trained.config, trained.state.get("clips")
+    config, before = training_config(trained), trained.state.get("clips")
     lacking = f"{trained.path} holds no embeddings of its training clips"
     try:
-        clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+        clips = load_clips(config, "train")
     except UserError as error:
         raise UserError(f"{lacking}, and there is nothing to make them from: {error}") from None
     parts = {"bank": clips}

@@ -2,6 +2,15 @@
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
 from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import CHANNELS, TASTgramMFN
+from model.tastgram_mfn import CENTRES, CHANNELS, TASTgramMFN
 
-__all__ = ["CHANNELS", "EMBEDDING_SIZE", "FrontEnd", "LogMel", "MobileFaceNet", "TASTgramMFN", "fold_batch_norm"]
+__all__ = [
+    "CENTRES",
+    "CHANNELS",
+    "EMBEDDING_SIZE",
+    "FrontEnd",
+    "LogMel",
+    "MobileFaceNet",
+    "TASTgramMFN",
+    "fold_batch_norm",
+]

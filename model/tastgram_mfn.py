@@ -11,6 +11,7 @@ from model.tastgram import TgramNet, temporal_attention
 
 CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
+CENTRES = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")  # the weights of both
 
 
 class CosineHead(nn.Module):

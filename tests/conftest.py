@@ -11,6 +11,7 @@ import soundfile
 
 from checkpoint import load_checkpoint, save_checkpoint
 from config import load_config, parse_yaml
+from dataloader import ClipSet, load_clips
 from train import train
 from utils import run_script
 
@@ -46,6 +47,11 @@ def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: i
                     write_clip(root / machine_type / split / name, tone(seed, seconds=1.0))
                     seed += 1
     return root
+
+
+def clips_of(data_root: Path, split: str = "train", **keys) -> ClipSet:
+    """The clips of a set, for keys of the configuration."""
+    return load_clips(load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys), split)
 
 
 def copy_test_clips(data_root: Path, root: Path, machines=MACHINES) -> None:

@@ -56,7 +56,7 @@ results = {}
 if options.reference:
     results["losses"] = steps_on_reference(trainer)
 else:
-    clips = load_clips(config.data_root, config.machines, "train", config.num_workers)
+    clips = load_clips(config, "train")
     if not options.double:
         results["first_scores"], results["accuracy"] = trainer.validate(clips)
     results["losses"] = [trainer.train_epoch(clips, epoch)[0] for epoch in range(4)]

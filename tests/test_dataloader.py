@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import MACHINES, arguments, tone, write_clip, write_set
+from conftest import MACHINES, arguments, clips_of, tone, write_clip, write_set
 from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_recordings
 
 import dataloader
@@ -28,7 +28,6 @@ from dataloader import (
     class_labels,
     find_clips,
     keep_on_gpu,
-    load_clips,
     read_label_list,
     shuffled_batches,
 )
@@ -168,11 +167,11 @@ def test_what_has_to_be_changed_is_said(tmp_path, capsys):
     root = write_set(tmp_path, test_clips=0)
     write_clip(root / "fan/train/normal_id_00_00000098.wav", tone(77, 10.0))
     write_clip(root / "fan/train/normal_id_00_00000099.flac", tone(78, 10.0), subtype="PCM_24")
-    load_clips(root, MACHINES, "train", 2)
+    clips_of(root)
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "notice: 12 of 14 clips are shorter than 10 s and are repeated",
-        "notice: 1 of 14 clips are rounded to 16 bits",
+        "notice: 12 of 14 recordings are shorter than 10 s and are repeated",
+        "notice: 1 of 14 recordings are rounded to 16 bits",
     ]
 
 
@@ -180,7 +179,7 @@ def test_file_names_need_not_be_utf_8(tmp_path):
     root = write_set(tmp_path)
     odd = os.fsdecode(os.fsencode(root / "fan/train/normal_id_00_") + b"\xff.wav")
     shutil.copy(root / "fan/train" / NAME, odd)
-    clips = load_clips(root, MACHINES, "train", 2)
+    clips = clips_of(root)
     assert len(clips) == 13
     (index,) = clips.clips.index[clips.clips["path"] == Path(odd)]
     ((samples, _),) = clips.batches([np.array([index])], CPU)
@@ -217,7 +216,7 @@ def test_training_names_each_spoilt_recording_that_cannot_be_used(count, fails):
 
 
 def train_clips(data_root, num_workers: int = 2) -> ClipSet:
-    return load_clips(data_root, MACHINES, "train", num_workers)
+    return clips_of(data_root, num_workers=num_workers)
 
 
 def test_a_batch_is_the_int16_samples_and_labels_of_its_clips(data_root):
@@ -251,7 +250,7 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(data_root, monke
     clips, is_read = train_clips(data_root, num_workers), threading.Semaphore(0)
     read_recording = dataloader.read_recording
 
-    def counted(path, out):
+    def counted(path, out, *place):
         read_recording(path, out)
         is_read.release()
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import MACHINES
+from conftest import MACHINES, clips_of
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from test_eval import make_lively, read_csv
@@ -74,7 +74,7 @@ def measured(of: pd.DataFrame, scores, draws: int = 10, seed: int = 0) -> Metric
 
 @pytest.fixture(scope="module")
 def test_clips(data_root) -> ClipSet:
-    return load_clips(data_root, MACHINES, "test", 4)
+    return clips_of(data_root, "test")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
     """float64 scores of the best weights for the clips that were not trained on."""
     state = load_checkpoint(trained / "run.pth")
     config = load_config(**state["config"])
-    _, valid_clips = load_clips(data_root, config.machines, "train", 4).split(config.split_ratio, config.seed)
+    _, valid_clips = load_clips(config, "train").split(config.split_ratio, config.seed)
     clips_ = score_clips(load_model(trained / "run.pth", config, {}), valid_clips).clips
     assert state["held_out"]["score"] == pytest.approx(clips_["exact_score"].tolist(), rel=1e-6, abs=1e-9)
     assert {name: state["held_out"][name] for name in MACHINE} == clips_[MACHINE].to_dict("list")
@@ -343,7 +343,7 @@ def test_the_nearest_clips_of_the_own_class_count():
 def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
     """Of the clips trained on, under the best weights; the clips held out are apart."""
     model = load_model(trained / "run.pth", load_config(data_root=str(data_root)), {})
-    parts = load_clips(data_root, MACHINES, "train", 4).split(0.95, 2023)
+    parts = clips_of(data_root).split(0.95, 2023)
     assert [len(part) for part in parts] == [11, 1]
     for name, part in zip(("bank", "held_out"), parts, strict=True):
         embedding = run_model(model, part, CPU).embedding
@@ -359,7 +359,7 @@ def test_thresholds_and_decisions_are_of_the_same_kind_of_score(kind, result, da
     """The held-out clips, which have their scores as other clips do, and the bank, which they are not in."""
     config = result.trained.config.model_copy(update={"scoring": kind, "data_root": str(data_root)})
     model = with_embeddings(replace(result.trained, config=config), [kind], CPU)
-    training, held_out = load_clips(data_root, MACHINES, "train", 4).split(0.95, 2023)
+    training, held_out = clips_of(data_root).split(0.95, 2023)
     own = score_clips(model, held_out).clips
     assert held_out_scores(model)["score"].tolist() == pytest.approx(own["exact_score"].tolist(), rel=1e-2)
     again = score_clips(model, test_clips)
@@ -778,7 +778,7 @@ def test_the_channels_are_those_of_a_normal_clip(result, figures, axes):
     images = [axis.images[0].get_array() for axis in channels]
     assert all(image.shape == (128, 313) for image in images)
     assert np.std(images[0]) > 0.01
-    assert np.allclose(images[1], LogMel()(read_samples(clip["path"]) / 32768.0)[0, 0], atol=1e-3)
+    assert np.allclose(images[1], LogMel()(read_samples(clip["path"], 0.0, channel=0) / 32768.0)[0, 0], atol=1e-3)
     assert len(gate.lines[0].get_ydata()) == 313
     (title,) = (figure.get_suptitle() for file, figure in figures.items() if file.stem == "tastgram")
     assert title == f"fan, {clip['path'].name}"

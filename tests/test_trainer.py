@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import MACHINES, arguments
+from conftest import MACHINES, arguments, clips_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from checkpoint import copy_state, load_checkpoint
 from config import load_config
-from dataloader import ClipSet, keep_on_gpu, load_clips
+from dataloader import ClipSet, keep_on_gpu
 from inference import run_network
 from losses import MODES, Mix
 from model.tastgram import N_SAMPLES
@@ -208,7 +208,7 @@ def test_a_state_is_continued_as_this_run_computes():
 def test_a_step_on_the_gpu_does_not_wait_for_it(switch, data_root):
     """From the plan to the optimiser: nothing in a step makes the host wait for the device."""
     device, names = torch.device("cuda", 0), ("compile", "cuda_graph")
-    clips = load_clips(data_root, MACHINES, "train", num_workers=1)
+    clips = clips_of(data_root, num_workers=1)
     keep_on_gpu([clips], "cuda", device, 0)
     trainer = Trainer(load_config(machines=MACHINES, batch_size=4, **dict.fromkeys(names, switch)), device)
     trainer.model.train()
@@ -312,7 +312,7 @@ def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
 
 
 def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
-    clips = load_clips(data_root, MACHINES, "train", num_workers=2)
+    clips = clips_of(data_root, num_workers=2)
     trainer = Trainer(load_config(machines=MACHINES, batch_size=5, input=["sgram"]), CPU)
     scores, accuracy = trainer.validate(clips)
     with torch.no_grad():
@@ -326,7 +326,7 @@ def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
 
 
 def test_an_epoch_depends_on_seed_and_number_alone(data_root):
-    clips = load_clips(data_root, MACHINES, "train", num_workers=3)
+    clips = clips_of(data_root, num_workers=3)
     config = load_config(machines=MACHINES, batch_size=5, input=["sgram"])
     first, again = (Trainer(config, CPU).train_epoch(clips, epoch=0) for _ in range(2))
     assert first == again
