@@ -189,7 +189,7 @@ def load_newest(files: RunFiles) -> State:
 def check_configuration(config: Config, state: State, path: Path, remedy: str) -> None:
     """Raise `UserError` where the run of a checkpoint had another configuration, but for how and where it computes."""
     before = state.get("config", {})
-    keys = config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
+    keys = config.differences(before, [key for key in KEYS if key in before and key not in COMPUTATION_KEYS])
     if differing := [f"{key} (was {before.get(key)!r}, is {getattr(config, key)!r})" for key in keys]:
         raise UserError(f"{path}: the run to resume had another configuration: {'; '.join(differing)}; {remedy}")
 

@@ -170,7 +170,7 @@ KEYS = tuple(Config.model_fields)
 # Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may have others.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
-    "num_workers", "tensorboard", "init_from", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
+    "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
     "threshold_percentile",
 )  # fmt: skip
 # What makes the model and its published score: eval.py takes it from the checkpoint.

@@ -301,6 +301,7 @@ class Run:
         """Continue from a checkpoint of the same configuration and clips; a `UserError` names what differs."""
         if "history" not in state:
             raise UserError(f"{self.files.best}: only weights, no run to resume; start again with --overwrite")
+        self.config = self.config.model_copy(update={"init_from": state["config"].get("init_from", "")})
         remedy = "give the same, or start again with --overwrite"
         check_configuration(self.config, state, self.files.last, remedy)
         if state["clips"] != self.fingerprint:

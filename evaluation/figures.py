@@ -174,14 +174,13 @@ def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
     with figure(path, PAGE, 3.2) as drawn:
         score, image = drawn.subplots(2, 1, sharex=True)
         score.axvspan(starts[worst] / unit, (starts[worst] + SECONDS) / unit, color="0.85", lw=0, label="worst window")
-        score.plot(middles / unit, scores, color=BLUE, lw=0.8)
-        score.plot(middles / unit, np.where(is_anomalous, scores, np.nan), ".", color=RED, label=ANOMALOUS)
-        score.plot(middles / unit, np.where(is_anomalous, np.nan, scores), ".", color=BLUE, label=NORMAL)
+        score.plot(middles / unit, scores, color="0.6", lw=0.6)
+        for condition, chosen in ((NORMAL, ~is_anomalous), (ANOMALOUS, is_anomalous)):
+            colour, _ = CONDITIONS[condition]
+            score.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=colour, label=condition)
         if row["threshold"] is not None:
             score.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
-        if config.scoring == "published":
-            score.set_yscale("symlog", linthresh=1e-3)
-        score.set(ylabel=f"score\n({SCORES[config.scoring]})")
+        score.set(ylabel=f"score\n({SCORES[config.scoring]})", ylim=(0, None))
         log_mel = whole_log_mel(Path(row["file"]), starts[-1], config.channel)
         image.imshow(log_mel, origin="lower", aspect="auto", extent=(0, seconds / unit, 0, N_MELS), cmap="viridis")
         image.set(xlabel=f"time ({name})", ylabel="mel bin", xlim=(0, seconds / unit))

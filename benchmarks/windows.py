@@ -1,0 +1,194 @@
+"""What long recordings and machines of unknown ID cost: AUC of joined recordings, a fault within an hour.
+
+    python benchmarks/windows.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
+
+FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and for each machine type:
+
+- the mean AUC of the IDs of the test clips one by one; of recordings of three test clips each of one ID and condition,
+  joined in the order of their names, with windows 10 s and 5 s apart; and what averaging alone does: the AUC of the
+  means of the scores of three clips, over 1000 random ways to form threes. With windows 10 s apart the windows are the
+  clips themselves, so that the AUC is that of one such way.
+- how many of the normal ones are called anomalous.
+- the AUC against the own ID, and against the best-fitting ID of the machine type, as where the ID is not known.
+
+Then, with the first checkpoint, `eval.py --score --timeline --plots` of ten minutes and of an hour: normal
+test clips of the first ID, over and over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints the windows
+with the highest scores, the time, and the highest anonymous memory of the process.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import TrainedModel, load_model
+from config import parse_command_line
+from dataloader import ANOMALOUS, MACHINE, NORMAL, ClipSet, class_labels, load_clips
+from evaluation.recordings import clock
+from evaluation.result import evaluate
+from evaluation.scoring import anomaly_scores, run_model
+from model.tastgram import SAMPLE_RATE, SECONDS
+from utils import OneLineParser, run_script, use_device
+
+ROOT = Path(__file__).resolve().parent.parent
+JOINED, WAYS = 3, 1000
+MINUTE = 60 // SECONDS  # clips
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="files of trained weights")
+    parser.add_argument("--output", type=Path, help="keep recordings and pictures here")
+    config, options, given = parse_command_line(parser)
+    device = use_device(config.device)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.output or Path(temporary)
+        rows = []
+        for path in options.checkpoints:
+            trained = load_model(path, config, given)
+            clips = load_clips(trained.config, "test")
+            joined = join_recordings(clips.recordings, folder / "joined")
+            rows += [{"checkpoint": path.stem, **row} for row in measure(trained, clips, joined, device)]
+        table = pd.DataFrame(rows)
+        print(table.to_string(index=False, float_format="%.2f"))
+        print(table.drop(columns="checkpoint").groupby("machine_type").mean().to_string(float_format="%.2f"))
+        for minutes, fault in ((10, 9), (60, 40)):
+            path = join_with_fault(clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault)
+            print(listen(options.checkpoints[0], path, clips.recordings.iloc[0]))
+
+
+def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.device) -> Iterator[dict[str, object]]:
+    """For each machine type what the head of this file lists."""
+    single = score(trained, clips, device)
+    recordings = {}
+    for hop in (10.0, 5.0):
+        keys = {"data_root": str(joined), "window": "all", "hop": hop}
+        config = trained.config.model_copy(update=keys)
+        model = TrainedModel(trained.path, trained.network, config, trained.state)
+        recordings[hop] = score(model, load_clips(config, "test"), device)
+    unknown = score_best_id(trained, clips, device)
+    for machine_type, of_type in single.groupby("machine_type", sort=False):
+        drawn = np.array([mean_auc(joined_scores(of_type, seed)) for seed in range(WAYS)])
+        yield {
+            "machine_type": machine_type,
+            "single": mean_auc(of_type),
+            "threes": drawn.mean(),
+            "from": np.percentile(drawn, 2.5),
+            "to": np.percentile(drawn, 97.5),
+            **{f"joined, {hop:g} s": mean_auc(of(table, machine_type)) for hop, table in recordings.items()},
+            "called, single": called(of_type),
+            **{f"called, {hop:g} s": called(of(table, machine_type)) for hop, table in recordings.items()},
+            "best ID": mean_auc(of(unknown, machine_type)),
+        }
+
+
+def of(table: pd.DataFrame, machine_type: object) -> pd.DataFrame:
+    return table[table["machine_type"] == machine_type]
+
+
+def score(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.DataFrame:
+    kind = trained.config.scoring
+    return evaluate(trained, clips, "test", device, [kind])[kind].clips
+
+
+def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.DataFrame:
+    """The lowest score of each clip over the IDs of its machine type."""
+    outputs, labels = run_model(trained, clips, device), class_labels(trained.config.machines)
+    table = clips.recordings.assign(exact_score=np.inf)
+    for (machine_type, _), label in labels.items():
+        scores = anomaly_scores(trained, outputs, torch.full((len(clips),), label))
+        is_type = table["machine_type"] == machine_type
+        table.loc[is_type, "exact_score"] = np.minimum(table["exact_score"], scores)[is_type]
+    return table
+
+
+def mean_auc(table: pd.DataFrame) -> float:
+    groups = [group for _, group in table.groupby("machine_id")]
+    return 100 * float(
+        np.mean([roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"]) for group in groups])
+    )
+
+
+def called(table: pd.DataFrame) -> float:
+    """The percentage of the normal ones that are called anomalous."""
+    return 100 * float(table["decision"][table["condition"] == NORMAL].mean())
+
+
+def joined_scores(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The means of the scores of three clips of one ID and condition, which are drawn without replacement."""
+    shuffled = table.sample(frac=1, random_state=seed)
+    rows = []
+    for machine, group in shuffled.groupby([*MACHINE, "condition"]):
+        scores = group["exact_score"].to_numpy()
+        threes = scores[: len(scores) // JOINED * JOINED].reshape(-1, JOINED)
+        rows += [(*machine, value) for value in threes.mean(axis=1)]
+    return pd.DataFrame(rows, columns=[*MACHINE, "condition", "exact_score"])
+
+
+# ---- Recordings ----
+
+
+def join(paths: Sequence[Path], file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with soundfile.SoundFile(file, "w", SAMPLE_RATE, 1, "PCM_16") as joined:
+        for path in paths:
+            joined.write(soundfile.read(path, dtype="int16")[0])
+    return file
+
+
+def join_recordings(clips: pd.DataFrame, root: Path) -> Path:
+    """A data folder with the test clips of each ID and condition joined; what is left over is left out."""
+    for (machine_type, machine_id, condition), group in clips.groupby([*MACHINE, "condition"]):
+        paths, prefix = group["path"].tolist(), "normal" if condition == NORMAL else "anomaly"
+        for number in range(len(paths) // JOINED):
+            chosen = paths[JOINED * number : JOINED * (number + 1)]
+            join(chosen, root / machine_type / "test" / f"{prefix}_id_{machine_id}_{number:04d}.wav")
+    return root
+
+
+def join_with_fault(clips: pd.DataFrame, file: Path, minutes: int, fault: int) -> Path:
+    """So many minutes of the first machine, normal but for the minute after that of the fault."""
+    own = clips[(clips[MACHINE] == clips[MACHINE].iloc[0]).all(axis=1)]
+    normal, anomalous = (own["path"][own["condition"] == condition].tolist() for condition in (NORMAL, ANOMALOUS))
+    paths = list(itertools.islice(itertools.cycle(normal), minutes * MINUTE))
+    paths[fault * MINUTE : (fault + 1) * MINUTE] = anomalous[:MINUTE]
+    return join(paths, file)
+
+
+def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
+    """What eval.py says of a recording, how long it takes, and how much memory."""
+    machine = ("--machine_type", clip["machine_type"], "--machine_id", clip["machine_id"])
+    options = ("--score", str(recording), *machine, "--timeline", "--plots", "--json")
+    began, highest, said = time.monotonic(), 0.0, recording.with_suffix(".json")
+    with said.open("w") as file:
+        process = subprocess.Popen([sys.executable, ROOT / "eval.py", checkpoint, *options], stdout=file)
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+            highest = max(highest, *(int(kilobytes) / 1e3 for kilobytes in found), 0.0)
+            time.sleep(0.05)
+    seconds = time.monotonic() - began
+    (row,) = json.loads(said.read_text())
+    windows = sorted(row["windows"], key=lambda window: -window["score"])
+    top = ", ".join(f"{clock(window['start'])} ({window['score']:.2f})" for window in windows[:15])
+    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
+    return (
+        f"\n{recording.name}: score {row['score']:.3f}, threshold {row['threshold']:.3f}, {row['decision']}; "
+        f"{n_anomalous} of {len(windows)} windows anomalous; highest: {top}\n"
+        f"{seconds:.1f} s, RssAnon {highest:.0f} MB; {row['picture']}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
