@@ -130,7 +130,8 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
 def settings_of(result: Result) -> dict[str, str]:
     """The keys of the training that are neither seed nor computation; none of a bare state dict."""
     config = result.trained.state.get("config", {})
-    return {key: in_words(value) for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
+    values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
+    return {key: "nothing" if value == "" else in_words(value) for key, value in values.items()}
 
 
 # ---- Tables ----

@@ -124,6 +124,97 @@ def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
         check_recording(tmp_path / "a.wav")
 
 
+# ---- Windows and channels ----
+
+
+@pytest.mark.parametrize(
+    ("seconds", "hop", "starts"),
+    [
+        (25, None, [0]), (3, 5, [0]), (10, 5, [0]), (11, 10, [0, 1]), (20, 10, [0, 10]), (25, 10, [0, 10, 15]),
+        (25, 5, [0, 5, 10, 15]), (12.5, 0.75, [0, 0.75, 1.5, 2.25, 2.5]),
+    ],
+)  # fmt: skip
+def test_windows_cover_a_recording_and_the_last_one_ends_with_it(tmp_path, seconds, hop, starts):
+    path = write_clip(tmp_path / "a.wav", np.zeros(round(seconds * 8000)), rate=8000)
+    assert check_recording(path, hop=hop).starts == starts
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")])
+def test_a_window_is_read_where_it_is(tmp_path, name, subtype):
+    """Of the second of two channels, at a start that is no whole number of seconds."""
+    samples = np.random.default_rng(0).integers(-32768, 32768, (23 * 16_000 + 5, 2)).astype(np.int16)
+    path = write_clip(tmp_path / name, samples / 32768, subtype=subtype)
+    decoded = np.empty(N_SAMPLES, dtype=np.int16)
+    starts = check_recording(path, channel=1, hop=7.5).starts
+    assert starts == [0, 7.5, (13 * 16_000 + 5) / 16_000]
+    for start in starts:
+        read_recording(path, decoded, start, channel=1)
+        first = round(start * 16_000)
+        assert np.array_equal(decoded, samples[first : first + N_SAMPLES, 1])
+
+
+def test_a_window_is_resampled_by_itself(tmp_path):
+    time = np.arange(25 * 44_100) / 44_100
+    path = write_clip(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 1000 * time), rate=44_100)
+    decoded = np.empty(N_SAMPLES, dtype=np.int16)
+    read_recording(path, decoded, start=15.0)
+    expected = 0.1 * np.sin(2 * np.pi * 1000 * (15 + np.arange(N_SAMPLES) / 16_000))
+    assert np.abs(decoded / 32768 - expected)[800:-800].max() < 1e-3
+
+
+def test_channels_are_read_in_blocks_that_fit_into_memory(tmp_path, monkeypatch):
+    samples = np.random.default_rng(0).integers(-32768, 32768, (N_SAMPLES, 3)).astype(np.int16)
+    path = write_clip(tmp_path / "a.wav", samples / 32768)
+    sizes, read_file = [], soundfile.SoundFile.read
+    monkeypatch.setattr("audio.BLOCK", 10_000)
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda self, frames, *rest, **keys: sizes.append(frames)
+        or read_file(self, frames, *rest, **keys)
+    )  # fmt: skip
+    decoded = np.empty(N_SAMPLES, dtype=np.int16)
+    read_recording(path, decoded, channel=2)
+    assert max(sizes) == 3333
+    assert np.array_equal(decoded, samples[:, 2])
+
+
+def test_a_missing_channel_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no channel 1: it has a single channel"):
+        check_recording(write_clip(tmp_path / "a.wav", tone(0, 1.0)), channel=1)
+    path = write_clip(tmp_path / "b.wav", np.zeros((100, 2)))
+    assert check_recording(path, channel=1).changes[0] == "have several channels: channel 1 is used"
+    with pytest.raises(UserError, match="no channel 2: it has 2 channels, counted from 0"):
+        check_recording(path, channel=2)
+
+
+def test_what_the_first_window_leaves_out_is_said_from_two_seconds_on(tmp_path):
+    published, longer = (write_clip(tmp_path / f"{n}.wav", np.zeros(16_000 * 12 + n)) for n in (0, 1))
+    assert check_recording(published).changes == []
+    assert check_recording(longer).changes == [
+        "are longer than 12 s, and only their first 10 s count (--window all takes all)"
+    ]
+    assert check_recording(longer, hop=10).changes == []
+
+
+def test_a_recording_is_checked_where_it_is_used(tmp_path):
+    samples = tone(0, 25.0)
+    samples[[20 * 16_000, 21 * 16_000]] = np.nan, 1.5
+    path = write_clip(tmp_path / "a.wav", samples, subtype="FLOAT")
+    assert check_recording(path).starts == [0]
+    with pytest.raises(UserError, match="not finite"):
+        check_recording(path, hop=10)
+    samples[20 * 16_000] = 0
+    changes = check_recording(write_clip(path, samples, subtype="FLOAT"), hop=10).changes
+    assert changes == ["are rounded to 16 bits", "exceed full scale and were clipped"]
+
+
+def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
+    path = write_clip(tmp_path / "a.wav", tone(0, 25.0))
+    start = check_recording(path, hop=10).starts[-1]
+    write_clip(path, tone(0, 24.0))
+    with pytest.raises(UserError, match="truncated: it ends before second 25, which it has had before"):
+        read_recording(path, np.empty(N_SAMPLES, dtype=np.int16), start)
+
+
 # ---- What is refused ----
 
 

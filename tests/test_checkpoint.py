@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import MACHINES
 
 from checkpoint import (
     RunFiles,
@@ -16,6 +17,7 @@ from checkpoint import (
     copy_state,
     find_state,
     load_checkpoint,
+    load_initial,
     load_model,
     load_newest,
     lock_run,
@@ -116,6 +118,51 @@ def test_published_weights_load_into_the_published_configuration(tmp_path, capsy
     network = load_model(tmp_path / "published.pth", load_config(), {}).network
     assert "published.pth is a bare state dict: machines, mode, input" in capsys.readouterr().err
     assert all(torch.equal(network.state_dict()[name], value) for name, value in reference.parameters().items())
+
+
+def test_windows_and_channel_are_those_of_the_training_unless_given(trained_copy):
+    path = trained_copy / "run.pth"
+    state = load_checkpoint(path)
+    state["config"] |= {"window": "all", "channel": 1}
+    save_checkpoint(state, path)
+    config = load_model(path, load_config(), {}).config
+    assert (config.window, config.channel, config.hop) == ("all", 1, "auto")
+    config = load_model(path, load_config(channel=0), {"channel": 0}).config
+    assert (config.window, config.channel) == ("all", 0)
+    for key in ("window", "channel"):  # of a checkpoint from before there were these keys
+        del state["config"][key]
+    save_checkpoint(state, path)
+    assert load_model(path, load_config(channel=2), {}).config.channel == 2
+
+
+def test_any_table_of_a_checkpoint_is_what_the_folders_had(trained):
+    given = {"machines": "auto"}
+    assert load_model(trained / "run.pth", load_config(**given), given).config.machines == MACHINES
+    given = {"machines": {"fan": [0, 1]}}
+    with pytest.raises(UserError, match=r"command line: machines .* is not the checkpoint's"):
+        load_model(trained / "run.pth", load_config(**given), given)
+
+
+def test_bare_weights_take_the_machines_of_the_folders(trained, data_root, tmp_path):
+    torch.save(load_checkpoint(trained / "run.pth")["model"], tmp_path / "bare.pth")
+    config = load_config(machines="auto", data_root=str(data_root))
+    assert load_model(tmp_path / "bare.pth", config, {}).config.machines == MACHINES
+
+
+def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, capsys):
+    """Of the published weights, for other machines."""
+    torch.save(reference.parameters(), tmp_path / "published.pth")
+    network = build_network(load_config(machines=MACHINES))
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    load_initial(network, tmp_path / "published.pth")
+    centres = {"arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias"}
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, own[name] if name in centres else reference.parameters()[name]), name
+    said = "notice: init_from: the weights of {} are taken, but for the class centres (arcface.weight, "
+    assert said.format(tmp_path / "published.pth") in capsys.readouterr().err
+    network = build_network(load_config(machines=MACHINES, input="sgram"))
+    with pytest.raises(UserError, match=r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1"):
+        load_initial(network, tmp_path / "published.pth")
 
 
 def test_initial_weights_depend_on_the_seed_alone():

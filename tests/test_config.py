@@ -9,12 +9,15 @@ import yaml
 import eval as eval_script
 import train
 from config import (
+    AUTO,
     DEFAULT_CONFIG,
     KEYS,
     describe_keys,
     load_config,
     make_config,
+    name_id,
     parse_command_line,
+    parse_id,
     parse_yaml,
     read_yaml,
 )
@@ -57,6 +60,23 @@ def test_an_id_may_be_written_with_zeros(ids, tmp_path):
     file.write_text(f"machines: {{fan: {ids}}}\n")
     assert load_config(file).machines == {"fan": [2, 8]}
     assert parse("--machines", f"{{fan: {ids}}}").machines == {"fan": [2, 8]}
+
+
+def test_an_id_may_be_a_word():
+    ids = parse("--machines", "{press: [line-3, 7, 2b, no]}").machines["press"]
+    assert ids == ["line-3", 7, "2b", "no"]
+    assert [name_id(machine_id) for machine_id in ids] == ["line-3", "07", "2b", "no"]
+    assert [parse_id(text) for text in ("07", "7", "line-3", "")] == [7, 7, "line-3", ""]
+
+
+def test_the_machines_may_be_those_of_the_folders():
+    assert parse("--machines", "auto").machines == AUTO
+
+
+def test_the_windows_of_a_split():
+    assert parse().hop_of("train") is parse().hop_of("test") is None
+    assert [parse("--window", "all").hop_of(split) for split in ("train", "test", "evaluation")] == [10, 5, 5]
+    assert [parse("--window", "all", "--hop", "2").hop_of(split) for split in ("train", "test")] == [2, 2]
 
 
 def test_yaml_scalars_are_those_of_yaml_1_2():

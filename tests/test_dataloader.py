@@ -27,8 +27,10 @@ from dataloader import (
     batches,
     class_labels,
     find_clips,
+    find_machines,
     keep_on_gpu,
     read_label_list,
+    settle_machines,
     shuffled_batches,
 )
 from model.tastgram import N_SAMPLES
@@ -103,6 +105,54 @@ def test_missing_folders(data_root, capsys):
         find_clips(data_root, {"fan": [0, 5]}, "train")
     with pytest.raises(UserError, match=r"no folder \S*nowhere \(looked for .*datasets/download.py"):
         find_clips(data_root / "nowhere", {"fan": [0]}, "train")
+
+
+# ---- Machines as the folders have them ----
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_machines_are_found_in_the_training_folders(tmp_path, monkeypatch, capsys):
+    """In an order of their own, whatever that of the disk; an ID is a number or a word."""
+    names = ["press/train/normal_id_line-3_1.wav", "press/train/normal_id_10_1.flac", "press/train/NORMAL_ID_2_1.WAV",
+             "press/train/normal_id_002_2.wav", "press/train/anomaly_id_7_1.wav", "press/train/id_8_1.wav",
+             "press/test/normal_id_9_1.wav", "Fan/train/normal_id_00_1.wav", "notes/train/readme.txt"]  # fmt: skip
+    touch(*(tmp_path / name for name in names), tmp_path / "valve" / "train")
+    glob = Path.glob
+    for order in (sorted, lambda found: sorted(found, reverse=True)):
+        monkeypatch.setattr(Path, "glob", lambda self, pattern, order=order: iter(order(glob(self, pattern))))
+        assert find_machines(tmp_path) == {"Fan": [0], "press": [2, 10, "line-3"]}
+        assert list(find_machines(tmp_path)) == ["Fan", "press"]
+    config = settle_machines(load_config(data_root=str(tmp_path), machines="auto"))
+    assert class_labels(config.machines) == {
+        ("Fan", "00"): 0, ("press", "02"): 1, ("press", "10"): 2, ("press", "line-3"): 3
+    }  # fmt: skip
+    assert f"notice: {tmp_path}: 4 machine IDs: Fan 00; press 02, 10, line-3\n" in capsys.readouterr().err
+    assert settle_machines(config) is config
+
+
+def test_folders_without_machines(tmp_path):
+    with pytest.raises(UserError, match=r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav"):
+        find_machines(tmp_path)
+    config = load_config(data_root=str(tmp_path), machines="auto")
+    touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
+    with pytest.raises(UserError, match=r"machines: {'fan': \[0\]} is not .* at least two in all"):
+        settle_machines(config)
+    touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
+    with pytest.raises(UserError, match=r"machines: {'fan': \[0, 'mean'\]} is not .*, not pooled, mean or min"):
+        settle_machines(config)
+
+
+def test_ids_may_be_words(tmp_path, capsys):
+    touch(*(tmp_path / f"press/train/normal_id_{name}_1.wav" for name in ("line-3", "line-4", "3")))
+    clips = find_clips(tmp_path, {"press": ["line-4", "line-3"]}, "train")
+    assert clips["machine_id"].tolist() == ["line-3", "line-4"]
+    assert clips["label"].tolist() == [1, 0]
+    assert "skipped 1 file of IDs outside the table of machines: normal_id_3_1.wav" in capsys.readouterr().err
 
 
 # ---- Evaluation clips, whose names do not tell ----
@@ -361,6 +411,69 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
         assert torch.equal(one[0], other[0].cpu())
         assert torch.equal(one[1], other[1].cpu())
     assert part.fingerprint() == before
+
+
+# ---- Windows ----
+
+
+def write_long_set(root: Path) -> Path:
+    """Of each of two machines, four recordings for training; of 25 s and, every second one, of 8 s."""
+    for number, machine in enumerate(("fan/train/normal_id_00", "fan/train/normal_id_02")):
+        for index in range(4):
+            write_clip(root / f"{machine}_{index}.wav", tone(10 * number + index, (25.0, 8.0)[index % 2]))
+    return root
+
+
+LONG = {"machines": {"fan": [0, 2]}, "window": "all"}
+
+
+def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
+    clips = clips_of(write_long_set(tmp_path), **LONG)
+    assert clips.clips["start"].tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
+    assert len(clips.recordings) == 8
+    assert list(clips.recordings.columns) == COLUMNS
+    assert "4 of 8 recordings are shorter than 10 s and are repeated" in capsys.readouterr().err
+    ((samples, labels),) = clips.batches([np.array([0, 1, 2, 3, 14])], CPU)
+    assert labels.tolist() == [0, 0, 0, 0, 1]
+    for row, index in zip(samples, [0, 1, 2, 3, 14], strict=True):
+        path, start = clips.clips.loc[index, ["path", "start"]]
+        whole = soundfile.read(path, dtype="int16")[0][int(start * 16_000) :]
+        assert np.array_equal(row.numpy(), np.resize(whole[:N_SAMPLES], N_SAMPLES))
+    assert clips_of(tmp_path, **LONG, hop=5).clips["start"][:4].tolist() == [0, 5, 10, 15]
+    first = clips_of(tmp_path, machines=LONG["machines"])
+    assert first.clips["start"].tolist() == [0] * 8
+    assert "4 of 8 recordings are longer than 12 s, and only their first 10 s count" in capsys.readouterr().err
+
+
+def test_the_windows_of_a_recording_stay_together(tmp_path):
+    clips = clips_of(write_long_set(tmp_path), **LONG)
+    whole = clips.clips.groupby("path").size()
+    for seed in range(5):
+        parts = clips.split(0.6, seed)
+        assert [len(part.recordings) for part in parts] == [4, 4]  # int(0.6 * 8) to train on
+        for part in parts:
+            sizes = part.clips.groupby("path").size()
+            assert sizes.to_dict() == whole[sizes.index].to_dict()
+            assert part.clips["start"].diff().dropna().isin([10, 5, -15, 0]).all(), "in their order"
+
+
+def test_values_of_windows_are_combined(tmp_path):
+    clips = clips_of(write_long_set(tmp_path), **LONG)
+    values = np.arange(16, dtype=np.float32)[::-1].copy()
+    means, highest = clips.over_windows(values, "mean"), clips.over_windows(values, "max")
+    assert means.dtype == np.float32
+    assert means.tolist() == [14, 12, 10, 8, 6, 4, 2, 0]
+    assert highest.tolist() == [15, 12, 11, 8, 7, 4, 3, 0]
+    assert clips.over_windows(np.stack([values, -values], axis=1), "mean")[:2].tolist() == [[14, -14], [12, -12]]
+    assert clips.worst_starts(values).tolist() == [0] * 8
+    assert clips.worst_starts(-values).tolist() == [15, 0] * 4
+
+
+def test_the_fingerprint_tells_windows(tmp_path):
+    root = write_long_set(tmp_path)
+    prints = {clips_of(root, machines=LONG["machines"], **keys).fingerprint()
+              for keys in ({}, {"window": "all"}, {"window": "all", "hop": 5})}  # fmt: skip
+    assert len(prints) == 3
 
 
 # ---- Split and plans ----

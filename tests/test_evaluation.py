@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import MACHINES, clips_of
+from conftest import MACHINES, clips_of, tone, write_clip
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from test_eval import make_lively, read_csv
 
+from audio import check_recording
 from checkpoint import RunFiles, TrainedModel, build_network, load_checkpoint, load_model
 from config import load_config
 from dataloader import MACHINE, ClipSet, load_clips
@@ -31,7 +32,7 @@ from evaluation.comparison import (
     prediction_interval,
 )
 from evaluation.decisions import count_decisions, decide, explain_thresholds, fit_threshold, fit_thresholds
-from evaluation.figures import draw_all, draw_angles, read_history, read_samples
+from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_history, read_samples
 from evaluation.metrics import Metrics, compute, measure, resample
 from evaluation.report import write_report
 from evaluation.result import Result, evaluate
@@ -782,6 +783,36 @@ def test_the_channels_are_those_of_a_normal_clip(result, figures, axes):
     assert len(gate.lines[0].get_ydata()) == 313
     (title,) = (figure.get_suptitle() for file, figure in figures.items() if file.stem == "tastgram")
     assert title == f"fan, {clip['path'].name}"
+
+
+def test_a_timeline_shows_each_window_and_the_whole_recording(tmp_path, monkeypatch):
+    path, kept = tmp_path / "a.wav", keep_figures(monkeypatch)
+    loud = np.concatenate([tone(0, 20.0), 10 * tone(0, 10.0), tone(0, 103.0)])
+    write_clip(path, loud)
+    starts = check_recording(path, hop=5).starts
+    windows = [{"start": start, "score": 3.0 + (start == 20), "decision": "normal"} for start in starts]
+    windows[4]["decision"] = "anomalous"
+    row = {"file": str(path), "machine_type": "fan", "machine_id": "b", "score": 3.1, "threshold": 3.5,
+           "decision": "normal", "windows": windows}  # fmt: skip
+    draw_timeline(row, load_config(), tmp_path / "a.png")
+    (drawn,) = kept
+    score, image = drawn.axes
+    line, normal, anomalous, threshold = score.lines
+    assert list(line.get_xdata()) == [pytest.approx((start + 5) / 60) for start in starts]
+    assert list(line.get_ydata()) == [window["score"] for window in windows]
+    assert (len(normal.get_xdata()), anomalous.get_ydata()) == (len(starts) - 1, [4.0])
+    assert set(threshold.get_ydata()) == {3.5}
+    left, right = (score.patches[0].get_x(), score.patches[0].get_x() + score.patches[0].get_width())
+    assert (left, right) == pytest.approx((20 / 60, 30 / 60)), "the worst window"
+    log_mel = image.images[0].get_array()
+    assert log_mel.shape == (128, MAX_COLUMNS)
+    level = log_mel.mean(axis=0)
+    columns = np.arange(len(level)) / len(level) * 133
+    is_loud = (columns > 20.1) & (columns < 29.8)
+    is_soft = (columns < 19.8) | (columns > 30.2)
+    assert level[is_loud].min() > level[is_soft].max() + 5, "dB"
+    assert drawn.get_suptitle() == "a.wav: fan b, score 3.1, normal"
+    assert image.get_xlabel() == "time (min)"
 
 
 def test_the_map_has_a_point_for_each_clip(axes):

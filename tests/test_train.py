@@ -95,6 +95,25 @@ def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
     fails(train.main, *options, "--resume", match="the clips under .* are not those the run began with")
 
 
+def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, fails):
+    options = arguments(tmp_path, data_root, seed=1, lr=1e-9, weight_decay=0, init_from=trained / "run.pth")
+    assert call(train.main, *options)[0] == 0
+    own, given = (load_checkpoint(path / "run.pth")["model"] for path in (tmp_path, trained))
+    name = "mobilefacenet.linear7.conv.weight"
+    assert torch.allclose(own[name], given[name], rtol=0, atol=1e-6)
+    assert not torch.allclose(own["arcface.weight"], given["arcface.weight"], rtol=0, atol=1e-3)
+    options[-1] = "nowhere.pth"
+    status, _, errors = call(train.main, *options, "--resume")
+    assert (status, errors) == (0, "notice: 12 of 12 recordings are shorter than 10 s and are repeated\n"), "ignored"
+    fails(train.main, *options, "--overwrite", match="nowhere.pth: no such checkpoint")
+    assert load_checkpoint(tmp_path / "run.pth")["config"]["init_from"] == str(trained / "run.pth")
+
+
+def test_each_machine_needs_a_recording_to_train_on(tmp_path, fails):
+    options = arguments(tmp_path, write_set(tmp_path / "data", train_clips=1))
+    fails(train.main, *options, match=r"all recordings of .* are held out for validation: bring more .* split_ratio")
+
+
 def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
     status, output, errors = call(train.main, *arguments(tmp_path, data_root), "--resume")
     assert status == 0
