@@ -82,21 +82,22 @@ def score_windows(
     thresholds = find_thresholds(trained)
     machine_type = table["machine_type"][0]
     explain_thresholds(thresholds, {machine_type: [parse_id(name) for _, name in candidates]}, trained.path)
-    table = table.join(thresholds["threshold"], on=MACHINE)
+    table = with_decision(table.join(thresholds["threshold"], on=MACHINE))
     own = scores[np.arange(len(clips)), best[clips.recording]]
     windows = clips.clips[["start"]].assign(score=own, threshold=table["threshold"][clips.recording].array)
-    parts = np.split(np.array(describe(windows.drop(columns="threshold"), windows)), clips.firsts[1:])
-    return {
-        path: row | {"machine_id": parse_id(row["machine_id"]), "windows": part.tolist()}
-        for path, row, part in zip(recordings, describe(table, table), parts, strict=True)
-    }
+    windows = with_decision(windows).drop(columns="threshold")
+    of_each = [in_plain_values(part) for _, part in windows.groupby(clips.recording)]
+    rows = in_plain_values(table.assign(machine_id=table["machine_id"].map(parse_id)))
+    return {path: row | {"windows": part} for path, row, part in zip(recordings, rows, of_each, strict=True)}
 
 
-def describe(table: pd.DataFrame, judged: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The rows of a table in plain values, with the decisions about them."""
-    decision = decide(judged["score"], judged["threshold"]).map({0: NORMAL, 1: ANOMALOUS})
-    values = table.assign(decision=decision).astype(object)
-    return values.where(values.notna(), None).to_dict("records")
+def with_decision(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(decision=decide(table["score"], table["threshold"]).map({0: NORMAL, 1: ANOMALOUS}))
+
+
+def in_plain_values(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The rows; None where a value is missing."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 # ---- What is shown ----

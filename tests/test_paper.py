@@ -48,13 +48,14 @@ def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(t
     assert not paper.is_to_download(load_config(data_root=str(tmp_path)))
 
 
-def test_which_scripts_are_called(call, tmp_path, data_root, monkeypatch):
+@pytest.mark.parametrize("machines", [MACHINES, "auto"])
+def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypatch):
     """Recordings in the project's own folder are downloaded first; the keys given reach every script."""
     calls = []
     monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
     monkeypatch.setattr(paper, "is_to_download", lambda config: True)
     monkeypatch.setattr(paper, "measure_apart", lambda config: ("cpu", 0.1, 0.1))
-    options = ["--data_root", data_root, "--machines", MACHINES, "--device", "cpu", "--batch_size", 2]
+    options = ["--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2]
     status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
     assert status == 0
     assert "10 runs of 300 epochs, with 2655 clips, and 795 to test on" in output, "three of 41 machine IDs"
