@@ -182,10 +182,9 @@ def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
     (row,) = json.loads(said.read_text())
     windows = sorted(row["windows"], key=lambda window: -window["score"])
     top = ", ".join(f"{clock(window['start'])} ({window['score']:.2f})" for window in windows[:15])
-    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
     return (
         f"\n{recording.name}: score {row['score']:.3f}, threshold {row['threshold']:.3f}, {row['decision']}; "
-        f"{n_anomalous} of {len(windows)} windows anomalous; highest: {top}\n"
+        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; highest: {top}\n"
         f"{seconds:.1f} s, RssAnon {highest:.0f} MB; {row['picture']}"
     )
 

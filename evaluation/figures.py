@@ -169,11 +169,11 @@ def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
     starts, scores = (np.array([window[name] for window in row["windows"]]) for name in ("start", "score"))
     seconds = starts[-1] + SECONDS
     unit, name = (60, "min") if seconds > 120 else (1, "s")
-    middles, worst = starts + SECONDS / 2, scores.argmax()
+    middles, worst = starts + SECONDS / 2, row["worst"]["start"]
     is_anomalous = np.array([window["decision"] == ANOMALOUS for window in row["windows"]])
     with figure(path, PAGE, 3.2) as drawn:
         score, image = drawn.subplots(2, 1, sharex=True)
-        score.axvspan(starts[worst] / unit, (starts[worst] + SECONDS) / unit, color="0.85", lw=0, label="worst window")
+        score.axvspan(worst / unit, (worst + SECONDS) / unit, color="0.85", lw=0, label="worst window")
         score.plot(middles / unit, scores, color="0.6", lw=0.6)
         for condition, chosen in ((NORMAL, ~is_anomalous), (ANOMALOUS, is_anomalous)):
             colour, _ = CONDITIONS[condition]

@@ -40,8 +40,9 @@ def score_recordings(
     trained: TrainedModel, paths: Sequence[Path], machine_type: str, machine_id: str | None, device: torch.device
 ) -> list[dict[str, Any]]:
     """What the model says of recordings, in plain values: `file`, and either `error` or `machine_type`, `machine_id`,
-    `score`, `threshold`, `decision` (None without a threshold), and of each of the `windows` the `start` in seconds,
-    `score` and `decision`. Without a machine ID, that of the type with the lowest score counts.
+    `score`, `threshold`, `decision` (None without a threshold), `n_windows`, how many of them are `n_anomalous`, and of
+    the `worst` and of each of the `windows` the `start` in seconds, `score` and `decision`. Without a machine ID, that
+    of the type with the lowest score counts.
     """
     candidates = find_candidates(trained, machine_type, machine_id)
     trained = with_embeddings(trained, [trained.config.scoring], device)
@@ -88,7 +89,16 @@ def score_windows(
     windows = with_decision(windows).drop(columns="threshold")
     of_each = [in_plain_values(part) for _, part in windows.groupby(clips.recording)]
     rows = in_plain_values(table.assign(machine_id=table["machine_id"].map(parse_id)))
-    return {path: row | {"windows": part} for path, row, part in zip(recordings, rows, of_each, strict=True)}
+    return {path: row | summarise(part) for path, row, part in zip(recordings, rows, of_each, strict=True)}
+
+
+def summarise(windows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "n_windows": len(windows),
+        "n_anomalous": sum(window["decision"] == ANOMALOUS for window in windows),
+        "worst": max(windows, key=lambda window: window["score"]),
+        "windows": windows,
+    }
 
 
 def with_decision(table: pd.DataFrame) -> pd.DataFrame:
@@ -101,10 +111,6 @@ def in_plain_values(table: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 # ---- What is shown ----
-
-
-def worst_window(row: Mapping[str, Any]) -> dict[str, Any]:
-    return max(row["windows"], key=lambda window: window["score"])
 
 
 def picture_files(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
@@ -131,25 +137,20 @@ def print_scores(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
             print(f"{row['file']}\terror: {row['error']}")
             continue
         threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
-        machine, several = f"{row['machine_type']} {name_id(row['machine_id'])}", len(row["windows"]) > 1
-        worst = f"\t{describe_worst(row)}" if several else ""
-        print(f"{row['file']}\t{machine}\t{row['score']:.6g}\t{threshold}\t{row['decision'] or '-'}{worst}")
+        machine, decision = f"{row['machine_type']} {name_id(row['machine_id'])}", row["decision"] or "-"
+        cells = [row["file"], machine, f"{row['score']:.6g}", threshold, decision]
+        print("\t".join([*cells, *([describe_windows(row)] if row["n_windows"] > 1 else [])]))
         for window in row["windows"] if has_timeline else ():
             print(f"\t{clock(window['start'])}\t{window['score']:.6g}\t{window['decision'] or '-'}")
 
 
-def describe_worst(row: Mapping[str, Any]) -> str:
-    worst, windows = worst_window(row), row["windows"]
-    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
-    count = "" if row["threshold"] is None else f", {n_anomalous} of {len(windows)} windows anomalous"
+def describe_windows(row: Mapping[str, Any]) -> str:
+    worst = row["worst"]
+    count = "" if row["threshold"] is None else f", {row['n_anomalous']} of {row['n_windows']} windows anomalous"
     return f"worst at {clock(worst['start'])} ({worst['score']:.6g}){count}"
 
 
 def print_json(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
     """The same as JSON."""
-    shown = []
-    for row in results:
-        several = len(row.get("windows", ())) > 1
-        rest = {name: value for name, value in row.items() if name != "windows" or has_timeline}
-        shown.append(rest | ({"worst": worst_window(row)} if several else {}))
+    shown = [{name: value for name, value in row.items() if name != "windows" or has_timeline} for row in results]
     print(json.dumps(shown, indent=2))

@@ -793,7 +793,7 @@ def test_a_timeline_shows_each_window_and_the_whole_recording(tmp_path, monkeypa
     windows = [{"start": start, "score": 3.0 + (start == 20), "decision": "normal"} for start in starts]
     windows[4]["decision"] = "anomalous"
     row = {"file": str(path), "machine_type": "fan", "machine_id": "b", "score": 3.1, "threshold": 3.5,
-           "decision": "normal", "windows": windows}  # fmt: skip
+           "decision": "normal", "windows": windows, "worst": windows[4]}  # fmt: skip
     draw_timeline(row, load_config(), tmp_path / "a.png")
     (drawn,) = kept
     score, image = drawn.axes
