@@ -7,13 +7,15 @@ FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and
 - the mean AUC of the IDs of the test clips one by one; of recordings of three test clips each of one ID and condition,
   joined in the order of their names, with windows 10 s and 5 s apart; and what averaging alone does: the AUC of the
   means of the scores of three clips, over 1000 random ways to form threes. With windows 10 s apart the windows are the
-  clips themselves, so that the AUC is that of one such way.
+  clips themselves, and the AUC is that of one such way: "off by" is the largest difference between the score of a
+  recording and the mean of those of its clips.
 - how many of the normal ones are called anomalous.
 - the AUC against the own ID, and against the best-fitting ID of the machine type, as where the ID is not known.
 
-Then, with the first checkpoint, `eval.py --score --timeline --plots` of ten minutes and of an hour: normal
-test clips of the first ID, over and over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints the windows
-with the highest scores, the time, and the highest anonymous memory of the process.
+Then `eval.py --score --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID, over and
+over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints when the window with the highest score starts,
+which minutes have the highest mean score of the windows that lie in them, the time, and the highest anonymous memory of
+the process.
 """
 
 import itertools
@@ -62,10 +64,11 @@ def main() -> None:
             rows += [{"checkpoint": path.stem, **row} for row in measure(trained, clips, joined, device)]
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="%.2f"))
-        print(table.drop(columns="checkpoint").groupby("machine_type").mean().to_string(float_format="%.2f"))
+        print(table.groupby("machine_type").mean(numeric_only=True).to_string(float_format="%.2f"))
         for minutes, fault in ((10, 9), (60, 40)):
-            path = join_with_fault(clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault)
-            print(listen(options.checkpoints[0], path, clips.recordings.iloc[0]))
+            recording = join_with_fault(clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault)
+            for path in options.checkpoints:
+                print(listen(path, recording, clips.recordings.iloc[0]), flush=True)
 
 
 def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.device) -> Iterator[dict[str, object]]:
@@ -79,7 +82,9 @@ def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.d
         recordings[hop] = score(model, load_clips(config, "test"), device)
     unknown = score_best_id(trained, clips, device)
     for machine_type, of_type in single.groupby("machine_type", sort=False):
-        drawn = np.array([mean_auc(joined_scores(of_type, seed)) for seed in range(WAYS)])
+        shuffled = (of_type.sample(frac=1, random_state=seed) for seed in range(WAYS))
+        drawn = np.array([mean_auc(means_of_threes(clips)) for clips in shuffled])
+        expected, joined_scores = means_of_threes(of_type), of(recordings[10.0], machine_type)["exact_score"]
         yield {
             "machine_type": machine_type,
             "single": mean_auc(of_type),
@@ -87,6 +92,7 @@ def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.d
             "from": np.percentile(drawn, 2.5),
             "to": np.percentile(drawn, 97.5),
             **{f"joined, {hop:g} s": mean_auc(of(table, machine_type)) for hop, table in recordings.items()},
+            "off by": f"{np.abs(np.sort(expected['exact_score']) - np.sort(joined_scores)).max():.0e}",
             "called, single": called(of_type),
             **{f"called, {hop:g} s": called(of(table, machine_type)) for hop, table in recordings.items()},
             "best ID": mean_auc(of(unknown, machine_type)),
@@ -125,11 +131,10 @@ def called(table: pd.DataFrame) -> float:
     return 100 * float(table["decision"][table["condition"] == NORMAL].mean())
 
 
-def joined_scores(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The means of the scores of three clips of one ID and condition, which are drawn without replacement."""
-    shuffled = table.sample(frac=1, random_state=seed)
+def means_of_threes(table: pd.DataFrame) -> pd.DataFrame:
+    """The means of the scores of three clips of one ID and condition that follow each other."""
     rows = []
-    for machine, group in shuffled.groupby([*MACHINE, "condition"]):
+    for machine, group in table.groupby([*MACHINE, "condition"]):
         scores = group["exact_score"].to_numpy()
         threes = scores[: len(scores) // JOINED * JOINED].reshape(-1, JOINED)
         rows += [(*machine, value) for value in threes.mean(axis=1)]
@@ -180,12 +185,14 @@ def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
             time.sleep(0.05)
     seconds = time.monotonic() - began
     (row,) = json.loads(said.read_text())
-    windows = sorted(row["windows"], key=lambda window: -window["score"])
-    top = ", ".join(f"{clock(window['start'])} ({window['score']:.2f})" for window in windows[:15])
+    windows = pd.DataFrame(row["windows"])
+    whole = windows[windows["start"] % 60 <= 60 - SECONDS]
+    minutes = whole.groupby(whole["start"] // 60 + 1)["score"].mean().nlargest(3)
+    highest_minutes = ", ".join(f"{minute:.0f} ({score:.2f})" for minute, score in minutes.items())
     return (
-        f"\n{recording.name}: score {row['score']:.3f}, threshold {row['threshold']:.3f}, {row['decision']}; "
-        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; highest: {top}\n"
-        f"{seconds:.1f} s, RssAnon {highest:.0f} MB; {row['picture']}"
+        f"{checkpoint.stem}, {recording.name}: score {row['score']:.2f}, threshold {row['threshold']:.2f}; "
+        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; worst at {clock(row['worst']['start'])}; "
+        f"highest minutes: {highest_minutes}; {seconds:.1f} s, RssAnon {highest:.0f} MB; {row['picture']}"
     )
 
 
