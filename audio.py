@@ -19,6 +19,7 @@ from utils import UserError
 
 TOLERATED = 2  # seconds that may be left over behind the first window without a word: published clips have one
 BLOCK = 2**20  # samples of all channels that are read at once
+UNKNOWN = 2**63 - 1  # what libsndfile gives for the frames of a FLAC file that was written to a pipe
 
 
 class Recording(NamedTuple):
@@ -118,6 +119,8 @@ def list_changes(file: soundfile.SoundFile, channel: int, hop: float | None = No
     if channel >= file.channels:
         count = "a single channel" if file.channels == 1 else f"{file.channels} channels, counted from 0"
         raise UserError(f"no channel {channel}: it has {count}")
+    if hop is not None and file.frames == UNKNOWN:
+        raise UserError("unreadable: its header does not say how long it is; write it anew (flac --decode, then flac)")
     changes = {
         f"have several channels: channel {channel} is used": file.channels > 1,
         f"are resampled to {SAMPLE_RATE} Hz at each reading; `sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once": (
@@ -126,7 +129,7 @@ def list_changes(file: soundfile.SoundFile, channel: int, hop: float | None = No
         "are rounded to 16 bits": file.subtype != "PCM_16",
         f"are shorter than {SECONDS} s and are repeated": file.frames < SECONDS * file.samplerate,
         f"are longer than {SECONDS + TOLERATED} s, and only their first {SECONDS} s count (--window all takes all)": (
-            hop is None and file.frames > (SECONDS + TOLERATED) * file.samplerate
+            hop is None and (SECONDS + TOLERATED) * file.samplerate < file.frames < UNKNOWN
         ),
     }
     return [change for change, is_needed in changes.items() if is_needed]

@@ -42,7 +42,6 @@ class RunFiles:
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
         self.embeddings = self.folder / "embeddings.pth"  # what eval.py makes where the checkpoint has none
-
         self.timelines = self.folder / "timelines"  # pictures of single recordings, which eval.py draws
 
     def results(self, split: str) -> Path:

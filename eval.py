@@ -8,6 +8,7 @@
     python eval.py --scoring nearest                    # another score: distance to the nearest training clips
     python eval.py --all_scores                         # the three kinds of score side by side
     python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
+    python eval.py --score hour.wav --machine_type fan --machine_id 0 --timeline --plots     # and when?
 
 Machines, mode, input, m, s and sub_centers come from the checkpoint. Written, in the folder NAME/test (NAME/evaluation
 for the evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with bootstrap
@@ -20,9 +21,11 @@ Scores, thresholds and all that follows are of the kind that `scoring` names. ne
 training clips. Training leaves them in the checkpoint; for weights without them they are made from the training clips
 in data_root, once, and kept as NAME/embeddings.pth.
 
---score takes files and folders of recordings, scores each against the machine ID given, or against that ID of the
-machine type that it fits best, and prints a line for each: file, machine, score, threshold, normal or anomalous. A file
-that cannot be read is named in its line; the others are scored, and the exit status is 2.
+--score takes files and folders of recordings, scores each from its beginning to its end against the machine ID given,
+or against that ID of the machine type that it fits best, and prints a line for each: file, machine, score, threshold,
+normal or anomalous, and where it is worst. --timeline adds the windows one by one; --plots draws them, a picture for
+each recording in NAME/timelines. A file that cannot be read is named in its line; the others are scored, and the exit
+status is 2.
 """
 
 from argparse import Namespace
@@ -92,12 +95,14 @@ def score(config: Config, path: Path, given: dict[str, Any], options: Namespace)
     if "window" not in given:
         config, given = config.model_copy(update={"window": "all"}), given | {"window": "all"}
     trained = load_model(path, config, given)
-    files, device = find_recordings(options.score), use_device(config.device)
+    files, device, folder = find_recordings(options.score), use_device(config.device), RunFiles(path).timelines
+    if options.plots:
+        check_writable(folder / "picture.png", "pictures lie beside the checkpoint, so copy it to a folder of your own")
     results = score_recordings(trained, files, options.machine_type, options.machine_id, device)
     if options.plots:
         from evaluation.figures import draw_timeline
 
-        for row, file in picture_files(results, RunFiles(path).timelines):
+        for row, file in picture_files(results, folder):
             draw_timeline(row, trained.config, file)
             row["picture"] = str(file)
     (print_json if options.json else print_scores)(results, options.timeline)
@@ -110,7 +115,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)")
     splits = ("test", "evaluation")
     parser.add_argument("--split", choices=splits, default="test", help="which clips to score (default: test)")
-    parser.add_argument("--plots", action="store_true", help="draw the figures (PNG)")
+    parser.add_argument("--plots", action="store_true", help="draw the figures (PNG); with --score the timelines")
     parser.add_argument("--report", action="store_true", help="write report.html, with the figures in it")
     parser.add_argument(
         "--output", type=Path, default=COMPARISON, help=f"folder for comparisons (default: {COMPARISON})"

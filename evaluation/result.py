@@ -61,16 +61,15 @@ def evaluate(
 
 
 def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str) -> Result:
-    rule, of_windows = (
-        trained.config.over_windows,
-        {
-            "score": anomaly_scores(trained, outputs, clip_set.labels, trained.config.score_dtype),
-            "exact_score": anomaly_scores(trained, outputs, clip_set.labels),
-            "angle": angles(trained, outputs.embedding, clip_set.labels),
-        },
-    )
+    exact_scores = anomaly_scores(trained, outputs, clip_set.labels)
+    of_windows = {
+        "score": anomaly_scores(trained, outputs, clip_set.labels, trained.config.score_dtype),
+        "exact_score": exact_scores,
+        "angle": angles(trained, outputs.embedding, clip_set.labels),
+    }
+    rule = trained.config.over_windows
     of_recordings = {name: clip_set.over_windows(values, rule) for name, values in of_windows.items()}
-    clips = clip_set.recordings.assign(**of_recordings, worst=clip_set.worst_starts(of_windows["exact_score"]))
+    clips = clip_set.recordings.assign(**of_recordings, worst=clip_set.worst_starts(exact_scores))
     check_finite(trained, clips)
     thresholds = find_thresholds(trained)
     clips = clips.join(thresholds["threshold"], on=MACHINE)

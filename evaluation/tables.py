@@ -36,11 +36,11 @@ TITLES = [title for *_, title in SUMMARY]
 
 
 def published_rows(config: Config, split: str, table: pd.DataFrame) -> Published:
-    """The published rows for what was evaluated: the development test set, the published channels and score, the
-    machine types of the metrics. The average is among them if all its types are.
+    """The published rows for what was evaluated: the development test set, the published channels, windows and score,
+    the machine types of the metrics. The average is among them if all its types are.
     """
-    is_published = split == "test" and config.input == PUBLISHED_INPUT and config.scoring == "published"
-    rows = PUBLISHED.get(config.mode, {}) if is_published else {}
+    is_published = (config.input, config.window, config.scoring) == (PUBLISHED_INPUT, "first", "published")
+    rows = PUBLISHED.get(config.mode, {}) if is_published and split == "test" else {}
     types = set(table.index.unique("machine_type"))
     return {name: row for name, row in rows.items() if name in types and (name != AVERAGE or set(rows) <= types)}
 

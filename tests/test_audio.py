@@ -207,6 +207,20 @@ def test_a_recording_is_checked_where_it_is_used(tmp_path):
     assert changes == ["are rounded to 16 bits", "exceed full scale and were clipped"]
 
 
+def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):
+    samples = np.random.default_rng(0).integers(-1000, 1000, 25 * 16_000).astype(np.int16)
+    soundfile.write(tmp_path / "a.flac", samples, 16_000)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0  # of STREAMINFO the number of samples, which an encoder that writes to a pipe leaves at 0
+    content[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(content)
+    decoded, changes = read(tmp_path / "a.flac")
+    assert np.array_equal(decoded, samples[:N_SAMPLES])
+    assert changes == []
+    with pytest.raises(UserError, match="its header does not say how long it is; write it anew"):
+        check_recording(tmp_path / "a.flac", hop=10)
+
+
 def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
     path = write_clip(tmp_path / "a.wav", tone(0, 25.0))
     start = check_recording(path, hop=10).starts[-1]
