@@ -106,6 +106,8 @@ def score(config: Config, path: Path, given: dict[str, Any], options: Namespace)
             draw_timeline(row, trained.config, file)
             row["picture"] = str(file)
     (print_json if options.json else print_scores)(results, options.timeline)
+    if options.plots and not options.json:
+        print(f"{sum('picture' in row for row in results)} timelines: {folder}")
     if bad := sum("error" in row for row in results):
         raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
 

@@ -452,6 +452,8 @@ def test_pictures_of_timelines(lively, long_recording, data_root, call):
     files = [folder / f"{name}.png" for name in ("long.wav", clip.name, f"{clip.name} (2)")]
     assert [row["picture"] for row in json.loads(output)] == list(map(str, files))
     assert sorted(folder.iterdir()) == sorted(files)
+    _, output, _ = score(call, lively, clip, *FAN, "--plots")
+    assert output.splitlines()[1:] == [f"1 timelines: {folder}"]
 
 
 def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
