@@ -51,7 +51,7 @@ MINUTE = 60 // SECONDS  # clips
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="files of trained weights")
-    parser.add_argument("--output", type=Path, help="keep recordings and pictures here")
+    parser.add_argument("--output", type=Path, help="keep the recordings here")
     config, options, given = parse_command_line(parser)
     device = use_device(config.device)
     with tempfile.TemporaryDirectory() as temporary:
