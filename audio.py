@@ -39,8 +39,8 @@ def check_recording(path: Path, channel: int = 0, hop: float | None = None) -> R
     with open_audio(path) as file:
         changes = list_changes(file, channel, hop)
         if (file.format, file.subtype) != ("WAV", "PCM_16"):
-            row = np.empty(N_SAMPLES, dtype=np.int16)
-            if sum(decode(file, row, start, channel) for start in find_windows(file, hop and SECONDS)):
+            row, once = np.empty(N_SAMPLES, dtype=np.int16), None if hop is None else SECONDS  # each sample once
+            if sum(decode(file, row, start, channel) for start in find_windows(file, once)):
                 changes.append("exceed full scale and were clipped")
         return Recording(find_windows(file, hop), changes)
 

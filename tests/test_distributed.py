@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import arguments, remove_embeddings
@@ -60,14 +61,21 @@ utils.run_script(train_ddp.main)
 """
 
 
-def epochs(folder: Path) -> list[str]:
+def column(folder: Path, name: str) -> list[str]:
+    """Of history.csv."""
     with (folder / "run" / "history.csv").open(newline="") as file:
-        return [row["epoch"] for row in csv.DictReader(file)]
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def epochs(folder: Path) -> list[str]:
+    return column(folder, "epoch")
 
 
 def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, data_root, call):
+    """The losses of two processes are those of one."""
     (tmp_path / "stopped.py").write_text(STOPPED)
-    options = arguments(tmp_path, data_root, epoch=3, input="[sgram]", split_ratio=0.7)
+    keys = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7, "lr": 1e-5}
+    options = arguments(tmp_path, data_root, **keys)
     result = torchrun(2, 2, *options, script=tmp_path / "stopped.py")
     assert result.returncode == 0, result.stderr
     assert sum(line.startswith("epoch ") for line in result.stdout.splitlines()) == 2, "rank 0 alone prints"
@@ -79,6 +87,10 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     status, _, errors = call(train.main, *options, "--resume")
     assert status == 0, errors
     assert epochs(tmp_path) == ["1", "2", "3"]
+    assert call(train.main, *arguments(tmp_path / "one", data_root, **keys))[0] == 0
+    for name in ("train_loss", "valid_loss"):
+        one, several = (np.array(column(folder, name), dtype=float) for folder in (tmp_path / "one", tmp_path))
+        assert several[:2] == pytest.approx(one[:2], rel=1e-4), "rounding grows from step to step"
     status, output, errors = call(eval_script.main, tmp_path / "run.pth", "--data_root", data_root)
     assert status == 0, errors
     assert "12 scores and metrics" in output
@@ -141,8 +153,9 @@ def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp
     assert (weights(several) - weights(one)).norm() <= 1e-7 * weights(one).norm()
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("inputs", [pytest.param("reference", marks=pytest.mark.slow), "recordings"])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("inputs", ["reference", "recordings"])
 def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path, data_root):
     """The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that rounding grows from
     step to step. At 1e-4 the eighth loss differs by 1e-4 in one process already, between one thread and two.
