@@ -90,7 +90,7 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     assert call(train.main, *arguments(tmp_path / "one", data_root, **keys))[0] == 0
     for name in ("train_loss", "valid_loss"):
         one, several = (np.array(column(folder, name), dtype=float) for folder in (tmp_path / "one", tmp_path))
-        assert several[:2] == pytest.approx(one[:2], rel=1e-4), "rounding grows from step to step"
+        assert several == pytest.approx(one, rel=1e-3), "rounding grows from step to step, to 2e-4 in six"
     status, output, errors = call(eval_script.main, tmp_path / "run.pth", "--data_root", data_root)
     assert status == 0, errors
     assert "12 scores and metrics" in output
