@@ -19,11 +19,12 @@ from utils import UserError
 
 TOLERATED = 2  # seconds that may be left over behind the first window without a word: published clips have one
 BLOCK = 2**20  # samples of all channels that are read at once
+MOST_BYTES = 2**32 - 1  # of the audio of a WAV file
 UNKNOWN = 2**63 - 1  # what libsndfile gives for the frames of a FLAC file that was written to a pipe
 
 
 class Recording(NamedTuple):
-    """The seconds at which its windows start, and what has to be changed in it, as in "12 clips ..."."""
+    """The seconds at which its windows start, and what has to be changed in it, as in "12 recordings ..."."""
 
     starts: list[float]
     changes: list[str]
@@ -47,7 +48,7 @@ def check_recording(path: Path, channel: int = 0, hop: float | None = None) -> R
 
 def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int = 0) -> None:
     """Fill `out`, int16 `(N_SAMPLES,)`, with the samples of the window that starts at this second. Raises the same as
-    `check_recording`, and if the recording has become shorter.
+    `check_recording`, and if a later window than the first one is not there any more.
     """
     with open_audio(path) as file:
         list_changes(file, channel)
@@ -72,7 +73,7 @@ def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
             raw.seek(0)
             with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
                 if file.format not in ("WAV", "WAVEX", "FLAC"):
-                    raise UserError(f"unreadable: it is {file.format}, neither WAV nor FLAC")
+                    raise UserError(f"unreadable: it is {file.format}, neither WAV nor FLAC; convert it to FLAC")
                 yield file
     except soundfile.SoundFileError as error:
         reason = getattr(error, "error_string", None) or str(error)
@@ -104,6 +105,8 @@ def check_wav(file: BinaryIO) -> None:
                     f"bytes at a time, {byte_rate} bytes a second)"
                 )
         if name == b"data":
+            if size - start > MOST_BYTES:
+                raise UserError("unreadable: more audio than a WAV file can say (4 GiB); convert it to FLAC")
             if size - start < length < 0xFFFFFFFF:  # a program that wrote to a pipe could not know the length
                 raise UserError(f"truncated: {size - start} of {length} bytes of audio are there")
             return
@@ -140,7 +143,7 @@ def decode(file: soundfile.SoundFile, out: np.ndarray, start: float, channel: in
     first, length = round(start * file.samplerate), SECONDS * file.samplerate
     if first:
         if first + length > file.frames:
-            raise UserError(f"truncated: it ends before second {start + SECONDS:g}, which it has had before")
+            raise UserError(f"truncated: it ends before second {start + SECONDS:g}; it was longer when it was checked")
         file.seek(first)
     expected, is_clipped = min(file.frames, length), False
     is_exact = file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE

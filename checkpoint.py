@@ -15,7 +15,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from config import AUTO, COMPUTATION_KEYS, KEYS, MODEL_KEYS, RECORDING_KEYS, Config, make_config
+from config import AUTO, COMPUTATION_KEYS, FORMER_VALUES, KEYS, MODEL_KEYS, RECORDING_KEYS, Config, make_config
 from dataloader import class_labels, settle_machines
 from distributed import from_main
 from losses import MODES
@@ -188,7 +188,7 @@ def load_newest(files: RunFiles) -> State:
 def check_configuration(config: Config, state: State, path: Path, remedy: str) -> None:
     """Raise `UserError` where the run of a checkpoint had another configuration, but for how and where it computes."""
     before = state.get("config", {})
-    keys = config.differences(before, [key for key in KEYS if key in before and key not in COMPUTATION_KEYS])
+    keys = config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
     if differing := [f"{key} (was {before.get(key)!r}, is {getattr(config, key)!r})" for key in keys]:
         raise UserError(f"{path}: the run to resume had another configuration: {'; '.join(differing)}; {remedy}")
 
@@ -210,7 +210,7 @@ def load_checkpoint(path: Path) -> State:
     config = state.get("config") if isinstance(state, dict) else None
     if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
-    return state
+    return state | {"config": FORMER_VALUES | config}
 
 
 def load_file(path: Path) -> Any:
@@ -273,7 +273,7 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
                 f"leave it out"
             )
         decided = {key: trained[key] for key in MODEL_KEYS}
-        decided |= {key: trained[key] for key in RECORDING_KEYS if key in trained and key not in given}
+        decided |= {key: trained[key] for key in RECORDING_KEYS if key not in given}
         config = make_config(("configuration", config.model_dump()), (str(path), decided))
     else:
         notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of the configuration")
@@ -295,9 +295,9 @@ def check_fit(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], path: 
             )
 
 
-def load_initial(network: TASTgramMFN, path: Path) -> None:
-    """Begin with the weights of a file, but for the centres of the classes, which are those of other machines."""
-    weights, own = from_main(lambda: load_checkpoint(path)["model"]), network.state_dict()
+def take_weights(network: TASTgramMFN, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Give a network the weights of a file, but for the centres of the classes, which are those of other machines."""
+    own = network.state_dict()
     taken, replaced = (
         {name: tensor for name, tensor in part.items() if name not in CENTRES} for part in (weights, own)
     )

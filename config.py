@@ -55,17 +55,16 @@ def read_machines(value: Any) -> Any:
 
 
 def parse_id(text: str) -> MachineID:
-    """A machine ID: a number, however many zeros are before it, or else the word it is."""
-    return int(text) if re.fullmatch("[0-9]+", text) else text
+    """A machine ID: a number of up to nine digits, zeros before it or not, or else the word it is."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
 
 
 def check_id(value: Any) -> MachineID:
     """An ID that can be read from a file name, and names no row of the table of results."""
-    machine_id = parse_id(value) if isinstance(value, str) else value
-    is_number = type(machine_id) is int and 0 <= machine_id < 10**9
-    if not is_number and not (isinstance(machine_id, str) and re.fullmatch(MACHINE_ID, machine_id)):
+    is_number = type(value) is int and value >= 0
+    if not is_number and not (isinstance(value, str) and re.fullmatch(MACHINE_ID, value)):
         raise ValueError
-    return machine_id
+    return parse_id(str(value))
 
 
 def name_id(machine_id: MachineID) -> str:
@@ -177,6 +176,8 @@ COMPUTATION_KEYS = (
 MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
 # What the model has heard of a recording: eval.py takes it from the checkpoint too, but the command line may differ.
 RECORDING_KEYS = ("window", "channel")
+# What checkpoints from before there were these keys were trained with.
+FORMER_VALUES = {"window": "first", "hop": "auto", "channel": 0, "init_from": ""}
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:

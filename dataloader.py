@@ -41,6 +41,7 @@ CLIP_FORMS = {  # how the recordings of a split are named
 LABEL_LIST = "eval_data_list.csv"
 GET_DATA = "`python datasets/download.py` fetches DCASE 2020 Task 2, `python datasets/synthesize.py` makes a small set"
 GET_EVALUATION = "`python datasets/download.py --parts evaluation` fetches those of DCASE 2020 Task 2"
+ONE_ID = "training clips of one machine ID only, and the method learns by telling IDs apart"
 NAMES_SHOWN = 5  # of files that are passed over
 
 # ---- Which machines, and which recordings of them ----
@@ -68,14 +69,21 @@ def find_machines(root: Path) -> dict[str, list[MachineID]]:
     on the disk.
     """
     machines: dict[str, list[MachineID]] = {}
-    for folder in sorted(root.glob("*/train"), key=lambda folder: (folder.parent.name.casefold(), folder)):
-        matches = [match for path in folder.glob("*") if (match := CLIP_NAME.fullmatch(path.name))]
+    folders = [path for path in (root.iterdir() if root.is_dir() else ()) if not path.name.startswith(".")]
+    types = [path.name for path in folders if (path / "train").is_dir()]
+    for machine_type in sorted(types, key=lambda name: (name.casefold(), name)):
+        files = (root / machine_type / "train").iterdir()
+        matches = [match for path in files if (match := CLIP_NAME.fullmatch(path.name))]
         ids = {parse_id(match["machine_id"]) for match in matches if (match["condition"] or "").lower() == NORMAL}
-        if ids:
-            machines[folder.parent.name] = sorted(ids, key=lambda machine_id: (isinstance(machine_id, str), machine_id))
-    if not machines:
+        machines[machine_type] = sorted(ids, key=lambda machine_id: (isinstance(machine_id, str), machine_id))
+    found = {machine_type: ids for machine_type, ids in machines.items() if ids}
+    if not found:
         raise UserError(f"no machines found: looked for {root}/<machine type>/train/{CLIP_FORMS['train']}; {GET_DATA}")
-    return machines
+    if sum(map(len, found.values())) == 1:
+        raise UserError(f"{root}: {ONE_ID}")
+    if passed_over := [machine_type for machine_type in machines if machine_type not in found]:
+        notice(f"{root}: no recordings named {CLIP_FORMS['train']} in the train folder of {', '.join(passed_over)}")
+    return found
 
 
 def find_clips(data_root: str | Path, machines: Machines, split: str) -> pd.DataFrame:
@@ -120,7 +128,7 @@ def find_clips(data_root: str | Path, machines: Machines, split: str) -> pd.Data
     clips = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     present = set(clips["label"])
     if split == "train" and len(present) < 2:
-        raise UserError(f"{root}: training clips of one machine ID only, and the method learns by telling IDs apart")
+        raise UserError(f"{root}: {ONE_ID}")
 
     for what, names in skipped.items():
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
@@ -347,14 +355,19 @@ def load_clips(config: Config, split: str) -> ClipSet:
     recordings = find_clips(config.data_root, config.machines, split)
     checked = check_recordings(recordings["path"].tolist(), config, split)
     good = {path: result for path, result in checked.items() if not isinstance(result, UserError)}
-    if problems := [f"{path} ({checked[path]})" for path in checked.keys() - good.keys()]:
+    if problems := [f"{path} ({result})" for path, result in checked.items() if path not in good]:
         raise UserError(
             f"{len(problems)} of {len(checked)} recordings cannot be used, replace or remove them: "
-            f"{'; '.join(sorted(problems))}"
+            f"{'; '.join(problems)}"
         )
-    for change, count in Counter(change for result in good.values() for change in result.changes).items():
-        notice(f"{count} of {len(good)} recordings {change}")
+    report_changes(good)
     return cut_into_windows(recordings, good, config)
+
+
+def report_changes(recordings: Mapping[Path, Recording]) -> None:
+    """Say what has to be changed in recordings, each change once."""
+    for change, count in Counter(change for result in recordings.values() for change in result.changes).items():
+        notice(f"{count} of {len(recordings)} recordings {change}")
 
 
 def cut_into_windows(recordings: pd.DataFrame, checked: Mapping[Path, Recording], config: Config) -> ClipSet:

@@ -10,7 +10,8 @@
     python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
     python eval.py --score hour.wav --machine_type fan --machine_id 0 --timeline --plots     # and when?
 
-Machines, mode, input, m, s and sub_centers come from the checkpoint. Written, in the folder NAME/test (NAME/evaluation
+Machines, mode, input, m, s and sub_centers come from the checkpoint; window and channel too, unless they are given
+here. Written, in the folder NAME/test (NAME/evaluation
 for the evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with bootstrap
 intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
 decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them, and decisions.csv with the thresholds. The names
@@ -47,8 +48,7 @@ COMPARISON = Path("check_points/comparison")
 def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], options: Namespace) -> None:
     """Evaluate the checkpoints, each into its folder; compare them if there are several, and the scores on request."""
     for path in paths:
-        if not path.suffix:
-            raise UserError(f"{path}: results go to a folder of this name without its ending; rename it to {path}.pth")
+        check_folder(path)
     if len({RunFiles(path).folder for path in paths}) < len(paths):
         raise UserError("two checkpoints of one name without its ending have the same folder of results; rename one")
     is_comparison = len(paths) > 1 or options.all_scores
@@ -88,26 +88,33 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
         compare(groups, options.split, options.output, figure)
 
 
+def check_folder(path: Path) -> None:
+    if not path.suffix:
+        raise UserError(f"{path}: results go to a folder of this name without its ending; rename it to {path}.pth")
+
+
 def score(config: Config, path: Path, given: dict[str, Any], options: Namespace) -> None:
     """Score single recordings, the whole of them; a `UserError` at the end if some could not be read."""
     if options.machine_type is None:
         raise UserError("--score needs --machine_type, and takes --machine_id")
-    if "window" not in given:
-        config, given = config.model_copy(update={"window": "all"}), given | {"window": "all"}
     trained = load_model(path, config, given)
     files, device, folder = find_recordings(options.score), use_device(config.device), RunFiles(path).timelines
     if options.plots:
+        check_folder(path)
         check_writable(folder / "picture.png", "pictures lie beside the checkpoint, so copy it to a folder of your own")
-    results = score_recordings(trained, files, options.machine_type, options.machine_id, device)
-    if options.plots:
+    window = given.get("window", "all")
+    results = score_recordings(trained, files, options.machine_type, options.machine_id, window, device)
+    pictures = list(picture_files(results, folder)) if options.plots else []
+    for row, file in pictures:
+        row["picture"] = str(file)
+    (print_json if options.json else print_scores)(results, options.timeline)
+    if pictures:
         from evaluation.figures import draw_timeline
 
-        for row, file in picture_files(results, folder):
+        for row, file in pictures:
             draw_timeline(row, trained.config, file)
-            row["picture"] = str(file)
-    (print_json if options.json else print_scores)(results, options.timeline)
-    if options.plots and not options.json:
-        print(f"{sum('picture' in row for row in results)} timelines: {folder}")
+        if not options.json:
+            print(f"{len(pictures)} timelines: {folder}")
     if bad := sum("error" in row for row in results):
         raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
 
@@ -131,6 +138,8 @@ def main() -> None:
     files.add_argument("--json", action="store_true", help="print the scores as JSON")
     config, options, given = parse_command_line(parser)
     paths = options.checkpoint or [config.checkpoint]
+    if options.timeline and not options.score:
+        raise UserError("--timeline needs --score")
     if not options.score:
         evaluate_all(config, paths, given, options)
     elif len(paths) == 1:

@@ -12,7 +12,7 @@ Several GPUs: see train_ddp.py.
 
 from pathlib import Path
 
-from checkpoint import RunFiles, clear_run, find_state, load_initial, lock_run
+from checkpoint import RunFiles, clear_run, find_state, load_checkpoint, lock_run
 from config import Config, parse_command_line
 from dataloader import keep_on_gpu, load_clips, settle_machines
 from distributed import barrier, from_main, is_main, is_restarted, job_name, planned_processes
@@ -26,6 +26,9 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     with lock_run(files):
         restarted_job = job_name() if is_restarted() else ""
         state = from_main(lambda: find_state(files, resume, overwrite, restarted_job))
+        initial = None
+        if config.init_from and not state:
+            initial = from_main(lambda: load_checkpoint(Path(config.init_from))["model"])
         device = use_device(config.device)
         config = settle_machines(config)
         clips = load_clips(config, "train")
@@ -33,8 +36,8 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         run = Run(config, device, train_clips, valid_clips)
         if state:
             run.resume(state)
-        elif config.init_from:
-            load_initial(run.trainer.network, Path(config.init_from))
+        else:
+            run.begin(initial)
         if run.epoch < config.epoch:
             keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
             if is_main():

@@ -6,9 +6,10 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from checkpoint import (
     copy_state,
     load_checkpoint,
     save_checkpoint,
+    take_weights,
 )
 from config import Config
 from dataloader import MACHINE, ClipSet, fingerprint, shuffled_batches
@@ -274,11 +276,6 @@ class Run:
             )
         if config.batch_size < least:
             raise UserError(f"batch_size: {config.batch_size} clips a step: {processes}; raise it")
-        if unseen := [machine for machine in valid_clips.machines if machine not in train_clips.machines]:
-            raise UserError(
-                f"all recordings of {', '.join(unseen)} are held out for validation: bring more (a long one can be cut "
-                f"into several), or raise split_ratio"
-            )
         self.fingerprint = fingerprint([train_clips, valid_clips])
         if distributed.from_main(lambda: self.fingerprint) != self.fingerprint:
             raise UserError(
@@ -297,11 +294,23 @@ class Run:
         """Epochs finished."""
         return len(self.history)
 
+    def begin(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Start a run, with the weights of `init_from` if there are any. Raises `UserError` where they do not fit, or a
+        machine has no clips to train on.
+        """
+        if unseen := [machine for machine in self.valid_clips.machines if machine not in self.train_clips.machines]:
+            raise UserError(
+                f"all recordings of {', '.join(unseen)} are held out for validation: bring more (a long one can be cut "
+                f"into several), or raise split_ratio"
+            )
+        if weights is not None:
+            take_weights(self.trainer.network, weights, Path(self.config.init_from))
+
     def resume(self, state: State) -> None:
         """Continue from a checkpoint of the same configuration and clips; a `UserError` names what differs."""
         if "history" not in state:
             raise UserError(f"{self.files.best}: only weights, no run to resume; start again with --overwrite")
-        self.config = self.config.model_copy(update={"init_from": state["config"].get("init_from", "")})
+        self.config = self.config.model_copy(update={"init_from": state["config"]["init_from"]})
         remedy = "give the same, or start again with --overwrite"
         check_configuration(self.config, state, self.files.last, remedy)
         if state["clips"] != self.fingerprint:

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import parse_command_line
-from dataloader import batches, load_clips
+from dataloader import batches, load_clips, settle_machines
 from model import FrontEnd
 from model.tastgram import temporal_gate
 from utils import OneLineParser, run_script
@@ -22,6 +22,7 @@ from utils import OneLineParser, run_script
 
 def main() -> None:
     config, _, _ = parse_command_line(OneLineParser(description=__doc__))
+    config = settle_machines(config)
     front_end, peaks = FrontEnd(["tagram"]), dict[str, list[float]]()
     for split in ("train", "test"):
         clips = load_clips(config, split)

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
-from audio import read_recording
 from checkpoint import HISTORY, RunFiles, TrainedModel
 from config import Config, name_id
-from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
+from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, read
 from evaluation.metrics import AVERAGE, MAX_FPR
 from evaluation.result import Result
 from model import CHANNELS, FrontEnd
@@ -70,6 +69,11 @@ def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[
         yield drawn, list(axes[:count])
 
 
+def as_it_is(text: str) -> str:
+    """Text that matplotlib shows, whatever is in a file name: neither a formula nor bytes that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Every figure that the evaluation allows; returns their files."""
     history = read_history(result.trained)
@@ -95,7 +99,7 @@ def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
         bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
         for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
             draw_histograms(axis, of_group, "angle", bins)
-            axis.set(title=textwrap.fill(name, TITLE_LETTERS), xlabel="angle to own centre (°)")
+            axis.set(title=as_it_is(textwrap.fill(name, TITLE_LETTERS)), xlabel="angle to own centre (°)")
         axes[0].set_ylabel("density")
         axes[0].legend()
 
@@ -120,7 +124,7 @@ def draw_roc(result: Result, path: Path) -> None:
             clips = result.known[result.known["machine_type"] == machine_type]
             false, true, _ = roc_curve(clips["condition"] == ANOMALOUS, clips["score"], drop_intermediate=False)
             line, colour = ("-", "--", "-.", ":")[number // 2 % 4], COLOURS[number % len(COLOURS)]
-            axis.plot(false, true, line, color=colour, label=f"{machine_type}, AUC {100 * value:.1f} %")
+            axis.plot(false, true, line, color=colour, label=as_it_is(f"{machine_type}, AUC {100 * value:.1f} %"))
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
         axis.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
         axis.legend(loc="lower right")
@@ -146,7 +150,7 @@ def draw_scores(result: Result, path: Path) -> None:
             threshold = group["threshold"].iloc[0]
             if not np.isnan(threshold):
                 axis.axvline(place(threshold), color="black", linestyle=":", label="threshold")
-            axis.set_title(f"{machine[0]} {machine[1]}")
+            axis.set_title(as_it_is(f"{machine[0]} {machine[1]}"))
             if is_log:
                 axis.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$")
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -158,7 +162,7 @@ def draw_scores(result: Result, path: Path) -> None:
 def read_samples(path: Path, start: float, channel: int) -> torch.Tensor:
     """The samples of the window of a recording that starts at this second, as a batch of one, int16 `(1, T)`."""
     samples = np.empty(N_SAMPLES, dtype=np.int16)
-    read_recording(path, samples, start, channel)
+    read(samples, channel, path, start)
     return torch.from_numpy(samples).unsqueeze(0)
 
 
@@ -170,14 +174,14 @@ def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
     seconds = starts[-1] + SECONDS
     unit, name = (60, "min") if seconds > 120 else (1, "s")
     middles, worst = starts + SECONDS / 2, row["worst"]["start"]
-    is_anomalous = np.array([window["decision"] == ANOMALOUS for window in row["windows"]])
+    decisions = np.array([window["decision"] or UNLABELLED for window in row["windows"]])
     with figure(path, PAGE, 3.2) as drawn:
         score, image = drawn.subplots(2, 1, sharex=True)
         score.axvspan(worst / unit, (worst + SECONDS) / unit, color="0.85", lw=0, label="worst window")
         score.plot(middles / unit, scores, color="0.6", lw=0.6)
-        for condition, chosen in ((NORMAL, ~is_anomalous), (ANOMALOUS, is_anomalous)):
-            colour, _ = CONDITIONS[condition]
-            score.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=colour, label=condition)
+        for decision in [name for name in CONDITIONS if name in decisions]:
+            chosen, label = decisions == decision, decision if row["decision"] else None
+            score.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=CONDITIONS[decision][0], label=label)
         if row["threshold"] is not None:
             score.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
         score.set(ylabel=f"score\n({SCORES[config.scoring]})", ylim=(0, None))
@@ -186,7 +190,8 @@ def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
         image.set(xlabel=f"time ({name})", ylabel="mel bin", xlim=(0, seconds / unit))
         machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
         verdict = f", {row['decision']}" if row["decision"] else ""
-        drawn.suptitle(f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}{verdict}", fontsize=8)
+        title = f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}{verdict}"
+        drawn.suptitle(as_it_is(title), fontsize=8)
         drawn.legend(*score.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
@@ -231,7 +236,7 @@ def draw_tastgram(result: Result, path: Path) -> None:
             axes[-1].set_ylim(0, 1)
         title = f"temporal attention, highest {gate.max():.2g}"
         axes[-1].set(title=title, xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS))
-        drawn.suptitle(f"{clip['machine_type']}, {clip['path'].name}", fontsize=8)
+        drawn.suptitle(as_it_is(f"{clip['machine_type']}, {clip['path'].name}"), fontsize=8)
 
 
 def draw_embedding(result: Result, path: Path) -> None:
@@ -248,7 +253,7 @@ def draw_embedding(result: Result, path: Path) -> None:
         for number, name in enumerate(names):
             colour, marker = COLOURS[number % len(COLOURS)], markers[number // len(COLOURS) % len(markers)]
             normal, anomalous = ((machines == name) & (is_anomaly == condition) for condition in (False, True))
-            axis.scatter(x[normal], y[normal], s=10, color=colour, marker=marker, label=name, linewidths=0)
+            axis.scatter(x[normal], y[normal], s=10, color=colour, marker=marker, label=as_it_is(name), linewidths=0)
             axis.scatter(x[anomalous], y[anomalous], s=10, color=colour, marker="x", linewidths=0.7)
         axis.scatter([], [], s=10, color="0.4", marker="x", label="anomalous")
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])

@@ -1,6 +1,6 @@
 """Single recordings: score, threshold and decision of each, and of each of its windows."""
 
-import datetime
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,19 @@ import torch
 from audio import Recording
 from checkpoint import TrainedModel
 from config import name_id, parse_id
-from dataloader import ANOMALOUS, MACHINE, NORMAL, check_recordings, class_labels, cut_into_windows
+from dataloader import (
+    ANOMALOUS,
+    MACHINE,
+    NORMAL,
+    check_recordings,
+    class_labels,
+    cut_into_windows,
+    report_changes,
+)
 from evaluation.decisions import decide, explain_thresholds
 from evaluation.result import check_finite, find_thresholds
 from evaluation.scoring import anomaly_scores, run_model, with_embeddings
 from utils import UserError
-
-SPLIT = "test"  # whose windows overlap
 
 
 def find_recordings(paths: Sequence[Path]) -> list[Path]:
@@ -37,7 +43,12 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
 
 
 def score_recordings(
-    trained: TrainedModel, paths: Sequence[Path], machine_type: str, machine_id: str | None, device: torch.device
+    trained: TrainedModel,
+    paths: Sequence[Path],
+    machine_type: str,
+    machine_id: str | None,
+    window: str,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What the model says of recordings, in plain values: `file`, and either `error` or `machine_type`, `machine_id`,
     `score`, `threshold`, `decision` (None without a threshold), `n_windows`, how many of them are `n_anomalous`, and of
@@ -46,8 +57,11 @@ def score_recordings(
     """
     candidates = find_candidates(trained, machine_type, machine_id)
     trained = with_embeddings(trained, [trained.config.scoring], device)
-    checked = check_recordings(paths, trained.config, SPLIT)
+    config = trained.config.model_copy(update={"window": window})  # of these recordings, not of those of the training
+    trained = dataclasses.replace(trained, config=config)
+    checked = check_recordings(paths, config, "test")
     good = {path: result for path, result in checked.items() if not isinstance(result, UserError)}
+    report_changes(good)
     results = score_windows(trained, good, candidates, device) if good else {}
     return [{"file": str(path)} | results.get(path, {"error": str(result)}) for path, result in checked.items()]
 
@@ -93,9 +107,10 @@ def score_windows(
 
 
 def summarise(windows: list[dict[str, Any]]) -> dict[str, Any]:
+    decisions = [window["decision"] for window in windows]
     return {
         "n_windows": len(windows),
-        "n_anomalous": sum(window["decision"] == ANOMALOUS for window in windows),
+        "n_anomalous": sum(decision == ANOMALOUS for decision in decisions) if all(decisions) else None,
         "worst": max(windows, key=lambda window: window["score"]),
         "windows": windows,
     }
@@ -124,8 +139,10 @@ def picture_files(results: Sequence[dict[str, Any]], folder: Path) -> Iterator[t
 
 
 def clock(seconds: float) -> str:
-    """As in 0:41:05."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+    """As in 0:41:05, or 0:41:05.50."""
+    minutes, rest = divmod(round(seconds, 2), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02d}:{rest:02.0f}" if rest.is_integer() else f"{hours}:{minutes:02d}:{rest:05.2f}"
 
 
 def print_scores(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
@@ -139,14 +156,14 @@ def print_scores(results: Sequence[dict[str, Any]], has_timeline: bool) -> None:
         threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
         machine, decision = f"{row['machine_type']} {name_id(row['machine_id'])}", row["decision"] or "-"
         cells = [row["file"], machine, f"{row['score']:.6g}", threshold, decision]
-        print("\t".join([*cells, *([describe_windows(row)] if row["n_windows"] > 1 else [])]))
+        print("\t".join([*cells, *([describe_worst(row)] if row["n_windows"] > 1 else [])]))
         for window in row["windows"] if has_timeline else ():
             print(f"\t{clock(window['start'])}\t{window['score']:.6g}\t{window['decision'] or '-'}")
 
 
-def describe_windows(row: Mapping[str, Any]) -> str:
+def describe_worst(row: Mapping[str, Any]) -> str:
     worst = row["worst"]
-    count = "" if row["threshold"] is None else f", {row['n_anomalous']} of {row['n_windows']} windows anomalous"
+    count = "" if row["n_anomalous"] is None else f", {row['n_anomalous']} of {row['n_windows']} windows anomalous"
     return f"worst at {clock(worst['start'])} ({worst['score']:.6g}){count}"
 
 

@@ -120,7 +120,7 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
         "clips": trained.state.get("clips"),
         "windows": [config.hop_of("train"), config.channel],
     }
-    kept = read_embeddings(path) if path.exists() else {}
+    kept: State = {"windows": [None, 0]} | read_embeddings(path) if path.exists() else {}  # older ones do not say it
     if any(kept.get(name) != value for name, value in made_of.items()):
         check_writable(path, "copy the checkpoint to a folder of your own, under a name that ends in .pth")
         try:
@@ -149,8 +149,8 @@ def read_embeddings(path: Path) -> State:
 
 def training_config(trained: TrainedModel) -> Config:
     """The configuration, with the windows of the run behind the weights, whatever is evaluated."""
-    run = trained.state.get("config", {})
-    return trained.config.model_copy(update={key: run[key] for key in ("window", "hop", "channel") if key in run})
+    run = trained.state.get("config", trained.config.model_dump())
+    return trained.config.model_copy(update={key: run[key] for key in ("window", "hop", "channel")})
 
 
 def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:

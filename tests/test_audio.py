@@ -1,6 +1,7 @@
 """What is made of one recording: 16-bit samples as they are, others changed as said, spoilt ones refused."""
 
 import contextlib
+import os
 import struct
 
 import numpy as np
@@ -221,11 +222,21 @@ def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):
         check_recording(tmp_path / "a.flac", hop=10)
 
 
+@pytest.mark.parametrize("length", [2**30, 2**32 - 1], ids=["wrapped", "from a pipe"])
+def test_a_wav_file_that_is_too_large_for_its_header_is_refused(tmp_path, length):
+    path = write_clip(tmp_path / "a.wav", tone(0, 1.0))
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + struct.pack("<I", length) + content[44:])
+    os.truncate(path, 5 * 2**30)
+    with pytest.raises(UserError, match=r"more audio than a WAV file can say \(4 GiB\); convert it to FLAC"):
+        check_recording(path, hop=10)
+
+
 def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
     path = write_clip(tmp_path / "a.wav", tone(0, 25.0))
     start = check_recording(path, hop=10).starts[-1]
     write_clip(path, tone(0, 24.0))
-    with pytest.raises(UserError, match="truncated: it ends before second 25, which it has had before"):
+    with pytest.raises(UserError, match="truncated: it ends before second 25; it was longer when it was checked"):
         read_recording(path, np.empty(N_SAMPLES, dtype=np.int16), start)
 
 

@@ -13,17 +13,19 @@ from conftest import MACHINES
 from checkpoint import (
     RunFiles,
     build_network,
+    check_configuration,
     clear_run,
     copy_state,
     find_state,
     load_checkpoint,
-    load_initial,
     load_model,
     load_newest,
     lock_run,
     save_checkpoint,
+    take_weights,
 )
-from config import load_config, make_config
+from config import FORMER_VALUES, load_config, make_config
+from evaluation.scoring import with_embeddings
 from utils import UserError
 
 # ---- Writing ----
@@ -129,10 +131,26 @@ def test_windows_and_channel_are_those_of_the_training_unless_given(trained_copy
     assert (config.window, config.channel, config.hop) == ("all", 1, "auto")
     config = load_model(path, load_config(channel=0), {"channel": 0}).config
     assert (config.window, config.channel) == ("all", 0)
-    for key in ("window", "channel"):  # of a checkpoint from before there were these keys
+
+
+def test_checkpoints_from_before_there_were_windows_have_the_first_ones(trained_copy, data_root):
+    """They are read, compared, resumed and given their embeddings as ever."""
+    path = trained_copy / "run.pth"
+    state = load_checkpoint(path)
+    before = dict(state["config"])
+    for key in FORMER_VALUES:
         del state["config"][key]
-    save_checkpoint(state, path)
-    assert load_model(path, load_config(channel=2), {}).config.channel == 2
+    save_checkpoint({name: value for name, value in state.items() if name != "embeddings"}, path)
+    assert load_checkpoint(path)["config"] == before
+    config = load_config(window="all", channel=2, data_root=str(data_root))
+    model = load_model(path, config, {"data_root": str(data_root)})
+    assert (model.config.window, model.config.channel) == ("first", 0)
+    again = with_embeddings(load_model(path, config, {"window": "all", "channel": 2}), ["nearest"], torch.device("cpu"))
+    assert len(again.state["embeddings"]["bank"]["label"]) == 11
+    check_configuration(load_config(**before), load_checkpoint(path), path, "")
+    for key, value in {"window": "all", "channel": 1}.items():
+        with pytest.raises(UserError, match=f"had another configuration: {key} "):
+            check_configuration(load_config(**before | {key: value}), load_checkpoint(path), path, "")
 
 
 def test_any_table_of_a_checkpoint_is_what_the_folders_had(trained):
@@ -151,10 +169,9 @@ def test_bare_weights_take_the_machines_of_the_folders(trained, data_root, tmp_p
 
 def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, capsys):
     """Of the published weights, for other machines."""
-    torch.save(reference.parameters(), tmp_path / "published.pth")
     network = build_network(load_config(machines=MACHINES))
     own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    load_initial(network, tmp_path / "published.pth")
+    take_weights(network, reference.parameters(), tmp_path / "published.pth")
     centres = {"arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias"}
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, own[name] if name in centres else reference.parameters()[name]), name
@@ -162,7 +179,7 @@ def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, caps
     assert said.format(tmp_path / "published.pth") in capsys.readouterr().err
     network = build_network(load_config(machines=MACHINES, input="sgram"))
     with pytest.raises(UserError, match=r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1"):
-        load_initial(network, tmp_path / "published.pth")
+        take_weights(network, reference.parameters(), tmp_path / "published.pth")
 
 
 def test_initial_weights_depend_on_the_seed_alone():

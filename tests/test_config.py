@@ -67,6 +67,7 @@ def test_an_id_may_be_a_word():
     assert ids == ["line-3", 7, "2b", "no"]
     assert [name_id(machine_id) for machine_id in ids] == ["line-3", "07", "2b", "no"]
     assert [parse_id(text) for text in ("07", "7", "line-3", "")] == [7, 7, "line-3", ""]
+    assert parse("--machines", "{press: [20240131123, 3]}").machines["press"] == ["20240131123", 3]
 
 
 def test_the_machines_may_be_those_of_the_folders():
@@ -151,6 +152,7 @@ def test_save_path_holds_mode_and_seed():
         (["--machines", "{fan: [x_y, 1]}"], r"machines: .* is not auto or a table .*words without _"),
         (["--machines", "{fan: [x/y, 1]}"], r"machines: .* is not auto or a table .*words without _, /"),
         (["--machines", "{fan: [mean, 1]}"], r"machines: .* is not auto or a table .*not pooled, mean or min"),
+        (["--machines", "{fan: [-1, 1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{}"], r"machines: {} is not auto or a table"),
         (["--machines", "{fan: [1.5, 1]}"], r"machines: .* is not auto or a table"),
         (["--window", "30"], r"window: 30 is not one of first, all"),

@@ -19,6 +19,7 @@ import eval as eval_script
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from config import load_config
+from model import TASTgramMFN
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.ddp
@@ -74,7 +75,9 @@ def epochs(folder: Path) -> list[str]:
 def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, data_root, call):
     """The losses of two processes are those of one."""
     (tmp_path / "stopped.py").write_text(STOPPED)
-    keys = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7, "lr": 1e-5}
+    torch.save(TASTgramMFN(2, ["sgram"]).state_dict(), tmp_path / "initial.pth")
+    keys = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7, "lr": 1e-5, "machines": "auto",
+            "init_from": tmp_path / "initial.pth"}  # fmt: skip
     options = arguments(tmp_path, data_root, **keys)
     result = torchrun(2, 2, *options, script=tmp_path / "stopped.py")
     assert result.returncode == 0, result.stderr

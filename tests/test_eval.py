@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -454,6 +455,46 @@ def test_pictures_of_timelines(lively, long_recording, data_root, call):
     assert sorted(folder.iterdir()) == sorted(files)
     _, output, _ = score(call, lively, clip, *FAN, "--plots")
     assert output.splitlines()[1:] == [f"1 timelines: {folder}"]
+
+
+def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, call, fails):
+    names = ["rec$1_$2.wav", os.fsdecode(b"\xff.wav")]
+    for name in names:
+        shutil.copy(write_clip(tmp_path / "a.wav", tone(1, 12.0)), tmp_path / name)
+    state = load_checkpoint(lively / "run.pth")
+    del state["held_out"]
+    save_checkpoint(state, lively / "run.pth")
+    status, output, _ = score(call, lively, *[tmp_path / name for name in names], *FAN, "--plots", "--json")
+    assert status == 0
+    for row in json.loads(output):
+        assert (row["decision"], row["n_windows"], row["n_anomalous"]) == (None, 2, None)
+    assert len(list((lively / "run" / "timelines").iterdir())) == 2
+    fails(eval_script.main, lively / "run.pth", "--timeline", match="--timeline needs --score")
+
+
+def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
+    path = write_clip(tmp_path / "a.wav", np.stack([tone(1, 15.0)] * 2, axis=1))
+    _, _, errors = score(call, lively, path, *FAN, "--window", "first")
+    assert "notice: 1 of 1 recordings have several channels: channel 0 is used\n" in errors
+    assert "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count" in errors
+    _, output, errors = score(call, lively, path, *FAN, "--timeline", "--hop", "0.5")
+    assert "longer" not in errors
+    assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == ["0:00:00", "0:00:00.50", "0:00:01"]
+
+
+def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, data_root, tmp_path, call):
+    """Whatever the windows of what is scored."""
+    torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
+    root = write_set(tmp_path / "data")
+    for path in root.rglob("*.wav"):
+        write_clip(path, tone(hash(path.name) % 100, 11.0))
+    words = ("--data_root", root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest")
+    assert call(eval_script.main, trained_copy / "bare.pth", *words)[0] == 0
+    kept = (trained_copy / "bare" / "embeddings.pth").stat()
+    clip = write_clip(tmp_path / "a.wav", tone(1, 25.0))
+    status, output, _ = call(eval_script.main, trained_copy / "bare.pth", *words, "--score", clip, *FAN, "--json")
+    assert (status, json.loads(output)[0]["n_windows"]) == (0, 4)
+    assert (trained_copy / "bare" / "embeddings.pth").stat().st_mtime_ns == kept.st_mtime_ns
 
 
 def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
