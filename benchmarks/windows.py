@@ -113,7 +113,7 @@ def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -
     outputs, labels = run_model(trained, clips, device), class_labels(trained.config.machines)
     table = clips.recordings.assign(exact_score=np.inf)
     for (machine_type, _), label in labels.items():
-        scores = anomaly_scores(trained, outputs, torch.full((len(clips),), label))
+        scores = clips.over_windows(anomaly_scores(trained, outputs, torch.full((len(clips),), label)), "mean")
         is_type = table["machine_type"] == machine_type
         table.loc[is_type, "exact_score"] = np.minimum(table["exact_score"], scores)[is_type]
     return table
@@ -184,6 +184,8 @@ def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
             highest = max(highest, *(int(kilobytes) / 1e3 for kilobytes in found), 0.0)
             time.sleep(0.05)
     seconds = time.monotonic() - began
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
     (row,) = json.loads(said.read_text())
     windows = pd.DataFrame(row["windows"])
     whole = windows[windows["start"] % 60 <= 60 - SECONDS]
