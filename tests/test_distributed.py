@@ -311,7 +311,8 @@ def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dy
     assert errors(result) == ["error: this process has had enough"]
 
 
-@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 2])  # without and with a checkpoint
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [1, 2])  # without and with a checkpoint
 def test_restarted_processes_go_on_by_themselves(epoch, tmp_path, data_root, dying):
     options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
