@@ -15,8 +15,18 @@ import filelock
 import torch
 from torch import Tensor
 
-from config import AUTO, COMPUTATION_KEYS, FORMER_VALUES, KEYS, MODEL_KEYS, RECORDING_KEYS, Config, make_config
-from dataloader import class_labels, settle_machines
+from config import (
+    AUTO,
+    BY_ATTRIBUTES,
+    COMPUTATION_KEYS,
+    FORMER_VALUES,
+    KEYS,
+    MODEL_KEYS,
+    RECORDING_KEYS,
+    Config,
+    make_config,
+)
+from corpus import machines_of_classes, settle_classes
 from distributed import from_main
 from losses import MODES
 from model import CENTRES, TASTgramMFN
@@ -208,9 +218,10 @@ def load_checkpoint(path: Path) -> State:
     if is_state_dict(state):
         return {"model": state}
     config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
+    config = FORMER_VALUES | config if isinstance(config, dict) else {}
+    if not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
         raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
-    return state | {"config": FORMER_VALUES | config}
+    return state | {"config": config}
 
 
 def load_file(path: Path) -> Any:
@@ -245,7 +256,7 @@ def is_state_dict(value: Any) -> bool:
 def build_network(config: Config) -> TASTgramMFN:
     """The network of a configuration; its initial weights depend on the seed alone."""
     torch.manual_seed(config.seed)
-    return TASTgramMFN(len(class_labels(config.machines)), config.input, MODES[config.mode].head, config.sub_centers)
+    return TASTgramMFN(len(machines_of_classes(config)), config.input, MODES[config.mode].head, config.sub_centers)
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,8 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
     state = load_checkpoint(path)
     if "config" in state:
         trained = state["config"]
-        checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) != AUTO]
+        settled = AUTO, (BY_ATTRIBUTES if isinstance(trained["classes"], dict) else None)
+        checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) not in settled]
         for key in config.differences(trained, checked):
             raise UserError(
                 f"command line: {key} {getattr(config, key)!r} is not the checkpoint's, {trained[key]!r} ({path}); "
@@ -277,9 +289,9 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
         config = make_config(("configuration", config.model_dump()), (str(path), decided))
     else:
         notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of the configuration")
-        config = settle_machines(config)
+        config = settle_classes(config)
     network = build_network(config)
-    check_fit(state["model"], network.state_dict(), path, "machines, input, sub_centers")
+    check_fit(state["model"], network.state_dict(), path, "machines, classes, input, sub_centers")
     network.load_state_dict(state["model"])
     return TrainedModel(path, network.eval(), config, state)
 

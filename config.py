@@ -24,7 +24,9 @@ DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 
 MachineID = int | str
 Machines = Mapping[str, Sequence[MachineID]]  # by machine type, their order numbers the classes
-AUTO: Machines = {}  # `machines: auto`, until `dataloader.settle_machines` has looked which there are
+AUTO: Machines = {}  # `machines: auto`, until `corpus.settle_classes` has looked which there are
+Classes = Mapping[str, Mapping[str, Sequence[str]]]  # by machine type and ID ("02"), the attributes of each class
+BY_ATTRIBUTES = "attributes"  # `classes: attributes`, until `corpus.settle_classes` has looked which there are
 MACHINE_ID = r"(?!(pooled|mean|min)$)[^_/\\\x00-\x1f\x7f]+"
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
@@ -42,14 +44,8 @@ def refuse_repeats(values: list) -> list:
     return values
 
 
-def refuse_one_machine(machines: Machines) -> Machines:
-    if sum(map(len, machines.values())) == 1:
-        raise ValueError
-    return machines
-
-
 def read_machines(value: Any) -> Any:
-    if not value:
+    if not value or (isinstance(value, dict) and len(set(map(str, value))) < len(value)):
         raise ValueError
     return AUTO if value == "auto" else value
 
@@ -82,9 +78,7 @@ MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(av
 MachineIDs = Annotated[
     list[Annotated[MachineID, PlainValidator(check_id)]], Field(min_length=1), AfterValidator(refuse_repeats)
 ]
-MachineTable = Annotated[
-    dict[MachineType, MachineIDs], BeforeValidator(read_machines), AfterValidator(refuse_one_machine)
-]
+MachineTable = Annotated[dict[MachineType, MachineIDs], BeforeValidator(read_machines)]
 Channels = Annotated[
     list[Literal[CHANNELS]],  # type: ignore[valid-type]
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -104,9 +98,12 @@ class Config(BaseModel):
         MachineTable,
         Field(
             description="auto or a table of machine types (names of folders, not average) with lists of different IDs "
-            "(numbers, or words without _, / and \\, not pooled, mean or min), at least two in all, such as "
-            "{fan: [0, 2], press: [line-3]}"
+            "(numbers, or words without _, / and \\, not pooled, mean or min), such as {fan: [0, 2], press: [line-3]}"
         ),
+    ]
+    classes: Annotated[
+        Literal["section", "attributes"] | dict[MachineType, dict[str, Annotated[list[str], Field(min_length=1)]]],
+        Field(description="section or attributes"),
     ]
     window: Literal["first", "all"]
     hop: Annotated[
@@ -173,11 +170,11 @@ COMPUTATION_KEYS = (
     "threshold_percentile",
 )  # fmt: skip
 # What makes the model and its published score: eval.py takes it from the checkpoint.
-MODEL_KEYS = ("machines", "mode", "input", "m", "s", "sub_centers")
+MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
 # What the model has heard of a recording: eval.py takes it from the checkpoint too, but the command line may differ.
 RECORDING_KEYS = ("window", "channel")
 # What checkpoints from before there were these keys were trained with.
-FORMER_VALUES = {"window": "first", "hop": "auto", "channel": 0, "init_from": ""}
+FORMER_VALUES = {"classes": "section", "window": "first", "hop": "auto", "channel": 0, "init_from": ""}
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:

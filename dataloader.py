@@ -1,18 +1,12 @@
-"""Which clips there are, and batches of them.
+"""The clips of recordings, and batches of them.
 
-    <data_root>/<machine type>/{train,test}/{normal,anomaly}_id_XX_*.wav    (or .flac)
-    <data_root>/<machine type>/evaluation/id_XX_*.wav                       labels in <data_root>/eval_data_list.csv
-
-`find_clips` lists what the machines of the configuration ask for, as a table with a row per recording. A clip is a
-window of 10 s of a recording: its first one, or one of several. A `ClipSet` reads the clips of such a table in batches,
-or keeps them in the memory of a GPU.
+A clip is a window of 10 s of a recording: its first one, or one of several. A `ClipSet` reads the clips of a table in
+batches, or keeps them in the memory of a GPU.
 """
 
-import csv
 import hashlib
 import os
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,152 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from audio import Recording, check_recording, read_recording
-from config import AUTO, Config, MachineID, Machines, make_config, name_id, parse_id
-from distributed import from_main
+from config import Config
+from corpus import find_clips
 from model.tastgram import N_SAMPLES
 from utils import ORDER, SPLIT, UserError, notice, random_stream
 
-NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a clip
-MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
-COLUMNS = ["path", *MACHINE, "label", "condition"]
-CLIP_NAME = re.compile(r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE)
-CLIP_FORMS = {  # how the recordings of a split are named
-    "train": "normal_id_XX_*.wav",
-    "test": "{normal,anomaly}_id_XX_*.wav",
-    "evaluation": "id_XX_*.wav",
-}
-LABEL_LIST = "eval_data_list.csv"
-GET_DATA = "`python datasets/download.py` fetches DCASE 2020 Task 2, `python datasets/synthesize.py` makes a small set"
-GET_EVALUATION = "`python datasets/download.py --parts evaluation` fetches those of DCASE 2020 Task 2"
-ONE_ID = "training clips of one machine ID only, and the method learns by telling IDs apart"
-NAMES_SHOWN = 5  # of files that are passed over
-
-# ---- Which machines, and which recordings of them ----
-
-
-def class_labels(machines: Machines) -> dict[tuple[str, str], int]:
-    """The class of each (machine type, machine ID as in file names, "02"), numbered in the order of the table."""
-    pairs = [(machine_type, name_id(machine_id)) for machine_type, ids in machines.items() for machine_id in ids]
-    return {pair: label for label, pair in enumerate(pairs)}
-
-
-def settle_machines(config: Config) -> Config:
-    """The configuration with a table of machines: for `machines: auto`, of those in its training folders, and said."""
-    if config.machines != AUTO:
-        return config
-    machines = from_main(lambda: find_machines(Path(config.data_root)))
-    found = make_config(("configuration", config.model_dump()), (config.data_root, {"machines": machines}))
-    ids = [f"{machine_type} {', '.join(map(name_id, ids))}" for machine_type, ids in machines.items()]
-    notice(f"{config.data_root}: {sum(map(len, machines.values()))} machine IDs: {'; '.join(ids)}")
-    return found
-
-
-def find_machines(root: Path) -> dict[str, list[MachineID]]:
-    """The types and IDs of the training recordings, in alphabetical order, of numbers in their own, whatever the order
-    on the disk.
-    """
-    machines: dict[str, list[MachineID]] = {}
-    folders = [path for path in (root.iterdir() if root.is_dir() else ()) if not path.name.startswith(".")]
-    types = [path.name for path in folders if (path / "train").is_dir()]
-    for machine_type in sorted(types, key=lambda name: (name.casefold(), name)):
-        files = (root / machine_type / "train").iterdir()
-        matches = [match for path in files if (match := CLIP_NAME.fullmatch(path.name))]
-        ids = {parse_id(match["machine_id"]) for match in matches if (match["condition"] or "").lower() == NORMAL}
-        machines[machine_type] = sorted(ids, key=lambda machine_id: (isinstance(machine_id, str), machine_id))
-    found = {machine_type: ids for machine_type, ids in machines.items() if ids}
-    if not found:
-        raise UserError(f"no machines found: looked for {root}/<machine type>/train/{CLIP_FORMS['train']}; {GET_DATA}")
-    if sum(map(len, found.values())) == 1:
-        raise UserError(f"{root}: {ONE_ID}")
-    if passed_over := [machine_type for machine_type in machines if machine_type not in found]:
-        notice(f"{root}: no recordings named {CLIP_FORMS['train']} in the train folder of {', '.join(passed_over)}")
-    return found
-
-
-def find_clips(data_root: str | Path, machines: Machines, split: str) -> pd.DataFrame:
-    """The recordings of a split, ordered by type and file name: "train" (normal only), "test" (normal and anomalous),
-    or "evaluation" (the file's name does not tell; the label list does, where there is one).
-
-    Columns: `path`, `machine_type`, `machine_id` ("02", read from the file name), `label` (the class), `condition`
-    (NORMAL, ANOMALOUS or UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError`
-    where there is nothing to read: for training any missing folder of a machine type, otherwise only if all are.
-    """
-    root, labels = Path(data_root), class_labels(machines)
-    remedy = GET_EVALUATION if split == "evaluation" else GET_DATA
-    looked_for = f"{root}/<machine type>/{split}/{CLIP_FORMS[split]}"
-    absent = [machine_type for machine_type in machines if not (root / machine_type / split).is_dir()]
-    if absent and (split == "train" or len(absent) == len(machines)):
-        folder = root / absent[0] / split if root.is_dir() else root
-        raise UserError(
-            f"no folder {folder} (looked for {looked_for}); {remedy}; "
-            f"--data_root names another folder{', --machines other machine types' if split == 'train' else ''}"
-        )
-    conditions = read_label_list(root / LABEL_LIST) if split == "evaluation" else {}
-    rows, skipped = [], defaultdict(list)
-    for machine_type in [name for name in machines if name not in absent]:
-        folder = root / machine_type / split
-        for name in sorted(entry.name for entry in os.scandir(folder)):
-            match = CLIP_NAME.fullmatch(name)
-            if not match or (match["condition"] is None) != (split == "evaluation"):
-                skipped[f"not named {CLIP_FORMS[split]} or .flac"].append(name)
-                continue
-            machine = (machine_type, name_id(parse_id(match["machine_id"])))
-            condition = conditions.get((machine_type, Path(name).stem), UNLABELLED)
-            if match["condition"]:
-                condition = NORMAL if match["condition"].lower() == "normal" else ANOMALOUS
-            if machine not in labels:
-                skipped["of IDs outside the table of machines"].append(name)
-            elif condition == ANOMALOUS and split == "train":
-                skipped["named anomaly: training takes normal ones only"].append(name)
-            else:
-                rows.append((folder / name, *machine, labels[machine], condition))
-    if not rows:
-        raise UserError(f"no clips found: looked for {looked_for} of the IDs in machines; {remedy}")
-    clips = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
-    present = set(clips["label"])
-    if split == "train" and len(present) < 2:
-        raise UserError(f"{root}: {ONE_ID}")
-
-    for what, names in skipped.items():
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        files = f"{len(names)} file{'s' if len(names) > 1 else ''}"
-        notice(f"{root}, {split}: skipped {files} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
-    if absent:
-        notice(f"{root}: no {split} folder for {', '.join(absent)}")
-    missing = [f"{t} {i}" for (t, i), label in labels.items() if label not in present and t not in absent]
-    if missing:
-        notice(f"{root}, {split}: {len(missing)} of {len(labels)} machine IDs have no clips: {', '.join(missing)}")
-    return clips
-
-
-def known_clips(clips: pd.DataFrame) -> pd.DataFrame:
-    """The clips whose condition is known."""
-    return clips[clips["condition"] != UNLABELLED]
-
-
-def read_label_list(path: Path) -> dict[tuple[str, str], str]:
-    """The condition of the evaluation clip of (machine type, file name without its ending); empty without a list.
-
-    The list, published as eval_data_list.csv, names a machine type on a line of its own and then its clips:
-    `<file name>,<file name with the condition>,<0 or 1>`. Raises `UserError` for any other line.
-    """
-    conditions: dict[tuple[str, str], str] = {}
-    machine_type = ""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return conditions
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a list of labels; remove it, and {GET_EVALUATION}") from None
-    for number, row in enumerate(csv.reader(lines), start=1):
-        cells = [cell.strip() for cell in row]
-        if len(cells) == 1:
-            machine_type = cells[0]
-        elif len(cells) == 3 and machine_type and cells[2] in ("0", "1"):
-            conditions[machine_type, Path(cells[0]).stem] = ANOMALOUS if cells[2] == "1" else NORMAL
-        elif cells:
-            raise UserError(f"{path}, line {number}: not `<file name>,<name with the condition>,<0 or 1>`")
-    return conditions
+# ---- Which clips ----
 
 
 def check_recordings(paths: Sequence[Path], config: Config, split: str) -> dict[Path, Recording | UserError]:
@@ -352,7 +206,7 @@ def load_clips(config: Config, split: str) -> ClipSet:
     """The clips of a split. Raises `UserError` that names all recordings that cannot be used; notices report what has
     to be changed in the others.
     """
-    recordings = find_clips(config.data_root, config.machines, split)
+    recordings = find_clips(config, split)
     checked = check_recordings(recordings["path"].tolist(), config, split)
     good = {path: result for path, result in checked.items() if not isinstance(result, UserError)}
     if problems := [f"{path} ({result})" for path, result in checked.items() if path not in good]:

@@ -7,16 +7,20 @@
     python eval.py a_1.pth a_2.pth b_1.pth b_2.pth      # several, and a comparison of their configurations
     python eval.py --scoring nearest                    # another score: distance to the nearest training clips
     python eval.py --all_scores                         # the three kinds of score side by side
+    python eval.py --score_files FOLDER                 # metrics of score files, of this or another method
     python eval.py --score clip.wav folder/ --machine_type fan --machine_id 0     # normal or anomalous?
     python eval.py --score hour.wav --machine_type fan --machine_id 0 --timeline --plots     # and when?
 
-Machines, mode, input, m, s and sub_centers come from the checkpoint; window and channel too, unless they are given
-here. Written, in the folder NAME/test (NAME/evaluation
-for the evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with bootstrap
-intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
-decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them, and decisions.csv with the thresholds. The names
-of the evaluation clips do not tell which are anomalous; eval_data_list.csv in data_root does, and without it there are
-scores and decisions but no metrics.
+Machines, classes, mode, input, m, s and sub_centers come from the checkpoint; window and channel too, unless they are
+given here. Written, in the folder NAME/test (NAME/evaluation for the evaluation clips) beside a checkpoint NAME.pth:
+metrics.csv and metrics.json (fractions, with bootstrap intervals), results.md (percent), for each machine ID
+anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them (of the years
+after 2020 ..._section_<XX>_test.csv), and decisions.csv with the thresholds. The names of the evaluation clips do not
+tell which are anomalous; eval_data_list.csv in data_root does, or the folders ground_truth_data and ground_truth_domain
+of later years' evaluators. Without them there are scores and decisions but no metrics.
+
+Where clips have domains, the metrics are those of each domain too, and the official score of the challenge.
+--score_files computes all metrics from files of scores alone, and writes them beside these.
 
 Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
 training clips. Training leaves them in the checkpoint; for weights without them they are made from the training clips
@@ -39,6 +43,7 @@ from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
 from evaluation.recordings import find_recordings, picture_files, print_json, print_scores, score_recordings
 from evaluation.result import Result, evaluate
+from evaluation.score_files import evaluate_score_files
 from evaluation.tables import write_result
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
@@ -136,11 +141,18 @@ def main() -> None:
     files.add_argument("--machine_id", help="their machine ID (default: for each file the best-fitting one)")
     files.add_argument("--timeline", action="store_true", help="print the score and the decision of each window too")
     files.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.add_argument(
+        "--score_files", metavar="FOLDER", type=Path, help="measure the score files in it, nothing else"
+    )
     config, options, given = parse_command_line(parser)
     paths = options.checkpoint or [config.checkpoint]
     if options.timeline and not options.score:
         raise UserError("--timeline needs --score")
-    if not options.score:
+    if options.score_files:
+        if options.score or options.checkpoint:
+            raise UserError("--score_files takes neither checkpoints nor --score")
+        evaluate_score_files(options.score_files, Path(config.data_root))
+    elif not options.score:
         evaluate_all(config, paths, given, options)
     elif len(paths) == 1:
         score(config, paths[0], given, options)

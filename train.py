@@ -14,7 +14,8 @@ from pathlib import Path
 
 from checkpoint import RunFiles, clear_run, find_state, load_checkpoint, lock_run
 from config import Config, parse_command_line
-from dataloader import keep_on_gpu, load_clips, settle_machines
+from corpus import settle_classes
+from dataloader import keep_on_gpu, load_clips
 from distributed import barrier, from_main, is_main, is_restarted, job_name, planned_processes
 from trainer import Run
 from utils import OneLineParser, UserError, run_script, use_device
@@ -30,7 +31,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         if config.init_from and not state:
             initial = from_main(lambda: load_checkpoint(Path(config.init_from))["model"])
         device = use_device(config.device)
-        config = settle_machines(config)
+        config = settle_classes(config)
         clips = load_clips(config, "train")
         train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
         run = Run(config, device, train_clips, valid_clips)

@@ -34,7 +34,8 @@ from checkpoint import (
     take_weights,
 )
 from config import Config
-from dataloader import MACHINE, ClipSet, fingerprint, shuffled_batches
+from corpus import MACHINE, alternatives
+from dataloader import ClipSet, fingerprint, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
 from inference import Outputs, pack_embeddings, run_network
 from losses import Mix, Objective, divide_mix
@@ -97,6 +98,7 @@ class Trainer:
             capturable=device.type == "cuda",
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.alternatives = torch.from_numpy(alternatives(config)).to(device)
         self.share = len(range(rank(), config.batch_size, world_size()))  # of this process in a full batch
         self.is_recorded = config.cuda_graph and is_alone_on_gpu(device)
         self.full_step = self.build_full_step()
@@ -207,13 +209,17 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"].item()
             raise UserError(f"the {name} is {loss} at {moment} (learning rate {lr:.3g}): try {remedies}")
 
-    def validate(self, clips: ClipSet) -> tuple[np.ndarray, float]:
-        """The anomaly scores (float64), whose mean is the loss, and the accuracy, unmixed."""
+    def validate(self, clips: ClipSet) -> tuple[np.ndarray, float, float]:
+        """The anomaly scores (float64), the loss, which is the mean score against the own class, and the accuracy,
+        unmixed.
+        """
         share, labels = self.run_share(clips), clips.labels[rank() :: world_size()].to(self.device)
-        scores = self.objective.anomaly_score(share.similarity, labels, torch.float64)
+        score = partial(self.objective.anomaly_score, share.similarity, dtype=torch.float64)
+        own, *others = (score(column) for column in self.alternatives[labels].T)
+        lowest = torch.stack([own, *others]).amin(dim=0)
         hits = (share.similarity.argmax(dim=1) == labels).double()
-        scores, hits = self.gather(torch.stack([scores, hits], dim=1), len(clips)).T.cpu().numpy()
-        return scores, float(hits.mean())
+        scores, losses, hits = self.gather(torch.stack([lowest, own, hits], dim=1), len(clips)).T.cpu().numpy()
+        return scores, float(losses.mean()), float(hits.mean())
 
     def embed(self, clips: ClipSet) -> Tensor:
         """The embeddings `(n, E)` of the clips."""
@@ -368,8 +374,7 @@ class Run:
         """Train and validate once. Returns the scores of the validation clips, and whether their loss is the lowest."""
         title = f"epoch {self.epoch + 1}/{self.config.epoch}"
         train_loss, train_accuracy = self.trainer.train_epoch(self.train_clips, self.epoch, title)
-        scores, valid_accuracy = self.trainer.validate(self.valid_clips)
-        valid_loss = float(scores.mean())
+        scores, valid_loss, valid_accuracy = self.trainer.validate(self.valid_clips)
         self.trainer.check_finite("validation loss", valid_loss, f"the end of epoch {self.epoch + 1}")
         lr, now = self.trainer.learning_rate(self.epoch), time.monotonic()
         row = (self.epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, now - self.moment)

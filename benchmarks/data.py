@@ -30,7 +30,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import read_recording
 from config import Config, load_config, parse_command_line
-from dataloader import ClipSet, find_clips, load_clips, shuffled_batches
+from corpus import find_clips
+from dataloader import ClipSet, load_clips, shuffled_batches
 from model import FrontEnd
 from model.tastgram import HOP_LENGTH, N_FFT, N_MELS, N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
 from trainer import Run
@@ -62,7 +63,7 @@ def read_file_by_file(paths: list[Path]) -> float:
 
 def link_clips(config: Config, root: Path, count: int) -> None:
     """Hard links to the training clips under the names of training clips, spread over the published machine IDs."""
-    sources = find_clips(config.data_root, config.machines, "train")["path"].tolist()
+    sources = find_clips(config, "train")["path"].tolist()
     machines = [(machine_type, i) for machine_type, ids in load_config().machines.items() for i in ids]
     for number in range(count):
         machine_type, machine_id = machines[number % len(machines)]
@@ -139,7 +140,7 @@ def main() -> None:
         print(json.dumps(measure(load_config(**json.loads(options.child)))))
         return
     splits = ("train", "test")
-    paths = [path for split in splits for path in find_clips(config.data_root, config.machines, split)["path"]]
+    paths = [path for split in splits for path in find_clips(config, split)["path"]]
     read_file_by_file(paths)  # the files come into memory, the FFT makes its plans
     baseline = read_file_by_file(paths)
     with tempfile.TemporaryDirectory(dir=options.scratch or Path(__file__).parents[1] / "datasets") as folder:

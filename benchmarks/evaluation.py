@@ -28,7 +28,7 @@ from benchmarks.data import anonymous_memory
 from benchmarks.paper import CLIPS
 from checkpoint import build_network, load_model, save_checkpoint
 from config import SCORINGS, Config, load_config, parse_command_line
-from dataloader import class_labels
+from corpus import number_classes
 from evaluation import figures, report, result
 from evaluation.scoring import anomaly_scores
 from inference import Outputs, pack_embeddings
@@ -72,7 +72,7 @@ def main() -> None:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(root / "noise.wav", root / name)
         config = load_config(**config.model_dump() | {"data_root": folder, "save_path": str(root / "run.pth")})
-        machines = [machine for machine in class_labels(config.machines) for _ in range(40)]
+        machines = [machine for machine in number_classes(config) for _ in range(40)]
         held_out = {"machine_type": [machine_type for machine_type, _ in machines],
                     "machine_id": [machine_id for _, machine_id in machines],
                     "score": [0.1 + index % 40 for index in range(len(machines))]}  # fmt: skip
@@ -112,7 +112,7 @@ def measure(config: Config) -> dict[str, float]:
 
 def seconds_of_kinds(config: Config, n_clips: int) -> dict[str, float]:
     """Seconds for the scores of each kind from random outputs of the network."""
-    n_classes, generator = len(class_labels(config.machines)), torch.Generator().manual_seed(0)
+    n_classes, generator = len(number_classes(config)), torch.Generator().manual_seed(0)
     trained = load_model(config.checkpoint, config, {})
     tables = [(torch.randn(n, EMBEDDING_SIZE, generator=generator), torch.arange(n) % n_classes)
               for n in (CLIPS["train"], n_clips)]  # fmt: skip

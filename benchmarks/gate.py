@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import parse_command_line
-from dataloader import batches, load_clips, settle_machines
+from corpus import settle_classes
+from dataloader import batches, load_clips
 from model import FrontEnd
 from model.tastgram import temporal_gate
 from utils import OneLineParser, run_script
@@ -22,7 +23,7 @@ from utils import OneLineParser, run_script
 
 def main() -> None:
     config, _, _ = parse_command_line(OneLineParser(description=__doc__))
-    config = settle_machines(config)
+    config = settle_classes(config)
     front_end, peaks = FrontEnd(["tagram"]), dict[str, list[float]]()
     for split in ("train", "test"):
         clips = load_clips(config, split)

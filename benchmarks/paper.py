@@ -35,8 +35,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput import CLASSES, random_clips, seconds
 from checkpoint import RunFiles, check_configuration, load_newest
-from config import AUTO, Config, load_config, parse_command_line
-from dataloader import class_labels, find_clips, settle_machines
+from config import Config, load_config, parse_command_line
+from corpus import find_clips, number_classes, settle_classes
 from losses import MODES
 from model import CHANNELS
 from trainer import Trainer
@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("published", "all"), default="published", help=help_text)
     parser.add_argument("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
     config, options, given = parse_command_line(parser)
-    if config.machines == AUTO:
-        config = settle_machines(config)
-        given["machines"] = config.machines
+    settled = settle_classes(config)
+    given |= {key: getattr(settled, key) for key in config.differences(settled.model_dump(), ["machines", "classes"])}
+    config = settled
     runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
     downloads = is_to_download(config)
@@ -132,12 +132,12 @@ def is_to_download(config: Config) -> bool:
 
 def published_counts(config: Config) -> dict[str, int]:
     """About as many clips as download.py fetches for the machines."""
-    share = len(class_labels(config.machines)) / CLASSES
+    share = len(number_classes(config)) / CLASSES
     return {split: round(count * share) for split, count in CLIPS.items()}
 
 
 def count_clips(config: Config) -> dict[str, int]:
-    return {split: len(find_clips(config.data_root, config.machines, split)) for split in CLIPS}
+    return {split: len(find_clips(config, split)) for split in CLIPS}
 
 
 def say_what_it_takes(runs: Sequence[Config], counts: Mapping[str, int], output: Path) -> None:

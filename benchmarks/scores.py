@@ -29,9 +29,10 @@ import trainer
 from benchmarks.paper import SEEDS, plan
 from checkpoint import RunFiles, State, TrainedModel, load_checkpoint, load_model, save_checkpoint
 from config import Config, parse_command_line
-from dataloader import ClipSet, class_labels, load_clips
+from corpus import machines_of_classes
+from dataloader import ClipSet, load_clips
 from evaluation.comparison import difference
-from evaluation.metrics import COLUMNS, Draws, measure
+from evaluation.metrics import NO_DOMAINS, Draws, measure
 from evaluation.scoring import anomaly_scores, run_model
 from evaluation.tables import markdown_header, markdown_row
 from inference import Outputs, pack_embeddings
@@ -149,7 +150,7 @@ def type_distances(trained: TrainedModel, embedding: Tensor, labels: Tensor, pen
     """The mean of the two smallest distances to clips of the machine type, those of other IDs larger by the penalty."""
     bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
     distances = 1.0 - normalise(embedding.double()) @ normalise(bank["embedding"].double()).T
-    types = np.array([machine_type for machine_type, _ in class_labels(trained.config.machines)])
+    types = np.array([machine_type for machine_type, _ in machines_of_classes(trained.config)])
     own, other = labels.numpy()[:, None], bank["label"].numpy()[None]
     distances += penalty * torch.from_numpy(own != other)
     distances[torch.from_numpy(types[own] != types[other])] = torch.inf
@@ -165,7 +166,7 @@ def machine_types(pairs: Pairs) -> list[str]:
 
 def auc(draws: Draws, machine_type: str, row: str) -> np.ndarray:
     """In percent, of the clips themselves and of all draws `(1 + DRAWS, 1)`."""
-    return 100 * draws[machine_type, row][:, [COLUMNS.index("AUC")]]
+    return 100 * draws[machine_type, row][:, [NO_DOMAINS.columns.index("AUC")]]
 
 
 def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:

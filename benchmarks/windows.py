@@ -36,7 +36,8 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import TrainedModel, load_model
 from config import parse_command_line
-from dataloader import ANOMALOUS, MACHINE, NORMAL, ClipSet, class_labels, load_clips
+from corpus import ANOMALOUS, MACHINE, NORMAL, machines_of_classes
+from dataloader import ClipSet, load_clips
 from evaluation.recordings import clock
 from evaluation.result import evaluate
 from evaluation.scoring import anomaly_scores, run_model
@@ -110,9 +111,9 @@ def score(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.Dat
 
 def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.DataFrame:
     """The lowest score of each clip over the IDs of its machine type."""
-    outputs, labels = run_model(trained, clips, device), class_labels(trained.config.machines)
+    outputs, machines = run_model(trained, clips, device), machines_of_classes(trained.config)
     table = clips.recordings.assign(exact_score=np.inf)
-    for (machine_type, _), label in labels.items():
+    for label, (machine_type, _) in enumerate(machines):
         scores = clips.over_windows(anomaly_scores(trained, outputs, torch.full((len(clips),), label)), "mean")
         is_type = table["machine_type"] == machine_type
         table.loc[is_type, "exact_score"] = np.minimum(table["exact_score"], scores)[is_type]

@@ -1,13 +1,19 @@
-"""Make a small set of machine sounds from code alone, in the published DCASE layout.
+"""Make a small set of machine sounds from code alone, in the layout of DCASE 2020 Task 2 or of 2023.
 
     python datasets/synthesize.py                           # 576 clips, 185 MB, in datasets/synthetic
     python datasets/synthesize.py --seed 7 --overwrite      # other recordings of the same machines instead
     python datasets/synthesize.py --train 64 --overwrite    # more clips; the earlier ones stay the same
+    python datasets/synthesize.py --form 2023               # sections and domains, in datasets/synthetic_2023
 
 A clip is OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav: 10 s, 16 kHz, mono, 16-bit PCM.
 There are six machine types with three IDs each; per ID, --train normal clips to train on, and --test normal and
 --test anomalous clips to test on. A clip depends on the seed and on its own name only. The set shows that the code
 works; it says nothing about real machines.
+
+In the form of 2023 a machine type has one section with two domains, and a clip is OUTPUT/<type>/{train,test}/
+section_00_{source,target}_{train,test}_{normal,anomaly}_NNNN_spd_<speed>.wav. In the source domain the machine runs at
+two speeds, in the target domain at a third one and in a louder factory. --train is the number of source clips, with an
+eighth as many of the target domain; --test that of each domain.
 
 The sound of a machine is the tones of its shaft, broadband noise, and knocks where it moves in strokes, filtered by
 the resonances of its housing; the noise of a factory is added. The IDs of a type differ in speed and resonances. Speed,
@@ -58,6 +64,7 @@ TYPES = {
     "valve": Machine(160, 3, (1550, 3500, 6000), noise=1.1, stroke_s=0.55),
 }
 MACHINES = {machine_type: [1, 2, 3] if machine_type.startswith("Toy") else [0, 2, 4] for machine_type in TYPES}
+FORMS = ("2020", "2023")
 FAULTS = ("slow", "loose", "worn", "dry")  # weak motor, loose housing, damaged bearing, more friction
 
 
@@ -67,10 +74,33 @@ class Clip(NamedTuple):
     split: str  # train, test
     label: str  # normal, anomaly
     number: int
+    domain: str = ""  # source, target; none in the form of 2020
+
+    @property
+    def speed(self) -> int:
+        """1 to 3, in the order of the IDs, or of the speeds of a section."""
+        if self.domain:
+            return 3 if self.domain == "target" else 1 + self.number % 2
+        return 1 + MACHINES[self.machine_type].index(self.machine_id)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.machine_type}/{self.split}"
 
     @property
     def name(self) -> str:
-        return f"{self.machine_type}/{self.split}/{self.label}_id_{self.machine_id:02d}_{self.number:08d}.wav"
+        return f"{self.folder}/{self.name_with(f'{self.number:08d}', f'{self.number:04d}_spd_{self.speed}')}"
+
+    @property
+    def pattern(self) -> str:
+        """The names of all such clips in the folder, whatever their number."""
+        return self.name_with("[0-9]" * 8, "[0-9]" * 4 + "_spd_[1-3]")
+
+    def name_with(self, number: str, number_and_speed: str) -> str:
+        if self.domain:
+            kind = f"{self.domain}_{self.split}_{self.label}"
+            return f"section_{self.machine_id:02d}_{kind}_{number_and_speed}.wav"
+        return f"{self.label}_id_{self.machine_id:02d}_{number}.wav"
 
 
 def factor(rng: np.random.Generator, deviation: float) -> float:
@@ -96,7 +126,7 @@ def impulses(count: np.ndarray) -> np.ndarray:
 def machine_sound(clip: Clip, severity: dict[str, float], rng: np.random.Generator) -> np.ndarray:
     """The machine without its surroundings, with each of FAULTS in a severity from 0 to 1."""
     machine = TYPES[clip.machine_type]
-    variant = MACHINES[clip.machine_type].index(clip.machine_id) - 1
+    variant = clip.speed - 2
     speed = 1.09**variant * factor(rng, 0.012) * (1 - 0.15 * severity["slow"])
     tuning = 0.95**variant * (1 - 0.22 * severity["loose"])
 
@@ -122,15 +152,25 @@ def synthesize(clip: Clip, seed: int) -> np.ndarray:
     if clip.label == "anomaly":
         severity[FAULTS[clip.number % len(FAULTS)]] = rng.uniform(0.3, 1)
     factory = filtered(rng.normal(size=SAMPLES), np.maximum(FREQUENCY, 50) ** rng.uniform(-1, -0.7))
-    sound = machine_sound(clip, severity, rng) + rng.uniform(0.4, 0.8) * factory / factory.std()
+    loudness = rng.uniform(0.4, 0.8) * (1.5 if clip.domain == "target" else 1)
+    sound = machine_sound(clip, severity, rng) + loudness * factory / factory.std()
     rms = np.clip(0.01 * factor(rng, 0.2), 0.005, 0.02)
     return np.clip(sound * rms / np.sqrt(np.mean(sound**2)), -1, 1)
 
 
-def clips_of_set(train: int, test: int) -> list[Clip]:
+def clips_of_set(form: str, train: int, test: int) -> list[Clip]:
     counts = {("train", "normal"): train, ("test", "normal"): test, ("test", "anomaly"): test}
     machines = [(machine_type, machine_id) for machine_type, ids in MACHINES.items() for machine_id in ids]
-    return [Clip(*machine, *part, i) for machine in machines for part, count in counts.items() for i in range(count)]
+    domains = [""]
+    if form == "2023":
+        machines, domains = [(machine_type, 0) for machine_type in MACHINES], ["source", "target"]
+    return [
+        Clip(*machine, *part, i, domain)
+        for machine in machines
+        for part, count in counts.items()
+        for domain in domains
+        for i in range(max(1, count // 8) if (part[0], domain) == ("train", "target") else count)
+    ]
 
 
 def write(clip: Clip, output: Path, seed: int) -> None:
@@ -141,11 +181,11 @@ def write(clip: Clip, output: Path, seed: int) -> None:
 
 
 def make_set(output: Path, clips: list[Clip], seed: int) -> None:
-    """Remove the clips of an earlier set, of whatever size, and write these."""
-    for clip in clips_of_set(1, 1):
-        folder = (output / clip.name).parent
+    """Remove the clips of an earlier set, of whatever size and form, and write these."""
+    for clip in [clip for form in FORMS for clip in clips_of_set(form, 1, 1)]:
+        folder = output / clip.folder
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{clip.label}_id_{clip.machine_id:02d}_{'[0-9]' * 8}.wav"):
+        for path in folder.glob(clip.pattern):
             path.unlink()
     # Ctrl-C reaches the workers too: they leave the message to this process.
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
@@ -156,22 +196,25 @@ def make_set(output: Path, clips: list[Clip], seed: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("datasets/synthetic"), help="default: %(default)s")
+    parser.add_argument("--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="default: datasets/synthetic, or datasets/synthetic_2023")
     parser.add_argument("--train", type=int, default=16, help="training clips per ID (default: %(default)s)")
     parser.add_argument("--test", type=int, default=8, help="test clips per ID, of each label (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=2023, help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the clips of an earlier run")
     options = parser.parse_args(arguments)
-    output = options.output
+    output = options.output or Path("datasets/synthetic" if options.form == "2020" else "datasets/synthetic_2023")
     if min(options.train, options.test) < 1:
         raise UserError(f"--train {options.train} --test {options.test}: both must be at least 1")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is not a folder: choose another --output")
 
-    clips = clips_of_set(options.train, options.test)
+    clips = clips_of_set(options.form, options.train, options.test)
     mark = output / "synthetic.json"
     found = mark.read_text() if mark.is_file() else ""
-    wanted = json.dumps({"train": options.train, "test": options.test, "seed": options.seed, "version": VERSION})
+    form = {} if options.form == "2020" else {"form": options.form}
+    numbers = {"train": options.train, "test": options.test, "seed": options.seed, "version": VERSION}
+    wanted = json.dumps(form | numbers)
     done = found == wanted and not options.overwrite and all((output / clip.name).is_file() for clip in clips)
     if not done:
         if output.is_dir() and not mark.is_file() and any(output.iterdir()):
@@ -183,10 +226,9 @@ def main(arguments: list[str] | None = None) -> None:
         mark.write_text("")
         make_set(output, clips, options.seed)
         mark.write_text(wanted)
-    table = ", ".join(f"{machine_type}: {ids}" for machine_type, ids in MACHINES.items())
     print(
         f"{output}: {len(clips)} clips{', complete already' if done else ''}; next: "
-        f"python train.py --data_root {shlex.quote(str(output))} --machines '{{{table}}}'"
+        f"python train.py --data_root {shlex.quote(str(output))} --machines auto"
     )
 
 

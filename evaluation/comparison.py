@@ -8,22 +8,22 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from config import COMPUTATION_KEYS
-from evaluation.metrics import AVERAGE, COLUMNS, COVERAGE, Metrics
+from config import BY_ATTRIBUTES, COMPUTATION_KEYS
+from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
-    SUMMARY,
-    TITLES,
     Published,
     in_words,
     markdown_header,
     markdown_row,
     percent,
     published_rows,
+    summary,
+    titles,
 )
 from utils import UserError, write_csv, write_text
 
-N_PUBLISHED = 3  # of SUMMARY
+N_PUBLISHED = 3  # of the columns of a summary, the first ones
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
@@ -64,18 +64,21 @@ def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]
 
 def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
     """Write comparison.md, with the figure of this name in it, and comparison.csv; print the tables."""
-    metrics = metrics_of(next(iter(groups.values()))[0]).table
-    *types, _ = metrics.index.unique("machine_type")
+    metrics = metrics_of(next(iter(groups.values()))[0])
+    *types, _ = metrics.table.index.unique("machine_type")
     sections = {}
     for name, runs in groups.items():
         if published := published_rows(runs[0].trained.config, split, metrics):
             sections[f"{name}, and as published"] = published_table(runs, [*types, AVERAGE], published)
     explanation = EXPLANATION + (EXPLANATION_OF_PUBLISHED if sections else "")
+    if metrics.rule.text:
+        explanation += f"\nDomains: {metrics.rule.text}.\n"
     pairs = find_pairs(groups)
     for machine_type in (AVERAGE, *types):
         title = f"Average over {len(types)} machine types" if machine_type == AVERAGE else machine_type
         draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
-        sections[title] = [*configuration_table(draws), "", *difference_table(draws, pairs)]
+        columns = titles(metrics.rule)
+        sections[title] = [*configuration_table(draws, columns), "", *difference_table(draws, pairs, columns)]
     sections["Runs, average over machine types"] = run_table(groups)
     lines = [line for title, table in sections.items() for line in (f"## {title}, in percent", "", *table, "")]
     text = "\n".join([*lines, explanation])
@@ -101,9 +104,10 @@ def metrics_of(result: Result) -> Metrics:
 
 
 def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
-    """What SUMMARY names of a machine type: of the clips themselves and of all draws `(runs, 1 + DRAWS, n)`."""
-    draws = [metrics_of(run).draws for run in runs]
-    each = [[drawn[machine_type, row][:, COLUMNS.index(column)] for row, column, _ in SUMMARY] for drawn in draws]
+    """The summary of a machine type: of the clips themselves and of all draws `(runs, 1 + DRAWS, n)`."""
+    rule, draws = metrics_of(runs[0]).rule, [metrics_of(run).draws for run in runs]
+    places = [(row, rule.columns.index(column)) for row, column, _ in summary(rule)]
+    each = [[drawn[machine_type, row][:, column] for row, column in places] for drawn in draws]
     return np.stack(each).transpose(0, 2, 1)
 
 
@@ -131,21 +135,25 @@ def settings_of(result: Result) -> dict[str, str]:
     """The keys of the training that are neither seed nor computation; none of a bare state dict."""
     config = result.trained.state.get("config", {})
     values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
+    if isinstance(values.get("classes"), dict):
+        values["classes"] = BY_ATTRIBUTES
     return {key: "nothing" if value == "" else in_words(value) for key, value in values.items()}
 
 
 # ---- Tables ----
 
 
-def configuration_table(draws: dict[str, np.ndarray]) -> list[str]:
+def configuration_table(draws: dict[str, np.ndarray], columns: Sequence[str]) -> list[str]:
     names = [f"{name} (n = {len(runs)})" for name, runs in draws.items()]
     rows = [markdown_row(name, spread(runs)) for name, runs in zip(names, draws.values(), strict=True)]
-    return [*markdown_header("configuration"), *rows]
+    return [*markdown_header("configuration", columns), *rows]
 
 
-def difference_table(draws: dict[str, np.ndarray], pairs: dict[tuple[str, str], bool]) -> list[str]:
+def difference_table(
+    draws: dict[str, np.ndarray], pairs: dict[tuple[str, str], bool], columns: Sequence[str]
+) -> list[str]:
     """The pairs of configurations, of which some have the same runs."""
-    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)") if pairs else []
+    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)", columns) if pairs else []
     for (one, other), has_same_runs in pairs.items():
         is_single = min(len(draws[one]), len(draws[other])) == 1
         value, half = difference(draws[one], draws[other], has_same_runs)
@@ -161,7 +169,8 @@ def difference_table(draws: dict[str, np.ndarray], pairs: dict[tuple[str, str], 
 
 def published_table(runs: Sequence[Result], types: Sequence[str], published: Published) -> list[str]:
     """The runs of a configuration by machine type, and the published figures."""
-    lines = markdown_header("machine type", [*TITLES, *(f"{title}, published" for title in TITLES[:N_PUBLISHED])])
+    columns = titles(metrics_of(runs[0]).rule)
+    lines = markdown_header("machine type", [*columns, *(f"{title}, published" for title in columns[:N_PUBLISHED])])
     for machine_type in types:
         draws, row = summary_draws(runs, machine_type), published.get(machine_type, ())
         low, high = 100 * prediction_interval(draws)
@@ -172,7 +181,8 @@ def published_table(runs: Sequence[Result], types: Sequence[str], published: Pub
 
 def run_table(groups: dict[str, list[Result]]) -> list[str]:
     columns = ("seed", "epoch of the weights", "scoring")
-    lines = markdown_header("checkpoint", [*TITLES, *columns])
+    rule = metrics_of(next(iter(groups.values()))[0]).rule
+    lines = markdown_header("checkpoint", [*titles(rule), *columns])
     for runs in groups.values():
         for run, drawn in zip(runs, summary_draws(runs, AVERAGE), strict=True):
             about = [in_words(run.about[name]) for name in columns]
@@ -186,7 +196,7 @@ def run_table(groups: dict[str, list[Result]]) -> list[str]:
 def spread(runs: np.ndarray) -> list[str]:
     """Mean and standard deviation of runs that differ in their seed."""
     values = runs[:, 0]
-    deviations = [f" ± {percent(x)}" for x in values.std(axis=0, ddof=1)] if len(runs) > 1 else [""] * len(SUMMARY)
+    deviations = [f" ± {percent(x)}" for x in values.std(axis=0, ddof=1)] if len(runs) > 1 else [""] * values.shape[1]
     return [percent(mean) + deviation for mean, deviation in zip(values.mean(axis=0), deviations, strict=True)]
 
 
@@ -224,7 +234,7 @@ def prediction_interval(runs: np.ndarray) -> np.ndarray:
 
 def all_rows(result: Result) -> pd.DataFrame:
     """Every row of the metrics, as fractions."""
-    table = metrics_of(result).table.drop(columns=["n_normal", "n_anomaly"]).reset_index()
+    table = metrics_of(result).table.drop(columns=list(COUNTS)).reset_index()
     for name in ("seed", "scoring", "mode"):
         table.insert(0, name, result.about[name])
     table.insert(0, "checkpoint", str(result.trained.path))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from config import Machines, name_id
-from dataloader import ANOMALOUS, MACHINE, class_labels, known_clips
+from corpus import ANOMALOUS, MACHINE, known_clips
 from utils import notice
 
 LEAST_CLIPS = 20  # of an ID; with fewer the scores of its machine type are pooled
@@ -53,7 +53,8 @@ def explain_thresholds(thresholds: pd.DataFrame, machines: Machines, path: Path)
     if thresholds.empty:
         notice(f"{path}: no scores of held-out clips, so there are no decisions")
         return
-    counts = thresholds["held_out_of_id"].reindex(list(class_labels(machines)))
+    pairs = [(machine_type, name_id(machine_id)) for machine_type, ids in machines.items() for machine_id in ids]
+    counts = thresholds["held_out_of_id"].reindex(pairs)
     counts.index = counts.index.map(" ".join)
     pooled = [f"{machine} ({count:.0f})" for machine, count in counts[counts < LEAST_CLIPS].items()]
     without = counts.index[counts.isna()].tolist()

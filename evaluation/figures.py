@@ -21,7 +21,8 @@ from sklearn.metrics import roc_curve
 
 from checkpoint import HISTORY, RunFiles, TrainedModel
 from config import Config, name_id
-from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, read
+from corpus import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
+from dataloader import read
 from evaluation.metrics import AVERAGE, MAX_FPR
 from evaluation.result import Result
 from model import CHANNELS, FrontEnd

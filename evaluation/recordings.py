@@ -14,15 +14,8 @@ import torch
 from audio import Recording
 from checkpoint import TrainedModel
 from config import name_id, parse_id
-from dataloader import (
-    ANOMALOUS,
-    MACHINE,
-    NORMAL,
-    check_recordings,
-    class_labels,
-    cut_into_windows,
-    report_changes,
-)
+from corpus import ANOMALOUS, MACHINE, NORMAL, number_classes
+from dataloader import check_recordings, cut_into_windows, report_changes
 from evaluation.decisions import decide, explain_thresholds
 from evaluation.result import check_finite, find_thresholds
 from evaluation.scoring import anomaly_scores, run_model, with_embeddings
@@ -67,10 +60,10 @@ def score_recordings(
 
 
 def find_candidates(trained: TrainedModel, machine_type: str, machine_id: str | None) -> dict[tuple[str, str], int]:
-    """The machine of this ID, or all of the type, with their classes."""
+    """The machine of this ID, or all of the type, each with its first class."""
     wanted = None if machine_id is None else name_id(parse_id(machine_id))
-    classes = class_labels(trained.config.machines).items()
-    candidates = {pair: label for pair, label in classes if pair[0] == machine_type and wanted in (None, pair[1])}
+    classes = {machine: next(iter(own.values())) for machine, own in number_classes(trained.config).items()}
+    candidates = {pair: x for pair, x in classes.items() if pair[0] == machine_type and wanted in (None, pair[1])}
     if not candidates:
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in trained.config.machines.items())
         which = machine_type if machine_id is None else f"{machine_type} {machine_id}"

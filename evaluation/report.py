@@ -11,9 +11,9 @@ import pandas as pd
 import yaml
 from torch import Tensor
 
-from dataloader import MACHINE
+from corpus import MACHINE
 from evaluation.figures import read_samples
-from evaluation.metrics import COUNTS, METRICS
+from evaluation.metrics import COUNTS, Metrics
 from evaluation.result import HARDEST, Result
 from evaluation.tables import in_words, with_interval
 from model import FrontEnd
@@ -26,7 +26,7 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
     """Tables, figures, configuration and the hardest clips, in one file."""
     tables = {}
     if result.metrics:
-        tables["Metrics (percent, 95 % intervals)"] = metric_table(result.metrics.table)
+        tables["Metrics (percent, 95 % intervals)"] = metric_table(result.metrics)
     if len(result.thresholds):
         tables["Thresholds"] = result.thresholds.reset_index()
     config = result.trained.state.get("config", result.trained.config.model_dump())
@@ -43,13 +43,12 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
     write_text(path, template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content))
 
 
-def metric_table(metrics: pd.DataFrame) -> pd.DataFrame:
+def metric_table(metrics: Metrics) -> pd.DataFrame:
     """The metrics as text."""
-    cells = {name: [with_interval(row, name) for _, row in metrics.iterrows()] for name in METRICS}
-    counts = {name: metrics[name].map(lambda count: "-" if pd.isna(count) else f"{count:g}") for name in COUNTS}
-    return metrics.index.to_frame(index=False).assign(
-        **cells, **{name: text.to_numpy() for name, text in counts.items()}
-    )
+    table = metrics.table
+    cells = {name: [with_interval(row, name) for _, row in table.iterrows()] for name in metrics.rule.rates}
+    counts = {name: table[name].map(lambda count: "-" if pd.isna(count) else f"{count:g}") for name in COUNTS}
+    return table.index.to_frame(index=False).assign(**cells, **{name: text.to_numpy() for name, text in counts.items()})
 
 
 def hardest_clips(result: Result) -> list[dict]:

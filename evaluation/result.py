@@ -10,9 +10,10 @@ import torch
 
 from checkpoint import TrainedModel
 from config import Config
-from dataloader import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, ClipSet, known_clips
+from corpus import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, Form, known_clips, parse_name
+from dataloader import ClipSet
 from evaluation.decisions import decide, fit_thresholds
-from evaluation.metrics import Metrics, measure
+from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.scoring import angles, anomaly_scores, held_out_scores, run_model, with_embeddings
 from inference import Outputs
 from utils import UserError, versions
@@ -36,6 +37,13 @@ class Result:
     thresholds: pd.DataFrame
     metrics: Metrics | None
     about: dict[str, Any]
+
+    @property
+    def form(self) -> Form:
+        """How its recordings are named."""
+        name = parse_name(self.clips["path"].iloc[0])
+        assert name
+        return name.form
 
     @property
     def known(self) -> pd.DataFrame:
@@ -75,7 +83,7 @@ def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str
     clips = clips.join(thresholds["threshold"], on=MACHINE)
     clips["decision"] = decide(clips["exact_score"], clips["threshold"])
     known = known_clips(clips)
-    metrics = None if known.empty else measure(known)
+    metrics = None if known.empty else measure(known, find_rule(known))
     embedding = clip_set.over_windows(outputs.embedding.numpy(), "mean")
     return Result(trained, clips, embedding, thresholds, metrics, describe(trained, clips, split))
 

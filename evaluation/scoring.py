@@ -3,12 +3,15 @@
 - published: cross-entropy with margin against the own machine ID (Choi & Choi, ICASSP 2024)
 - angle: between the embedding and the centre of the own ID, in degrees
 - nearest: cosine distance between the embedding and those of the nearest training clips of the own ID, the bank
+
+Where an ID has several classes, the own one is the one with the lowest score.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from checkpoint import RunFiles, State, TrainedModel, hash_weights, load_file, save_checkpoint
 from config import Config
-from dataloader import MACHINE, ClipSet, class_labels, fingerprint, load_clips
+from corpus import MACHINE, alternatives, machines_of_classes
+from dataloader import ClipSet, fingerprint, load_clips
 from inference import Outputs, pack_embeddings, run_network
 from losses import Objective
 from model import FrontEnd
@@ -41,7 +45,7 @@ def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device, title
     return Outputs(outputs.similarity.cpu(), outputs.embedding.cpu())
 
 
-# ---- Scores: one of each clip against the class `labels` `(n,)`; higher is more anomalous ----
+# ---- Scores: one of each clip against the machine of the class `labels` `(n,)`; higher is more anomalous ----
 
 
 def anomaly_scores(trained: TrainedModel, outputs: Outputs, labels: Tensor, dtype: str = "float64") -> np.ndarray:
@@ -50,30 +54,38 @@ def anomaly_scores(trained: TrainedModel, outputs: Outputs, labels: Tensor, dtyp
     if config.scoring != "published":
         return embedding_scores(trained, outputs.embedding, labels).astype(dtype)
     objective = Objective(config.mode, config.m, config.s)
-    return objective.anomaly_score(outputs.similarity, labels, getattr(torch, dtype)).numpy()
+    score = partial(objective.anomaly_score, outputs.similarity, dtype=getattr(torch, dtype))
+    return lowest(config, labels, score).numpy()
+
+
+def lowest(config: Config, labels: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """The lowest score `(n,)` over all classes of the machine."""
+    classes = torch.from_numpy(alternatives(config))[labels]
+    return torch.stack([score(column) for column in classes.T]).amin(dim=0)
 
 
 def embedding_scores(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarray:
     """Those of the kinds that an embedding `(n, E)` is enough for, whatever its length; float64."""
     if trained.config.scoring == "angle":
         return angles(trained, embedding, labels)
-    return nearest_distances(embedding, labels, trained.state["embeddings"]["bank"], trained.config.neighbours)
+    bank, neighbours = trained.state["embeddings"]["bank"], trained.config.neighbours
+    return lowest(trained.config, labels, lambda own: nearest_distances(embedding, own, bank, neighbours)).numpy()
 
 
 def angles(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarray:
-    """Degrees to the centre of the class, the closest one where it has several; of a plain linear head, which has no
-    centres, to the weights of the class.
+    """Degrees to the closest centre of the machine; of a plain linear head, which has no centres, to the weights of its
+    classes.
     """
     weight, sub_centers = trained.network.mobilefacenet.fc_out.weight, 1
     if trained.network.head == "arcface":
         weight, sub_centers = trained.network.arcface.weight, trained.network.arcface.sub_centers
     centres = F.normalize(weight.detach().cpu().double())
     cosine = (F.normalize(embedding.double()) @ centres.T).unflatten(1, (-1, sub_centers)).amax(dim=2)
-    own = cosine.gather(1, labels[:, None])[:, 0]
-    return torch.rad2deg(torch.acos(own.clamp(-1.0, 1.0))).numpy()
+    angle = torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0)))
+    return lowest(trained.config, labels, lambda own: angle.gather(1, own[:, None])[:, 0]).numpy()
 
 
-def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tensor], neighbours: int) -> np.ndarray:
+def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tensor], neighbours: int) -> Tensor:
     """The mean cosine distance (0 to 2) to the nearest embeddings of the class in the bank, of which it takes as many
     as there are where the class has fewer; infinite where it has none.
     """
@@ -83,7 +95,7 @@ def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tens
         if len(own):
             cosine = F.normalize(embedding[of_class].double()) @ F.normalize(own.double()).T
             distances[of_class] = 1.0 - cosine.topk(min(neighbours, len(own))).values.mean(dim=1)
-    return distances.numpy()
+    return distances
 
 
 def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
@@ -93,7 +105,7 @@ def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
     held_out = trained.state.get("embeddings", {}).get("held_out")
     if held_out is None:
         return pd.DataFrame(columns=[*MACHINE, "score"])
-    machines = list(class_labels(trained.config.machines))
+    machines = machines_of_classes(trained.config)
     table = pd.DataFrame([machines[label] for label in held_out["label"].tolist()], columns=MACHINE)
     scores = embedding_scores(trained, held_out["embedding"], held_out["label"])
     return table.assign(score=scores)[np.isfinite(scores)]  # nothing is near a clip of an ID that has no others
@@ -117,10 +129,12 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
         "weights": hash_weights(trained.network),
         "input": config.input,
         "machines": json.dumps(config.machines),  # as text, since their order counts
+        "classes": json.dumps(config.classes),
         "clips": trained.state.get("clips"),
         "windows": [config.hop_of("train"), config.channel],
     }
-    kept: State = {"windows": [None, 0]} | read_embeddings(path) if path.exists() else {}  # older ones do not say it
+    former = {"classes": '"section"', "windows": [None, 0]}  # of older ones, which do not say it
+    kept: State = former | read_embeddings(path) if path.exists() else {}
     if any(kept.get(name) != value for name, value in made_of.items()):
         check_writable(path, "copy the checkpoint to a folder of your own, under a name that ends in .pth")
         try:

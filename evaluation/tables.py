@@ -9,9 +9,9 @@ import pandas as pd
 
 from checkpoint import RESULT_FILES, clear
 from config import Config
-from dataloader import LABEL_LIST, MACHINE
+from corpus import part_name
 from evaluation.decisions import count_decisions, explain_thresholds
-from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, SEED
+from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, NO_DOMAINS, OFFICIAL, SEED, Metrics, Rule
 from evaluation.result import Result
 from utils import notice, write_csv, write_text
 
@@ -32,16 +32,25 @@ Published = dict[str, tuple[float, float, float]]
 # What a machine type is summed up in: the row of the metrics, the column, and its title
 SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"), ("min", "AUC", "mAUC"),
            ("mean", "AUC", "AUC, mean over IDs"), ("mean", "pAUC", "pAUC, mean over IDs"))  # fmt: skip
-TITLES = [title for *_, title in SUMMARY]
 
 
-def published_rows(config: Config, split: str, table: pd.DataFrame) -> Published:
-    """The published rows for what was evaluated: the development test set, the published channels, windows and score,
-    the machine types of the metrics. The average is among them if all its types are.
+def summary(rule: Rule) -> list[tuple[str, str, str]]:
+    """SUMMARY, and what the official score consists of where clips have domains."""
+    of_domains = [("hmean", column, f"{column.replace('_', ' ')}, harmonic mean") for column in rule.official]
+    return [*SUMMARY, *of_domains, *([("hmean", OFFICIAL, "official score")] if rule.official else [])]
+
+
+def titles(rule: Rule) -> list[str]:
+    return [title for *_, title in summary(rule)]
+
+
+def published_rows(config: Config, split: str, metrics: Metrics) -> Published:
+    """The published rows for what was evaluated: the development test set of 2020, the published channels, windows and
+    score, the machine types of the metrics. The average is among them if all its types are.
     """
     is_published = (config.input, config.window, config.scoring) == (PUBLISHED_INPUT, "first", "published")
-    rows = PUBLISHED.get(config.mode, {}) if is_published and split == "test" else {}
-    types = set(table.index.unique("machine_type"))
+    rows = PUBLISHED.get(config.mode, {}) if is_published and split == "test" and metrics.rule is NO_DOMAINS else {}
+    types = set(metrics.table.index.unique("machine_type"))
     return {name: row for name, row in rows.items() if name in types and (name != AVERAGE or set(rows) <= types)}
 
 
@@ -49,24 +58,34 @@ def percent(value: float) -> str:
     return "-" if pd.isna(value) else f"{100 * value:.2f}"
 
 
-def format_table(table: pd.DataFrame, published: Published) -> str:
-    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row."""
-    types = table.index.unique("machine_type")
+def format_table(metrics: Metrics, published: Published) -> str:
+    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row; or,
+    where clips have domains, what the official score consists of.
+    """
+    table, rule = metrics.table, metrics.rule
+    names = (
+        [*(column.replace("_", " ") for column in rule.official), OFFICIAL]
+        if rule.official
+        else ["AUC", "pAUC", "mAUC"]
+    )
+    title = "harmonic mean over IDs" if rule.official else "published, DCASE 2020"
     lines = [
-        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {'published, DCASE 2020':^26}",
-        f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  "
-        f"|{'AUC':>8} {'pAUC':>8} {'mAUC':>8}",
+        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {title:^26}",
+        f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  |{in_columns(names)}",
     ]
-    for machine_type in types:
-        values = [f"{percent(table.loc[(machine_type, row), column]):>8}" for row, column, _ in SUMMARY]
-        shown = [f"{value:8.2f}" for value in published.get(machine_type, ())] or [f"{'-':>8}"] * 3
-        lines.append(
-            f"{machine_type:12} |{values[0]} {values[1]}  |{values[2]}  |{values[3]} {values[4]}  |{' '.join(shown)}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+    for machine_type in table.index.unique("machine_type"):
+        values = [percent(table.loc[(machine_type, row), column]) for row, column, _ in summary(rule)]
+        last = values[len(SUMMARY) :] or [f"{value:.2f}" for value in published.get(machine_type, ())] or ["-"] * 3
+        blocks = in_columns(values[:2]), in_columns(values[2:3]), in_columns(values[3:5])
+        lines.append(f"{machine_type:12} |{'  |'.join(blocks)}  |{in_columns(last)}")
+    return "\n".join([*(line.rstrip() for line in lines), *([rule.text] if rule.text else [])])
 
 
-def markdown_header(title: str, columns: Sequence[str] = TITLES) -> list[str]:
+def in_columns(values: Sequence[str]) -> str:
+    return " ".join(f"{value:>{8 if len(value) < 9 else 10}}" for value in values)
+
+
+def markdown_header(title: str, columns: Sequence[str]) -> list[str]:
     return [markdown_row(title, columns), "| --- |" + " ---: |" * len(columns)]
 
 
@@ -74,11 +93,12 @@ def markdown_row(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def markdown_table(table: pd.DataFrame) -> str:
+def markdown_table(metrics: Metrics) -> str:
     """The metrics of each machine type in Markdown, in percent, each with its interval."""
-    lines = markdown_header("machine type")
+    table, columns = metrics.table, summary(metrics.rule)
+    lines = markdown_header("machine type", titles(metrics.rule))
     for machine_type in table.index.unique("machine_type"):
-        cells = [with_interval(table.loc[(machine_type, row)], column) for row, column, _ in SUMMARY]
+        cells = [with_interval(table.loc[(machine_type, row)], column) for row, column, _ in columns]
         lines.append(markdown_row(machine_type, cells))
     return "\n".join(lines)
 
@@ -107,17 +127,14 @@ def write_result(result: Result, folder: Path, split: str) -> None:
     write_per_machine(folder, "anomaly_score", result.clips, "score")
     n_unknown, n_clips = len(result.clips) - len(result.known), len(result.clips)
     if n_unknown:
-        notice(
-            f"{n_unknown} of {n_clips} clips are not in {LABEL_LIST} and count in no metric "
-            f"(`python datasets/download.py --parts evaluation` fetches it into data_root)"
-        )
+        form = result.form
+        notice(f"{n_unknown} of {n_clips} clips are not in {form.labels} and count in no metric ({form.get_labels})")
     if result.metrics:
-        table = result.metrics.table
-        if gaps := [f"{machine_type} {row}" for machine_type, row in table.index[table["AUC"].isna()]]:
-            reason = "because normal or anomalous clips are missing"
-            notice(f"no AUC, and left out of the averages, {reason}: {', '.join(gaps)}")
-        write_metrics(table, result.about, folder)
-        print(format_table(table, published_rows(result.trained.config, split, table)))
+        report_gaps(result.metrics)
+        about = result.about
+        title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
+        write_metrics(result.metrics, title, about, folder)
+        print(format_table(result.metrics, published_rows(result.trained.config, split, result.metrics)))
     explain_thresholds(result.thresholds, result.trained.config.machines, result.trained.path)
     write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")
     if len(result.thresholds):
@@ -125,29 +142,46 @@ def write_result(result: Result, folder: Path, split: str) -> None:
     print(f"{n_clips} scores{' and metrics' if result.metrics else ''}: {folder}")
 
 
-def write_metrics(table: pd.DataFrame, about: dict[str, Any], folder: Path) -> None:
+def report_gaps(metrics: Metrics) -> None:
+    """Say what cannot be measured."""
+    table = metrics.table
+    for column in metrics.rule.measures:
+        gaps = table.index[table[column].isna() & (table["AUC"].notna() | (column == "AUC"))]
+        if len(gaps):
+            reason = "because normal or anomalous clips are missing"
+            notice(f"no {column}, and left out of the averages, {reason}: {', '.join(map(' '.join, gaps))}")
+
+
+def write_metrics(metrics: Metrics, title: str, about: dict[str, Any], folder: Path) -> None:
     """results.md, metrics.json and metrics.csv."""
+    table, rule = metrics.table, metrics.rule
+    strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
     text = [
-        f"# {about['mode']}, input {in_words(about['input'])}, {about['scoring']} score\n",
-        markdown_table(table) + "\n",
-        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within machine ID and "
-        "condition). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false "
-        "positive rates up to 0.1, standardised.\n",
+        f"# {title}\n",
+        markdown_table(metrics) + "\n",
+        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within {strata}). "
+        "Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false positive rates "
+        "up to 0.1, standardised.\n",
+        *([f"Harmonic means over IDs, of the average over the IDs of all types; {rule.text}.\n"] if rule.text else []),
         *(f"- {name}: {in_words(value)}" for name, value in about.items()),
     ]
     write_text(folder / "results.md", "\n".join(text) + "\n")
     rows = table.astype(object).where(table.notna(), None)
-    metrics = {
+    by_type = {
         machine_type: rows.loc[machine_type].to_dict("index") for machine_type in rows.index.unique("machine_type")
     }
-    content = {"about": about, "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED}, "metrics": metrics}
+    about = about | ({"domains": rule.text} if rule.text else {})
+    content = {"about": about, "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED}, "metrics": by_type}
     write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     write_csv(folder / "metrics.csv", table.reset_index())
 
 
 def write_per_machine(folder: Path, name: str, clips: pd.DataFrame, column: str) -> None:
-    """`<name>_<type>_id_<XX>.csv` with `<file name>,<value>` lines, without header."""
-    for (machine_type, machine_id), group in clips.groupby(MACHINE):
+    """`<name>_<type>_id_<XX>.csv` or `<name>_<type>_section_<XX>_test.csv`, as the challenge names them, with
+    `<file name>,<value>` lines, without header.
+    """
+    parts = [part_name(path, machine_id) for path, machine_id in zip(clips["path"], clips["machine_id"], strict=True)]
+    for (machine_type, part), group in clips.groupby(["machine_type", pd.Series(parts, clips.index, dtype=object)]):
         values = group[column].astype(float if column == "score" else int)
         rows = pd.DataFrame({"file": [path.name for path in group["path"]], "value": values})
-        write_csv(folder / f"{name}_{machine_type}_id_{machine_id}.csv", rows, header=False)
+        write_csv(folder / f"{name}_{machine_type}_{part}.csv", rows, header=False)

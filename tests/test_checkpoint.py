@@ -118,7 +118,7 @@ def test_the_configuration_in_a_checkpoint_is_plain(trained):
 def test_published_weights_load_into_the_published_configuration(tmp_path, capsys):
     torch.save(reference.parameters(), tmp_path / "published.pth")
     network = load_model(tmp_path / "published.pth", load_config(), {}).network
-    assert "published.pth is a bare state dict: machines, mode, input" in capsys.readouterr().err
+    assert "published.pth is a bare state dict: machines, classes, mode, input" in capsys.readouterr().err
     assert all(torch.equal(network.state_dict()[name], value) for name, value in reference.parameters().items())
 
 

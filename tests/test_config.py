@@ -92,8 +92,8 @@ def test_machine_types_may_look_like_numbers():
 def test_every_key_is_typed_on_the_command_line():
     values = {
         "data_root": "/data", "machines": {"slider": [0, 2]}, "split_ratio": 0.9,
-        "window": "all", "hop": 2.5, "channel": 1, "init_from": "a/b.pth", "over_windows": "max",
-        "data_device": "cpu", "mode": "arcmix",
+        "classes": "attributes", "window": "all", "hop": 2.5, "channel": 1,
+        "init_from": "a/b.pth", "over_windows": "max", "data_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
         "lr": 5e-4, "weight_decay": 0.0, "compile": True, "cuda_graph": False,
         "eval_precision": "bf16",
@@ -159,7 +159,8 @@ def test_save_path_holds_mode_and_seed():
         (["--hop", "0"], r"hop: 0 is not auto or a number of seconds from 0.1 to 10"),
         (["--hop", "10.5"], r"hop: 10.5 is not auto or a number of seconds"),
         (["--channel", "-1"], r"channel: -1 is not a whole number of at least 0"),
-        (["--machines", "{fan: [0]}"], r"machines: .* at least two in all"),
+        (["--classes", "domain"], r"classes: 'domain' is not section or attributes"),
+        (["--classes", "{fan: {'00': []}}"], r"classes: .* is not section or attributes"),
         (["--machines", "{average: [0, 1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{7: [0], '7': [1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{../fan: [0, 1]}"], r"machines: .* is not auto or a table"),

@@ -18,7 +18,7 @@ import eval as eval_script
 import train as train_script
 from checkpoint import build_network, load_checkpoint, load_file, save_checkpoint
 from config import load_config
-from dataloader import class_labels
+from corpus import number_classes
 from model import TASTgramMFN
 
 
@@ -204,14 +204,14 @@ def test_contradicting_the_checkpoint_is_an_error(trained, data_root, fails, opt
 @pytest.mark.filterwarnings("error")
 def test_published_weights_give_the_scores_of_the_reference(tmp_path, call, fails):
     """From WAV files and a bare state dict, scored in the published configuration; no held-out scores come with it."""
-    table, root = list(class_labels(load_config().machines)), tmp_path / "data"
+    table, root = list(number_classes(load_config())), tmp_path / "data"
     for index, (label, waveform) in enumerate(zip(reference.labels(), reference.waveforms().numpy(), strict=True)):
         machine_type, machine_id = table[label]
         clip = write_clip(root / machine_type / "test" / f"normal_id_{machine_id}_{index}.wav", waveform)
     torch.save(reference.parameters(), tmp_path / "run.pth")
     status, _, errors = evaluate(call, tmp_path, root)
     assert status == 0
-    assert "run.pth is a bare state dict: machines, mode, input" in errors
+    assert "run.pth is a bare state dict: machines, classes, mode, input" in errors
     assert "run.pth: no scores of held-out clips, so there are no decisions" in errors
     folder = tmp_path / "run" / "test"
     rows = [row for path in folder.glob("anomaly_score_*.csv") for row in read_csv(path)]

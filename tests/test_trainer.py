@@ -314,14 +314,14 @@ def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
 def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
     clips = clips_of(data_root, num_workers=2)
     trainer = Trainer(load_config(machines=MACHINES, batch_size=5, input=["sgram"]), CPU)
-    scores, accuracy = trainer.validate(clips)
+    scores, loss, accuracy = trainer.validate(clips)
     with torch.no_grad():
         ((samples, labels),) = clips.batches([np.arange(len(clips))], CPU)
         similarity, _ = trainer.network.eval()(**trainer.loss.front_end(samples))
     expected = trainer.objective.anomaly_score(similarity, labels, torch.float64)
     assert scores.dtype == np.float64
     assert scores == pytest.approx(expected.numpy(), rel=1e-5)
-    assert scores.mean() == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
+    assert loss == scores.mean() == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx(trainer.objective.accuracy(similarity, labels).item())
 
 

@@ -1,0 +1,203 @@
+"""Which recordings there are, what their names say, and which classes they make."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import MACHINES, tone, write_clip, write_set
+
+from config import AUTO, Machines, load_config
+from corpus import (
+    ANOMALOUS,
+    COLUMNS,
+    LABEL_LIST,
+    NAMES_SHOWN,
+    NORMAL,
+    UNLABELLED,
+    find_classes,
+    find_clips,
+    number_classes,
+    read_label_list,
+    settle_classes,
+)
+from utils import UserError
+
+PUBLISHED_LABELS = Path(__file__).with_name("data") / LABEL_LIST
+
+
+def listed(root: Path, machines: Machines, split: str, **keys) -> pd.DataFrame:
+    return find_clips(load_config(data_root=str(root), machines=machines, **keys), split)
+
+
+def labels_of(machines: Machines) -> dict[tuple[str, str], int]:
+    """The class of each machine, with `classes: section`."""
+    return {machine: own[""] for machine, own in number_classes(load_config(machines=machines)).items()}
+
+
+# ---- Which clips ----
+
+
+def test_labels_follow_the_order_of_the_table():
+    assert labels_of({"pump": [4, 0], "fan": [1]}) == {("pump", "04"): 0, ("pump", "00"): 1, ("fan", "01"): 2}
+    labels = labels_of(load_config().machines)
+    assert (labels["fan", "00"], labels["pump", "00"], labels["slider", "00"]) == (0, 7, 14)
+    assert (labels["ToyCar", "01"], labels["ToyConveyor", "01"], labels["valve", "06"]) == (21, 28, 40)
+
+
+def test_find_clips(tmp_path, capsys):
+    root = write_set(tmp_path / "id_09_raid" / "data")  # the ID is in the file's name only
+    write_clip(root / "fan/train/normal_id_07_00000000.wav", tone(1, 0.1))
+    write_clip(root / "fan/train/anomaly_id_00_00000000.wav", tone(1, 0.1))
+    (root / "fan/train/._normal_id_00_00000000.wav").touch()
+    (root / "fan/train/notes.txt").touch()
+    shutil.move(root / "valve/test/normal_id_01_00000000.wav", root / "valve/test/NORMAL_ID_01_extra.WAV")
+    clips = listed(root, MACHINES, "train")
+    assert list(clips.columns) == COLUMNS
+    assert list(zip(clips["machine_type"], clips["machine_id"], clips["label"], strict=True)) == [
+        *[("fan", "00", 0)] * 4, *[("fan", "02", 1)] * 4, *[("valve", "01", 2)] * 4
+    ]  # fmt: skip
+    assert set(clips["condition"]) == {NORMAL}
+    assert clips["path"][5] == root / "fan/train/normal_id_02_00000001.wav"
+    said = capsys.readouterr().err
+    assert "skipped 2 files not named normal_id_XX_*.wav or .flac: ._normal_id_00_00000000.wav, notes.txt\n" in said
+    assert "skipped 1 file of IDs outside the table of machines: normal_id_07_00000000.wav" in said
+    assert "skipped 1 file named anomaly: training takes normal ones only: anomaly_id_00_00000000.wav" in said
+    clips = listed(root, MACHINES, "test")
+    conditions = clips["condition"][clips["machine_type"] == "valve"]
+    assert conditions.tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, NORMAL]
+
+
+def test_of_many_files_passed_over_some_are_named(tmp_path, capsys):
+    root = write_set(tmp_path)
+    for index in range(NAMES_SHOWN + 2):
+        (root / f"fan/train/note_{index}.txt").touch()
+    listed(root, MACHINES, "train")
+    said = capsys.readouterr().err
+    assert f"skipped {NAMES_SHOWN + 2} files not named" in said
+    assert f", note_{NAMES_SHOWN - 1}.txt and 2 more\n" in said
+
+
+def test_ids_without_clips_are_named(data_root, capsys):
+    listed(data_root, {"fan": [0, 1, 2], "valve": [1, 3]}, "train")
+    assert "train: 2 of 5 machine IDs have no clips: fan 01, valve 03" in capsys.readouterr().err
+    listed(data_root, {"fan": [0, 1], "valve": [1]}, "test")
+    assert "test: 1 of 3 machine IDs have no clips: fan 01" in capsys.readouterr().err
+
+
+def test_missing_folders(data_root, capsys):
+    machines = {"fan": [0], "pump": [0]}
+    with pytest.raises(UserError, match=r"no folder .*pump/train .*datasets/download.py.*datasets/synthesize.py"):
+        listed(data_root, machines, "train")
+    assert len(listed(data_root, machines, "test")) == 4
+    assert "no test folder for pump" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no folder"):
+        listed(data_root, {"pump": [0]}, "test")
+    with pytest.raises(UserError, match=r"no clips found: looked for .*normal_id_XX.*datasets/download.py"):
+        listed(data_root, {"fan": [5]}, "train")
+    with pytest.raises(UserError, match="training clips of one class only"):
+        listed(data_root, {"fan": [0, 5]}, "train")
+    with pytest.raises(UserError, match=r"no folder \S*nowhere \(looked for .*datasets/download.py"):
+        listed(data_root / "nowhere", {"fan": [0]}, "train")
+
+
+# ---- Machines as the folders have them ----
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_machines_are_found_in_the_training_folders(tmp_path, monkeypatch, capsys):
+    """In an order of their own, whatever that of the disk; an ID is a number or a word."""
+    names = ["press/train/normal_id_line-3_1.wav", "press/train/normal_id_10_1.flac", "press/train/NORMAL_ID_2_1.WAV",
+             "press/train/normal_id_002_2.wav", "press/train/anomaly_id_7_1.wav", "press/train/id_8_1.wav",
+             "press/test/normal_id_9_1.wav", "Fan/train/normal_id_00_1.wav", "notes/train/readme.txt"]  # fmt: skip
+    touch(*(tmp_path / name for name in names), tmp_path / "valve" / "train")
+    touch(tmp_path / ".Trash" / "train" / "normal_id_00_1.wav")
+    iterdir = Path.iterdir
+    for order in (sorted, lambda found: sorted(found, reverse=True)):
+        monkeypatch.setattr(Path, "iterdir", lambda self, order=order: iter(order(iterdir(self))))
+        assert find_classes(tmp_path, AUTO)[0] == {"Fan": [0], "press": [2, 10, "line-3"]}
+        assert list(find_classes(tmp_path, AUTO)[0]) == ["Fan", "press"]
+    config = settle_classes(load_config(data_root=str(tmp_path), machines="auto"))
+    assert labels_of(config.machines) == {
+        ("Fan", "00"): 0, ("press", "02"): 1, ("press", "10"): 2, ("press", "line-3"): 3
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    assert f"notice: {tmp_path}: 4 machine IDs: Fan 00; press 02, 10, line-3\n" in said
+    assert "no recordings named normal_id_XX_*.wav or section_XX_" in said
+    assert "in the train folder of notes\n" in said
+    assert settle_classes(config) is config
+
+
+def test_folders_without_machines(tmp_path):
+    with pytest.raises(UserError, match=r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav"):
+        find_classes(tmp_path, AUTO)[0]
+    config = load_config(data_root=str(tmp_path), machines="auto")
+    touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
+    with pytest.raises(UserError, match="training clips of one class only, and the method learns by"):
+        find_clips(settle_classes(config), "train")
+    touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
+    with pytest.raises(UserError, match=r"machines: {'fan': \[0, 'mean'\]} is not .*, not pooled, mean or min"):
+        settle_classes(config)
+
+
+def test_ids_may_be_words(tmp_path, capsys):
+    touch(*(tmp_path / f"press/train/normal_id_{name}_1.wav" for name in ("line-3", "line-4", "3")))
+    clips = listed(tmp_path, {"press": ["line-4", "line-3"]}, "train")
+    assert clips["machine_id"].tolist() == ["line-3", "line-4"]
+    assert clips["label"].tolist() == [1, 0]
+    assert "skipped 1 file of IDs outside the table of machines: normal_id_3_1.wav" in capsys.readouterr().err
+
+
+# ---- Evaluation clips, whose names do not tell ----
+
+
+def test_published_label_list():
+    """The list as published: 7,103 clips of the IDs that the challenge kept back."""
+    conditions = read_label_list(PUBLISHED_LABELS)
+    assert len(conditions) == 7103
+    machines = {(machine_type, int(name.split("_")[1])) for machine_type, name in conditions}
+    table = {
+        "fan": [1, 3, 5], "pump": [1, 3, 5], "slider": [1, 3, 5], "valve": [1, 3, 5],
+        "ToyCar": [5, 6, 7], "ToyConveyor": [4, 5, 6],
+    }  # fmt: skip
+    assert machines == {(machine_type, machine_id) for machine_type, ids in table.items() for machine_id in ids}
+    lines = PUBLISHED_LABELS.read_text().splitlines()
+    assert list(conditions.values()).count(ANOMALOUS) == sum(",anomaly_id_" in line for line in lines)
+    assert conditions["fan", "id_01_00000000"] == NORMAL
+    assert conditions["fan", "id_01_00000001"] == ANOMALOUS
+
+
+def test_evaluation_clips_take_their_condition_from_the_list(tmp_path, capsys):
+    for name in ("id_00_00000000.wav", "id_00_00000001.wav", "id_02_00000000.flac", "normal_id_00_00000000.wav"):
+        write_clip(tmp_path / "fan/evaluation" / name, tone(0, 0.1))
+    machines = {"fan": [0, 2], "valve": [1]}
+    clips = listed(tmp_path, machines, "evaluation")
+    assert clips["machine_id"].tolist() == ["00", "00", "02"]
+    assert clips["label"].tolist() == [0, 0, 1]
+    assert set(clips["condition"]) == {UNLABELLED}
+    said = capsys.readouterr().err
+    assert "skipped 1 file not named id_XX_*.wav or .flac: normal_id_00_00000000.wav" in said
+    assert "no evaluation folder for valve" in said
+    (tmp_path / LABEL_LIST).write_text(
+        "valve\nid_00_00000000.wav,anomaly_id_00_00000000.wav,1\n"
+        "fan\r\nid_00_00000000.wav,normal_id_00_00000007.wav,0\r\nid_02_00000000.wav,anomaly_id_02_00000001.wav,1\n\n"
+    )
+    conditions = listed(tmp_path, machines, "evaluation")["condition"]
+    assert conditions.tolist() == [NORMAL, UNLABELLED, ANOMALOUS]
+    with pytest.raises(UserError, match=r"no folder .*valve/evaluation .*id_XX_.*download.py --parts evaluation"):
+        listed(tmp_path, {"valve": [1]}, "evaluation")
+
+
+@pytest.mark.parametrize("line", ["id_00_00000000.wav,1", "id_00_00000000.wav,normal_id_00_00000000.wav,2"])
+def test_a_label_list_with_something_else_in_it(tmp_path, line):
+    (tmp_path / LABEL_LIST).write_text(f"fan\n{line}\n")
+    with pytest.raises(UserError, match=r"eval_data_list.csv, line 2: not `<file name>,"):
+        read_label_list(tmp_path / LABEL_LIST)
+    (tmp_path / LABEL_LIST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"eval_data_list.csv: not a list of labels"):
+        read_label_list(tmp_path / LABEL_LIST)
