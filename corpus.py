@@ -182,8 +182,8 @@ def check_attributes(files: Sequence[File]) -> None:
         )
         if len(words) != count and not (is_clear and is_other_clear):
             raise UserError(
-                f"{path} has {len(words)} words of attributes and {other.name} has {count}: not the same attributes, "
-                f"nor pairs of name and value; rename or remove the one that is wrong"
+                f"{path}: its attributes are {len(words)} words and those of {other.name} {count}, which cannot be "
+                f"pairs of name and value in both; rename or remove the one that is wrong"
             )
 
 

@@ -23,8 +23,8 @@ def evaluate_score_files(folder: Path, data_root: Path) -> None:
     """Measure the scores in a folder, print the metrics and write them there. Conditions and domains are those that the
     names of the clips tell, or else the lists of labels in data_root.
     """
-    check_writable(folder / "metrics.csv", "the metrics are written beside the score files; copy these elsewhere")
     files, scores = read_score_files(folder)
+    check_writable(folder / "metrics.csv", "the metrics are written beside the score files; copy these elsewhere")
     form, clips = form_of(files), label(files, data_root).assign(score=scores)
     known = known_clips(clips)
     if len(known) < len(clips):

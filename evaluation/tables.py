@@ -63,26 +63,26 @@ def format_table(metrics: Metrics, published: Published) -> str:
     where clips have domains, what the official score consists of.
     """
     table, rule = metrics.table, metrics.rule
-    names = (
-        [*(column.replace("_", " ") for column in rule.official), OFFICIAL]
-        if rule.official
-        else ["AUC", "pAUC", "mAUC"]
-    )
+    types = table.index.unique("machine_type")
+    first = max(12, *map(len, types))
+    names = [*rule.official, OFFICIAL] if rule.official else ["AUC", "pAUC", "mAUC"]
+    widths = [max(8, len(name)) for name in names]
     title = "harmonic mean over IDs" if rule.official else "published, DCASE 2020"
     lines = [
-        f"{'':12} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {title:^26}",
-        f"{'in percent':12} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  |{in_columns(names)}",
+        f"{'':{first}} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {title:^26}",
+        f"{'in percent':{first}} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  |"
+        + in_columns([name.replace("_", " ") for name in names], widths),
     ]
-    for machine_type in table.index.unique("machine_type"):
+    for machine_type in types:
         values = [percent(table.loc[(machine_type, row), column]) for row, column, _ in summary(rule)]
         last = values[len(SUMMARY) :] or [f"{value:.2f}" for value in published.get(machine_type, ())] or ["-"] * 3
-        blocks = in_columns(values[:2]), in_columns(values[2:3]), in_columns(values[3:5])
-        lines.append(f"{machine_type:12} |{'  |'.join(blocks)}  |{in_columns(last)}")
-    return "\n".join([*(line.rstrip() for line in lines), *([rule.text] if rule.text else [])])
+        blocks = [in_columns(part, [8] * len(part)) for part in (values[:2], values[2:3], values[3:5])]
+        lines.append(f"{machine_type:{first}} |{'  |'.join(blocks)}  |{in_columns(last, widths)}")
+    return "\n".join([*(line.rstrip() for line in lines), *([f"Domains: {rule.text}"] if rule.text else [])])
 
 
-def in_columns(values: Sequence[str]) -> str:
-    return " ".join(f"{value:>{8 if len(value) < 9 else 10}}" for value in values)
+def in_columns(values: Sequence[str], widths: Sequence[int]) -> str:
+    return " ".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
 
 
 def markdown_header(title: str, columns: Sequence[str]) -> list[str]:

@@ -49,6 +49,23 @@ def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: i
     return root
 
 
+def write_sections(root: Path, train_clips: int = 4) -> Path:
+    """A data folder in the layout of 2023, with two machine types of one section; a section has two attributes in the
+    source domain and one in the target domain, with a test clip for each and for each condition.
+    """
+    for seed, machine_type in enumerate(("bearing", "fan")):
+        folder = root / machine_type
+        for number in range(train_clips):
+            for domain, speed in (("source", 1 + number % 2), ("target", 3)):
+                name = f"section_00_{domain}_train_normal_{number:04d}_vel_{speed}.wav"
+                write_clip(folder / "train" / name, tone(100 * seed + 10 * speed + number, seconds=1.0))
+        for speed, domain in ((1, "source"), (2, "source"), (3, "target")):
+            for condition in ("normal", "anomaly"):
+                name = f"section_00_{domain}_test_{condition}_{speed:04d}_vel_{speed}.wav"
+                write_clip(folder / "test" / name, tone(100 * seed + 10 * speed + len(condition), seconds=1.0))
+    return root
+
+
 def clips_of(data_root: Path, split: str = "train", **keys) -> ClipSet:
     """The clips of a set, for keys of the configuration."""
     return load_clips(load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys), split)

@@ -14,10 +14,13 @@ from corpus import (
     LABEL_LIST,
     NAMES_SHOWN,
     NORMAL,
+    SECTION_FORM,
     UNLABELLED,
+    alternatives,
     find_classes,
     find_clips,
     number_classes,
+    parse_name,
     read_label_list,
     settle_classes,
 )
@@ -28,6 +31,12 @@ PUBLISHED_LABELS = Path(__file__).with_name("data") / LABEL_LIST
 
 def listed(root: Path, machines: Machines, split: str, **keys) -> pd.DataFrame:
     return find_clips(load_config(data_root=str(root), machines=machines, **keys), split)
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def labels_of(machines: Machines) -> dict[tuple[str, str], int]:
@@ -102,12 +111,6 @@ def test_missing_folders(data_root, capsys):
 
 
 # ---- Machines as the folders have them ----
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
 
 def test_machines_are_found_in_the_training_folders(tmp_path, monkeypatch, capsys):
@@ -201,3 +204,181 @@ def test_a_label_list_with_something_else_in_it(tmp_path, line):
     (tmp_path / LABEL_LIST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"eval_data_list.csv: not a list of labels"):
         read_label_list(tmp_path / LABEL_LIST)
+
+
+# ---- The names of later years ----
+
+
+@pytest.mark.parametrize(
+    ("path", "machine_id", "condition", "domain", "attributes"),
+    [
+        ("fan/train/section_00_source_train_normal_0000_strength_1_far.wav", "00", NORMAL, "source", "strength_1_far"),
+        ("gear/train/section_00_target_train_normal_0001_0_g_25_mm_none.wav", "00", NORMAL, "target", "0_g_25_mm_none"),
+        ("ToyTrain/source_test/section_02_source_test_anomaly_0090.wav", "02", ANOMALOUS, "source", ""),
+        ("ToyTrain/target_test/section_05_target_test_0162.wav", "05", UNLABELLED, "target", ""),
+        ("ToyTrain/target_test/section_05_0162.wav", "05", UNLABELLED, "target", ""),
+        ("bearing/train/section_01_target_train_normal_0009_vel_16_loc_E.wav", "01", NORMAL, "target", "vel_16_loc_E"),
+        ("fan/test/section_00_source_test_anomaly_0000_m-n_W.wav", "00", ANOMALOUS, "source", "m-n_W"),
+        ("fan/test/SECTION_00_Source_TEST_Normal_0000_m-n_W.FLAC", "00", NORMAL, "source", "m-n_W"),
+        ("gear/test/section_00_source_test_normal_0001_volt_1.5_wt_200.wav", "00", NORMAL, "source", "volt_1.5_wt_200"),
+        ("ToothBrush/train/section_00_target_train_normal_0007_noAttribute.wav", "00", NORMAL, "target", "noAttribute"),
+        ("ToyTank/test/section_00_0000.wav", "00", UNLABELLED, "", ""),
+    ],
+)  # fmt: skip
+def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
+    assert parse_name(Path(path)) == (SECTION_FORM, machine_id, condition, domain, attributes)
+
+
+@pytest.mark.parametrize(
+    ("liar", "message"),
+    [
+        ("train/section_0_source_train_normal_0009_pat_00.wav", "begins as that of a section and is not section_XX_"),
+        ("train/section_0a_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_000_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_source_train_normal_9_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_source_train_normal_0009_pat__00.wav", "begins as that of a section"),
+        ("train/section_00_source_target_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_source_train_normal_0009_target_00.wav", "speak of two domains"),
+        ("train/section_00_source_test_normal_0009_pat_00.wav", "named as a clip of test, and in the folder train"),
+        (
+            "train/section_00_source_train_normal_0009_pat.wav",
+            "its attributes are 1 words and those of .* 2, which cannot be pairs",
+        ),
+        (
+            "train/section_00_source_train_normal_0000_pat_00_x.wav",
+            "its attributes are 2 words and those of .* 3, which cannot be pairs",
+        ),
+        ("train/normal_id_00_00000000.wav", "are named as in different years of the challenge"),
+        ("test/section_00_source_train_normal_0009_pat_00.wav", "named as a clip of train, and in the folder test"),
+        ("source_test/section_00_target_test_normal_0009.wav", "name and folder speak of two domains"),
+        ("test/anomaly_id_00_00000000.wav", "are named as in different years of the challenge"),
+    ],
+)
+def test_names_that_lie(tmp_path, liar, message):
+    """An error that names the file; of a mixture of forms, and of attributes, two of them."""
+    split = "train" if liar.startswith("train") else "test"
+    honest = [f"section_00_{domain}_{split}_normal_000{i}_pat_0{i}.wav" for i, domain in ((1, "source"), (2, "target"))]
+    touch(*(tmp_path / machine_type / split / name for name in honest for machine_type in ("fan", "valve")))
+    listed(tmp_path, {"fan": [0], "valve": [0]}, split)
+    touch(tmp_path / "valve" / liar)
+    with pytest.raises(UserError, match=message) as error:
+        listed(tmp_path, {"fan": [0], "valve": [0]}, split)
+    assert Path(liar).name in str(error.value)
+    assert f"{tmp_path}/valve/" in str(error.value)
+    if "different years" in message:
+        assert f"{tmp_path}/fan/{split}/{honest[0]}" in str(error.value)
+    elif "its attributes" in message:
+        assert honest[0] in str(error.value)
+
+
+def test_attributes_need_not_be_pairs_where_all_clips_have_as_many(tmp_path):
+    names = ["00_source_train_normal_0000_strength_1_ambient", "00_target_train_normal_0000_strength_2_ambient",
+             "01_source_train_normal_0000_serial_no_000_water", "01_source_train_normal_0001_noAttribute",
+             "01_source_train_normal_0002"]  # fmt: skip
+    touch(*(tmp_path / "pump/train" / f"section_{name}.wav" for name in names))
+    assert len(listed(tmp_path, {"pump": [0, 1]}, "train")) == 5
+
+
+def test_the_splits_of_2021(tmp_path, capsys):
+    """Test clips of each domain in a folder of its own, evaluation clips beside them."""
+    touch(*(tmp_path / "fan" / name for name in (
+        "train/section_00_source_train_normal_0000_strength_1_ambient.wav",
+        "train/section_03_target_train_normal_0000_strength_1_ambient.wav",
+        "source_test/section_00_source_test_normal_0000.wav", "source_test/section_00_source_test_anomaly_0000.wav",
+        "source_test/section_03_source_test_0000.wav",
+        "target_test/section_00_target_test_normal_0000.wav", "target_test/section_03_target_test_0000.wav",
+    )))  # fmt: skip
+    machines = {"fan": [0, 3]}
+    assert listed(tmp_path, machines, "train")["domain"].tolist() == ["source", "target"]
+    clips = listed(tmp_path, machines, "test")
+    assert clips["condition"].tolist() == [ANOMALOUS, NORMAL, NORMAL]
+    assert clips["domain"].tolist() == ["source", "source", "target"]
+    capsys.readouterr()
+    clips = listed(tmp_path, machines, "evaluation")
+    assert clips["domain"].tolist() == ["source", "target"]
+    assert set(clips["condition"]) == {UNLABELLED}
+    said = capsys.readouterr().err
+    assert "skipped" not in said, "the others are of another split"
+    assert "1 of 2 machine IDs have no clips: fan 00" in said
+    touch(tmp_path / "ground_truth_data/ground_truth_fan_section_03_target_test.csv")
+    (tmp_path / "ground_truth_data/ground_truth_fan_section_03_target_test.csv").write_text(
+        "section_03_target_test_0000.wav,1\n"
+    )
+    assert listed(tmp_path, machines, "evaluation")["condition"].tolist() == [UNLABELLED, ANOMALOUS]
+
+
+def test_evaluation_clips_of_later_years_have_their_labels_in_lists(tmp_path):
+    touch(
+        *(tmp_path / "ToyTank/test" / f"section_00_000{i}.wav" for i in range(4)),
+        tmp_path / "fan/test/section_00_0000.wav",
+    )
+    lists = [
+        tmp_path / f"ground_truth_{kind}" / "ground_truth_ToyTank_section_00_test.csv" for kind in ("data", "domain")
+    ]
+    touch(*lists)
+    lists[0].write_text("section_00_0000.wav,0\nsection_00_0001.wav,1\r\n\nsection_00_0002.wav,1\n")
+    lists[1].write_text("section_00_0000.wav,1\nsection_00_0001.wav,0\n")
+    clips = listed(tmp_path, {"ToyTank": [0], "fan": [0]}, "evaluation")
+    assert clips["condition"].tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, UNLABELLED, UNLABELLED]
+    assert clips["domain"].tolist() == ["target", "source", "", "", ""]
+    for line, message in (("section_01_0000.wav,1", "line 1: section_01_0000.wav is no clip of section_00_test"),
+                          ("section_00_0000.wav,2", "line 1: not `<file name>,<0 or 1>`"),
+                          ("section_00_0000.wav", "line 1: not `<file name>,<0 or 1>`")):  # fmt: skip
+        lists[1].write_text(f"{line}\n")
+        with pytest.raises(UserError, match=f"ground_truth_domain/ground_truth_ToyTank_section_00_test.csv, {message}"):
+            listed(tmp_path, {"ToyTank": [0]}, "evaluation")
+
+
+def test_no_clips_of_a_section(tmp_path, capsys):
+    touch(tmp_path / "fan/test/section_00_source_test_normal_0000.wav", tmp_path / "fan/test/section_01_0000.wav")
+    listed(tmp_path, {"fan": [0], "pump": [0]}, "test")
+    assert "no test folder for pump" in capsys.readouterr().err
+    touch(tmp_path / "fan/train/section_00_source_train_0000.wav", tmp_path / "fan/train/section_00_0000.wav")
+    with pytest.raises(
+        UserError, match=r"no clips found: looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX"
+    ):
+        listed(tmp_path, {"fan": [0]}, "train")
+
+
+# ---- Classes ----
+
+
+def test_the_attributes_of_an_id_make_its_classes(tmp_path, capsys):
+    touch(*(tmp_path / machine_type / "train" / f"section_{section}_source_train_normal_{i:04d}_{attributes}.wav"
+            for machine_type, section, i, attributes in (
+                ("valve", "00", 0, "pat_01"), ("valve", "00", 1, "pat_00"), ("valve", "00", 2, "pat_01"),
+                ("fan", "01", 0, "noAttribute"), ("fan", "00", 0, "m-n_W"), ("fan", "00", 1, "m-n_X"))),
+          tmp_path / "valve/test/section_00_source_test_anomaly_0000_pat_07.wav")  # fmt: skip
+    config = settle_classes(load_config(data_root=str(tmp_path), machines="auto", classes="attributes"))
+    assert config.classes == {
+        "fan": {"00": ["m-n_W", "m-n_X"], "01": ["noAttribute"]}, "valve": {"00": ["pat_00", "pat_01"]}
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    assert "3 machine IDs: fan 00, 01; valve 00\n" in said
+    assert "5 classes by attributes: fan 00 (2), fan 01 (1), valve 00 (2)\n" in said
+    assert settle_classes(config) is config
+    assert find_clips(config, "train")["label"].tolist() == [0, 1, 2, 4, 3, 4]
+    assert find_clips(config, "test")["label"].tolist() == [3], "the first class, whatever the attributes"
+    assert alternatives(config).tolist() == [[0, 1], [1, 0], [2, 2], [3, 4], [4, 3]]
+    touch(tmp_path / "valve/train/section_00_source_train_normal_0003_pat_02.wav")
+    assert len(find_clips(config, "train")) == 6
+    assert "skipped 1 file with attributes outside the table of classes: section_00_source" in capsys.readouterr().err
+
+
+def test_attributes_of_one_id_are_classes_enough(tmp_path):
+    touch(*(tmp_path / f"valve/train/section_00_source_train_normal_0000_pat_0{i}.wav" for i in range(2)))
+    with pytest.raises(UserError, match="training clips of one class only"):
+        listed(tmp_path, {"valve": [0]}, "train")
+    config = settle_classes(load_config(data_root=str(tmp_path), machines={"valve": [0]}, classes="attributes"))
+    assert find_clips(config, "train")["label"].tolist() == [0, 1]
+
+
+def test_without_attributes_the_classes_are_the_ids(data_root):
+    by_section, by_attributes = (
+        settle_classes(load_config(data_root=str(data_root), machines=MACHINES, classes=classes))
+        for classes in ("section", "attributes")
+    )
+    assert number_classes(by_attributes) == number_classes(by_section)
+    assert find_clips(by_attributes, "train").equals(find_clips(by_section, "train"))
+    assert alternatives(load_config()).tolist() == [[label] for label in range(41)]

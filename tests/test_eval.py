@@ -11,14 +11,26 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import MACHINES, arguments, copy_test_clips, remove_embeddings, tone, write_clip, write_set
+from conftest import (
+    MACHINES,
+    arguments,
+    copy_test_clips,
+    remove_embeddings,
+    tone,
+    write_clip,
+    write_sections,
+    write_set,
+)
 from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
 import train as train_script
-from checkpoint import build_network, load_checkpoint, load_file, save_checkpoint
-from config import load_config
+from checkpoint import build_network, load_checkpoint, load_file, load_model, save_checkpoint
+from config import load_config, parse_yaml
 from corpus import number_classes
+from dataloader import load_clips
+from evaluation.scoring import embedding_scores, run_model
+from losses import Objective
 from model import TASTgramMFN
 
 
@@ -555,6 +567,142 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
         eval_script.main, tmp_path / "run.pth", "--data_root", root, "--channel", "2",
         match=r"4 of 4 recordings cannot be used.*\(no channel 2: it has 2 channels, counted from 0\)",
     )  # fmt: skip
+
+
+# ---- Sections, domains, attributes ----
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory) -> Path:
+    """Folder of a run of the classes by attributes, `run.pth`, and of its data, `data`."""
+    folder = tmp_path_factory.mktemp("sections")
+    words = iter(arguments(folder, write_sections(folder / "data"), machines="auto", classes="attributes"))
+    options = {option.removeprefix("--"): parse_yaml(value, option) for option, value in zip(words, words, strict=True)}
+    train_script.train(load_config(**options, split_ratio=0.7))
+    return folder
+
+
+def by_hand(outputs, own: list[int], config) -> np.ndarray:
+    """The lowest score over these classes."""
+    objective = Objective(config.mode, config.m, config.s)
+    each = [objective.anomaly_score(outputs.similarity, torch.full((len(outputs.similarity),), label), torch.float64)
+            for label in own]  # fmt: skip
+    return np.min([scores.numpy() for scores in each], axis=0)
+
+
+def scores_of(folder: Path, name: str) -> dict[str, float]:
+    return {clip: float(score) for clip, score in read_csv(folder / name)}
+
+
+def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections, call):
+    root, results = sections / "data", sections / "run" / "test"
+    status, output, _ = evaluate(call, sections, root, "--score_dtype", "float64")
+    assert status == 0
+    trained = load_model(sections / "run.pth", load_config(data_root=str(root)), {})
+    own = ["vel_1", "vel_2", "vel_3"]
+    assert trained.config.classes == {"bearing": {"00": own}, "fan": {"00": own}}
+    assert trained.network.num_classes == 6
+    clips = load_clips(trained.config, "test")
+    outputs = run_model(trained, clips, torch.device("cpu"))
+    for machine_type, labels in (("bearing", [0, 1, 2]), ("fan", [3, 4, 5])):
+        found = scores_of(results, f"anomaly_score_{machine_type}_section_00_test.csv")
+        assert len(found) == 6
+        of_type = clips.clips["machine_type"] == machine_type
+        expected = dict(zip((path.name for path in clips.clips["path"][of_type]),
+                            by_hand(outputs, labels, trained.config)[of_type], strict=True))  # fmt: skip
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert set(scores_of(results, f"decision_result_{machine_type}_section_00_test.csv")) == set(found)
+    assert "|AUC source AUC target     pAUC official\n" in output
+    assert "rule of DCASE 2022" in (results / "results.md").read_text()
+
+    held_out = load_checkpoint(sections / "run.pth")["held_out"]
+    _, valid = load_clips(trained.config, "train").split(0.7, trained.config.seed)
+    outputs = run_model(trained, valid, torch.device("cpu"))
+    of_type = valid.clips["machine_type"] == "fan"
+    lowest = np.where(of_type, by_hand(outputs, [3, 4, 5], trained.config), by_hand(outputs, [0, 1, 2], trained.config))
+    assert held_out["score"] == pytest.approx(lowest.tolist(), rel=1e-5), "thresholds rest on the same scores"
+
+
+@pytest.mark.parametrize("scoring", ["published", "angle", "nearest"])
+def test_a_single_recording_scores_as_in_the_evaluation_of_its_section(sections, call, scoring):
+    root = sections / "data"
+    options = ("--scoring", scoring, "--score_dtype", "float64")
+    assert evaluate(call, sections, root, *options, "--plots", "--report")[0] == 0
+    expected = scores_of(sections / "run" / "test", "anomaly_score_fan_section_00_test.csv")
+    words = ("--score", root / "fan" / "test", "--machine_type", "fan", "--machine_id", "0", "--json", *options)
+    status, output, _ = evaluate(call, sections, root, *words)
+    assert status == 0
+    assert {Path(row["file"]).name: row["score"] for row in json.loads(output)} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["angle", "nearest"])
+def test_the_closest_class_of_the_section_counts(sections, scoring):
+    config = load_config(data_root=str(sections / "data"), scoring=scoring, neighbours=1)
+    trained = load_model(sections / "run.pth", config, {})
+    embedding = torch.randn(4, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if scoring == "angle":
+        others, labels = trained.network.arcface.weight.detach().double(), torch.arange(6)
+    else:
+        bank = trained.state["embeddings"]["bank"]
+        others, labels = bank["embedding"].double(), bank["label"]
+    cosine = torch.nn.functional.normalize(embedding) @ torch.nn.functional.normalize(others).T
+    nearest = cosine[:, labels >= 3].amax(dim=1)
+    expected = torch.rad2deg(torch.acos(nearest)) if scoring == "angle" else 1 - nearest
+    for label in (3, 4, 5):
+        found = embedding_scores(trained, embedding, torch.full((4,), label))
+        assert found == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+def test_the_checkpoint_keeps_the_classes(sections, call, fails):
+    root = sections / "data"
+    assert evaluate(call, sections, root, "--classes", "attributes", "--machines", "auto")[0] == 0
+    fails(eval_script.main, sections / "run.pth", "--data_root", root, "--classes", "section",
+          match="command line: classes 'section' is not the checkpoint's")  # fmt: skip
+    words = arguments(sections, root, machines="auto", classes="attributes", split_ratio=0.7)
+    status, output, _ = call(train_script.main, *words, "--resume")
+    assert (status, "lowest validation loss" in output) == (0, True)
+    words = arguments(sections, root, machines="auto", split_ratio=0.7)
+    fails(train_script.main, *words, "--resume", match=r"had another configuration: classes \(was {'bearing'")
+
+
+def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, call):
+    root = sections / "data"
+    call(train_script.main, *arguments(tmp_path, root, machines="auto", split_ratio=0.7))
+    weights = (sections / "run.pth", tmp_path / "run.pth")
+    status, output, _ = call(eval_script.main, *weights, "--data_root", root, "--output", tmp_path / "out", "--plots")
+    assert status == 0
+    assert "| classes attributes minus classes section (test clips alone) |" in output
+    header = next(line for line in output.splitlines() if line.startswith("| configuration |"))
+    assert header.endswith(
+        "| AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official score |"
+    )
+    assert "Domains: rule of DCASE 2022 and later" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_evaluation_clips_of_later_years(sections, tmp_path, call):
+    """In the test folder, beside the others; with labels from the organisers' lists, and without."""
+    root = tmp_path / "data"
+    for machine_type in ("bearing", "fan"):
+        for index, path in enumerate(sorted((sections / "data" / machine_type / "test").iterdir())):
+            target = root / machine_type / "test" / f"section_00_{index:04d}.wav"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+            for kind, word in (("data", "anomaly"), ("domain", "target")):
+                file = root / f"ground_truth_{kind}" / f"ground_truth_{machine_type}_section_00_test.csv"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a") as lines:
+                    lines.write(f"{target.name},{int(word in path.name)}\n")
+    folder = Path(shutil.copytree(sections, tmp_path / "copy", ignore=shutil.ignore_patterns("data")))
+    assert evaluate(call, folder, sections / "data")[0] == 0
+    status, output, _ = evaluate(call, folder, root, "--split", "evaluation")
+    assert status == 0
+    rows = {name: read_csv(folder / "run" / name / "metrics.csv") for name in ("test", "evaluation")}
+    assert rows["test"] == rows["evaluation"]
+    assert (folder / "run/evaluation/anomaly_score_fan_section_00_test.csv").is_file()
+    shutil.rmtree(root / "ground_truth_data")
+    status, output, errors = evaluate(call, folder, root, "--split", "evaluation")
+    assert (status, "AUC" in output) == (0, False)
+    assert "12 of 12 clips are not in ground_truth_data and ground_truth_domain and count in no metric (copy" in errors
 
 
 # ---- Several checkpoints ----

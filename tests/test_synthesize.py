@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from config import load_config
+from corpus import find_clips, settle_classes
 from utils import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
@@ -93,6 +95,46 @@ def test_every_part_of_the_name_and_the_seed_make_another_clip():
     clips = [synthesize.synthesize(Clip(*name), seed) for *name, seed in names]
     for one, other in itertools.combinations(clips, 2):
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.5
+
+
+# ---- The form of 2023 ----
+
+
+@pytest.mark.usefixtures("few")
+def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
+    """Under the names of that year; in the target domain the machine runs faster, in a louder factory."""
+    options = ("--output", str(tmp_path / "set"), "--form", "2023", "--train", "8", "--test", "2")
+    synthesize.main([*options])
+    config = load_config(data_root=str(tmp_path / "set"), machines="auto", classes="attributes")
+    config = settle_classes(config)
+    assert config.classes == {machine_type: {"00": ["spd_1", "spd_2", "spd_3"]} for machine_type in FEW}
+    train, test = (find_clips(config, split) for split in ("train", "test"))
+    assert train["domain"].value_counts().to_dict() == {"source": 16, "target": 2}
+    assert train["label"].value_counts().sort_index().tolist() == [4, 4, 1] * 2
+    kinds = test.groupby(["machine_type", "domain", "condition"]).size()
+    assert kinds.tolist() == [2] * 8
+    made = contents(tmp_path / "set")
+    assert len(made) == 1 + 18 + 16
+    synthesize.main([*options])
+    assert contents(tmp_path / "set") == made
+    with pytest.raises(UserError, match="holds another set"):
+        make(tmp_path / "set")
+    make(tmp_path / "set", "--overwrite")
+    assert not list((tmp_path / "set").rglob("section_*"))
+
+
+def test_the_target_domain_is_faster_and_louder_around_the_machine(monkeypatch):
+    source, target = (Clip("fan", 0, "train", "normal", 1, domain) for domain in ("source", "target"))
+    assert (source.speed, target.speed) == (2, 3)
+    whine = np.sin(2 * np.pi * 1000 * TIME)  # instead of the machine
+    monkeypatch.setattr(synthesize, "machine_sound", lambda *_: whine)
+
+    def share(domain: str) -> float:
+        """The mean share of the machine in the power of clips."""
+        sounds = [synthesize.synthesize(Clip("fan", 0, "train", "normal", n, domain), 0) for n in range(8)]
+        return float(np.mean([(sound @ whine) ** 2 / (whine @ whine) / (sound @ sound) for sound in sounds]))
+
+    assert share("target") < 0.8 * share("source")
 
 
 # ---- The machines ----
