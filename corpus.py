@@ -41,6 +41,7 @@ GET_EVALUATION = "`python datasets/download.py --parts evaluation` fetches those
 ONE_CLASS = "training clips of one class only, and the method learns by telling classes (machine IDs) apart"
 NAMES_SHOWN = 5  # of files that are passed over
 Machine = tuple[str, str]  # type and ID as in file names, ("fan", "02")
+Labels = dict[tuple[str, str], tuple[str, str]]  # condition and domain of (machine type, file name without its ending)
 
 # ---- Names ----
 
@@ -285,16 +286,16 @@ def find_clips(config: Config, split: str) -> pd.DataFrame:
     or "evaluation" (the file's name does not tell; the lists of labels do, where there are any).
 
     Columns: `path`, `machine_type`, `machine_id` ("02", read from the file name), `domain` (SOURCE, TARGET or ""),
-    `label` (the class; in other splits than "train" the first one of the machine), `condition` (NORMAL, ANOMALOUS or
+    `label` (the class; of attributes that no class has, the first one of the machine), `condition` (NORMAL, ANOMALOUS or
     UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError` where there is nothing to
     read: for training any missing folder of a machine type, otherwise only if all are.
     """
-    root, machines, classes = Path(config.data_root), config.machines, number_classes(config)
-    form, files = scan(root, list(machines), split)
-    remedy = GET_EVALUATION if split == "evaluation" else GET_DATA
+    root, classes = Path(config.data_root), number_classes(config)
+    form, files = scan(root, list(config.machines), split)
     looked_for = f"{root}/<machine type>/{split}/{form.names[split]}"
-    absent = [name for name in machines if not any((root / name / folder).is_dir() for folder in form.folders[split])]
-    if absent and (split == "train" or len(absent) == len(machines)):
+    remedy = GET_EVALUATION if split == "evaluation" else GET_DATA
+    absent = [x for x in config.machines if not any((root / x / folder).is_dir() for folder in form.folders[split])]
+    if absent and (split == "train" or len(absent) == len(config.machines)):
         folder = root / absent[0] / split if root.is_dir() else root
         others = ", --machines other machine types (auto: those that are there)" if split == "train" else ""
         raise UserError(
@@ -302,34 +303,18 @@ def find_clips(config: Config, split: str) -> pd.DataFrame:
         )
     labels = read_labels(root, form, files) if split == "evaluation" else {}
     rows, skipped = [], defaultdict(list)
-    for path, machine_type, name in files:
-        if name is None or (name.condition == UNLABELLED) != (split == "evaluation"):
-            is_of_other_split = name is not None and form is SECTION_FORM and split != "train"
-            if not is_of_other_split:
-                skipped[f"not named {form.names[split]} or .flac"].append(path.name)
-            continue
-        machine = (machine_type, name.machine_id)
-        condition, domain = labels.get((machine_type, path.stem), (name.condition, name.domain))
-        own = classes.get(machine, {})
-        label = own.get(name.attributes, own.get("")) if split == "train" else next(iter(own.values()), None)
-        if not own:
-            skipped["of IDs outside the table of machines"].append(path.name)
-        elif condition == ANOMALOUS and split == "train":
-            skipped["named anomaly: training takes normal ones only"].append(path.name)
-        elif label is None:
-            skipped["with attributes outside the table of classes"].append(path.name)
-        else:
-            rows.append((path, *machine, domain, label, condition))
+    for file in files:
+        row = make_row(file, form, split, classes, labels)
+        if isinstance(row, str):
+            skipped[row].append(file.path.name)
+        elif row:
+            rows.append(row)
     if not rows:
         raise UserError(f"no clips found: looked for {looked_for} of the IDs in machines; {remedy}")
     clips = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     if split == "train" and clips["label"].nunique() < 2:
         raise UserError(f"{root}: {ONE_CLASS}")
-
-    for what, names in skipped.items():
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
-        notice(f"{root}, {split}: skipped {count} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    report_skipped(f"{root}, {split}", skipped)
     if absent:
         notice(f"{root}: no {split} folder for {', '.join(absent)}")
     present = set(zip(clips["machine_type"], clips["machine_id"], strict=True))
@@ -339,12 +324,36 @@ def find_clips(config: Config, split: str) -> pd.DataFrame:
     return clips
 
 
+def make_row(
+    file: File, form: Form, split: str, classes: Mapping[Machine, Mapping[str, int]], labels: Labels
+) -> tuple | str | None:
+    """The row of a file in the table of a split, or why it is skipped; None where it is of another split."""
+    path, machine_type, name = file
+    if name is None or (name.condition == UNLABELLED) != (split == "evaluation"):
+        is_of_other_split = name is not None and form is SECTION_FORM and split != "train"
+        return None if is_of_other_split else f"not named {form.names[split]} or .flac"
+    own = classes.get((machine_type, name.machine_id))
+    if not own:
+        return "of IDs outside the table of machines"
+    condition, domain = labels.get((machine_type, path.stem), (name.condition, name.domain))
+    if split == "train" and condition == ANOMALOUS:
+        return "named anomaly: training takes normal ones only"
+    if split == "train" and not {name.attributes, ""} & set(own):
+        return "with attributes outside the table of classes"
+    label = own.get(name.attributes, next(iter(own.values())))
+    return path, machine_type, name.machine_id, domain, label, condition
+
+
+def report_skipped(where: str, skipped: Mapping[str, Sequence[str]]) -> None:
+    for what, names in skipped.items():
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
+        notice(f"{where}: skipped {count} {what}: {', '.join(names[:NAMES_SHOWN])}{more}")
+
+
 def known_clips(clips: pd.DataFrame) -> pd.DataFrame:
     """The clips whose condition is known."""
     return clips[clips["condition"] != UNLABELLED]
-
-
-Labels = dict[tuple[str, str], tuple[str, str]]  # condition and domain of (machine type, file name without its ending)
 
 
 def read_labels(root: Path, form: Form, files: Sequence[File]) -> Labels:
