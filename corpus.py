@@ -286,8 +286,8 @@ def find_clips(config: Config, split: str) -> pd.DataFrame:
     or "evaluation" (the file's name does not tell; the lists of labels do, where there are any).
 
     Columns: `path`, `machine_type`, `machine_id` ("02", read from the file name), `domain` (SOURCE, TARGET or ""),
-    `label` (the class; of attributes that no class has, the first one of the machine), `condition` (NORMAL, ANOMALOUS or
-    UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError` where there is nothing to
+    `label` (the class; of attributes that no class has, the first one of the machine), `condition` (NORMAL, ANOMALOUS
+    or UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError` where there is nothing to
     read: for training any missing folder of a machine type, otherwise only if all are.
     """
     root, classes = Path(config.data_root), number_classes(config)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from checkpoint import TrainedModel
-from config import Config
+from config import BY_ATTRIBUTES, Config
 from corpus import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, Form, known_clips, parse_name
 from dataloader import ClipSet
 from evaluation.decisions import decide, fit_thresholds
@@ -120,6 +120,7 @@ def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str
         "scoring": trained.config.scoring,
         **({"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}),
         **({"windows": describe_windows(trained.config, split)} if trained.config.window == "all" else {}),
+        **({"classes": BY_ATTRIBUTES} if isinstance(trained.config.classes, dict) else {}),
         "input": trained.config.input,
         "seed": training.get("seed"),
         "epoch of the weights": trained.state.get("epoch"),

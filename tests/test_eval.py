@@ -613,7 +613,9 @@ def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections
         assert found == pytest.approx(expected, rel=1e-9)
         assert set(scores_of(results, f"decision_result_{machine_type}_section_00_test.csv")) == set(found)
     assert "|AUC source AUC target     pAUC official\n" in output
-    assert "rule of DCASE 2022" in (results / "results.md").read_text()
+    text = (results / "results.md").read_text()
+    assert "rule of DCASE 2022" in text
+    assert "- classes: attributes\n" in text
 
     held_out = load_checkpoint(sections / "run.pth")["held_out"]
     _, valid = load_clips(trained.config, "train").split(0.7, trained.config.seed)
