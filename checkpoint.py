@@ -25,6 +25,7 @@ from config import (
     RECORDING_KEYS,
     Config,
     make_config,
+    show_value,
 )
 from corpus import machines_of_classes, settle_classes
 from distributed import from_main
@@ -199,7 +200,8 @@ def check_configuration(config: Config, state: State, path: Path, remedy: str) -
     """Raise `UserError` where the run of a checkpoint had another configuration, but for how and where it computes."""
     before = state.get("config", {})
     keys = config.differences(before, [key for key in KEYS if key not in COMPUTATION_KEYS])
-    if differing := [f"{key} (was {before.get(key)!r}, is {getattr(config, key)!r})" for key in keys]:
+    was = {key: (show_value(key, before.get(key)), show_value(key, getattr(config, key))) for key in keys}
+    if differing := [f"{key} (was {one}, is {other})" for key, (one, other) in was.items()]:
         raise UserError(f"{path}: the run to resume had another configuration: {'; '.join(differing)}; {remedy}")
 
 
@@ -281,8 +283,8 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
         checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) not in settled]
         for key in config.differences(trained, checked):
             raise UserError(
-                f"command line: {key} {getattr(config, key)!r} is not the checkpoint's, {trained[key]!r} ({path}); "
-                f"leave it out"
+                f"command line: {key} {show_value(key, getattr(config, key))} is not the checkpoint's, "
+                f"{show_value(key, trained[key])} ({path}); leave it out"
             )
         decided = {key: trained[key] for key in MODEL_KEYS}
         decided |= {key: trained[key] for key in RECORDING_KEYS if key not in given}

@@ -102,8 +102,9 @@ class Config(BaseModel):
         ),
     ]
     classes: Annotated[
-        Literal["section", "attributes"] | dict[MachineType, dict[str, Annotated[list[str], Field(min_length=1)]]],
-        Field(description="section or attributes"),
+        Literal["section", "attributes"]
+        | dict[MachineType, dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(refuse_repeats)]]],
+        Field(description="section, attributes, or a table of the attributes of each machine"),
     ]
     window: Literal["first", "all"]
     hop: Annotated[
@@ -184,7 +185,7 @@ def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
     """
     values = {str(key): value for _, given in sources for key, value in given.items()}
     try:
-        return Config.model_validate(values)
+        return check_classes(Config.model_validate(values))
     except ValidationError as error:
         first = error.errors()[0]
     key = str(first["loc"][0])
@@ -197,6 +198,22 @@ def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
     choices = CHANNELS if key == "input" else [name for name in get_args(field.annotation) if isinstance(name, str)]
     allowed = field.description or f"one of {', '.join(choices)}"
     raise UserError(f"{source}: {key}: {values[key]!r} is not {allowed}{suggest(str(values[key]), choices)}")
+
+
+def check_classes(config: Config) -> Config:
+    """The same, unless a table of classes has other machines than the table of machines."""
+    if isinstance(config.classes, dict):
+        machines = {machine_type: set(map(name_id, ids)) for machine_type, ids in config.machines.items()}
+        if {machine_type: set(ids) for machine_type, ids in config.classes.items()} != machines:
+            raise UserError("classes: a table that has not the machine types and IDs of machines; give attributes")
+    return config
+
+
+def show_value(key: str, value: Any) -> str:
+    """A value in a message; a table of classes is too long for it."""
+    if key == "classes" and isinstance(value, dict):
+        return f"{BY_ATTRIBUTES} ({sum(len(own) for ids in value.values() for own in ids.values())} classes)"
+    return repr(value)
 
 
 # ---- YAML and the command line ----

@@ -2,14 +2,14 @@
 
 Recordings (.wav or .flac) lie in data_root under <machine type>/{train,test}. In DCASE 2020 Task 2 they are named
 
-    {normal,anomaly}_id_XX_*.wav        evaluation clips id_XX_*.wav in <machine type>/evaluation, which are anomalous
-                                        in eval_data_list.csv
+    {normal,anomaly}_id_XX_*.wav
+    id_XX_*.wav                 evaluation clips, in <machine type>/evaluation; eval_data_list.csv has their labels
 
 and in 2021 and later, where a section is the ID of a machine,
 
     section_XX_{source,target}_{train,test}_{normal,anomaly}_XXXX[_<attributes>].wav
-    section_XX_XXXX.wav                 evaluation clips, in test too; which are anomalous, and of which domain, in
-                                        ground_truth_data and ground_truth_domain
+    section_XX_XXXX.wav         evaluation clips, in test too; lists in ground_truth_data and ground_truth_domain have
+                                their labels
 
 In 2021 the folders source_test and target_test stand for test. `find_clips` lists what the machines of the
 configuration ask for, as a table with a row per recording.
@@ -34,11 +34,13 @@ NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # condition
 SOURCE, TARGET = "source", "target"  # domains of a clip
 MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
 COLUMNS = ["path", *MACHINE, "domain", "label", "condition"]
+SPLITS = ("train", "test", "evaluation")
 LABEL_LIST = "eval_data_list.csv"
 GROUND_TRUTH = "ground_truth_data", "ground_truth_domain"
-GET_DATA = "`python datasets/download.py` fetches DCASE 2020 Task 2, `python datasets/synthesize.py` makes a small set"
-GET_EVALUATION = "`python datasets/download.py --parts evaluation` fetches those of DCASE 2020 Task 2"
-ONE_CLASS = "training clips of one class only, and the method learns by telling classes (machine IDs) apart"
+ONE_CLASS = (
+    "training clips of one class only, and the method learns by telling classes apart: bring recordings of more "
+    "machines, or, where names have attributes, give --classes attributes"
+)
 NAMES_SHOWN = 5  # of files that are passed over
 Machine = tuple[str, str]  # type and ID as in file names, ("fan", "02")
 Labels = dict[tuple[str, str], tuple[str, str]]  # condition and domain of (machine type, file name without its ending)
@@ -48,20 +50,25 @@ Labels = dict[tuple[str, str], tuple[str, str]]  # condition and domain of (mach
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """How recordings are named, by split: the folders of a machine type that they are in, and their names as messages
-    show them. `labels` is where the labels of evaluation clips are, and `get_labels` what to do without.
+    """How recordings are named, by split: the folders of a machine type that they are in, their names as messages show
+    them, and how to get them. `labels` is where the labels of evaluation clips are, `get_labels` what to do without.
     """
 
     folders: Mapping[str, Sequence[str]]
     names: Mapping[str, str]
+    get: Mapping[str, str]
     labels: str
     get_labels: str
 
 
+GET_2020 = "`python datasets/download.py{}` fetches {} DCASE 2020 Task 2"
+GET_DATA = f"{GET_2020.format('', 'that of')}, `python datasets/synthesize.py` makes a small set"
+GET_LATER = "README.md names the data of each year"
 ID_NAME = re.compile(r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE)
 ID_FORM = Form(
-    folders={split: (split,) for split in ("train", "test", "evaluation")},
+    folders={split: (split,) for split in SPLITS},
     names={"train": "normal_id_XX_*.wav", "test": "{normal,anomaly}_id_XX_*.wav", "evaluation": "id_XX_*.wav"},
+    get={"train": GET_DATA, "test": GET_DATA, "evaluation": GET_2020.format(" --parts evaluation", "those of")},
     labels=LABEL_LIST,
     get_labels="`python datasets/download.py --parts evaluation` fetches it into data_root",
 )
@@ -78,10 +85,12 @@ SECTION_FORM = Form(
         "test": "section_XX_{source,target}_test_{normal,anomaly}_XXXX[_<attributes>].wav",
         "evaluation": "section_XX_XXXX.wav",
     },
+    get=dict.fromkeys(SPLITS, GET_LATER),
     labels=" and ".join(GROUND_TRUTH),
     get_labels="copy these folders of the organisers' evaluator of that year into data_root",
 )
 FORMS = (ID_FORM, SECTION_FORM)
+FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for of_split in form.folders.values() for folder in of_split))
 
 
 class ClipName(NamedTuple):
@@ -139,22 +148,35 @@ def part_name(path: Path, machine_id: str) -> str:
 
 
 def scan(root: Path, types: Sequence[str], split: str) -> tuple[Form, list[File]]:
-    """The files of machine types in the folders of a split, ordered by type, folder and name, and the form they have.
+    """The files of machine types in the folders of a split, ordered by type, folder and name, and the form of the names
+    in all folders.
 
-    Raises `UserError` where recordings have different forms, or names that cannot be.
+    Raises `UserError` where recordings have different forms, names that cannot be, or lie where they do not belong.
     """
-    folders = dict.fromkeys(name for form in FORMS for name in form.folders[split])
     files = [
         File(path, machine_type, parse_name(path))
         for machine_type in types
-        for folder in folders
+        for folder in FOLDERS
         if (root / machine_type / folder).is_dir()
         for path in sorted((root / machine_type / folder).iterdir(), key=lambda path: path.name)
     ]
     form = form_of(files)
+    check_places(files, form)
     files = [file for file in files if file.path.parent.name in form.folders[split]]
     check_attributes(files)
     return form, files
+
+
+def check_places(files: Sequence[File], form: Form) -> None:
+    """Raise `UserError` for a recording in a folder that its form does not have, or in two of the test folders."""
+    folders = list(dict.fromkeys(folder for of_split in form.folders.values() for folder in of_split))
+    seen: dict[tuple[str, str], Path] = {}
+    for path, machine_type, name in files:
+        folder = path.parent.name
+        if name and folder not in folders:
+            raise UserError(f"{path}: recordings that are named like this belong into {', '.join(folders)}; move it")
+        if name and folder in TEST_FOLDERS and seen.setdefault((machine_type, path.name), path) != path:
+            raise UserError(f"{path} is in {seen[machine_type, path.name].parent} too; remove one of them")
 
 
 def form_of(files: Sequence[File]) -> Form:
@@ -236,7 +258,7 @@ def settle_classes(config: Config) -> Config:
     numbers = number_classes(settled)
     if config.machines == AUTO:
         ids = [f"{machine_type} {', '.join(map(name_id, ids))}" for machine_type, ids in settled.machines.items()]
-        notice(f"{config.data_root}: {len(numbers)} machine IDs: {'; '.join(ids)}")
+        notice(f"{config.data_root}: {len(numbers)} machine ID{'s' if len(numbers) > 1 else ''}: {'; '.join(ids)}")
     if config.classes == BY_ATTRIBUTES:
         counts = [f"{' '.join(machine)} ({len(own)})" for machine, own in numbers.items()]
         notice(f"{config.data_root}: {sum(map(len, numbers.values()))} classes by attributes: {', '.join(counts)}")
@@ -282,27 +304,28 @@ def training_types(root: Path) -> list[str]:
 
 
 def find_clips(config: Config, split: str) -> pd.DataFrame:
-    """The recordings of a split, ordered by type and file name: "train" (normal only), "test" (normal and anomalous),
-    or "evaluation" (the file's name does not tell; the lists of labels do, where there are any).
+    """The recordings of a split, ordered by type, folder and file name: "train" (normal only), "test" (normal and
+    anomalous), or "evaluation" (the file's name does not tell; the lists of labels do, where there are any).
 
     Columns: `path`, `machine_type`, `machine_id` ("02", read from the file name), `domain` (SOURCE, TARGET or ""),
-    `label` (the class; of attributes that no class has, the first one of the machine), `condition` (NORMAL, ANOMALOUS
+    `label` (the class; in other splits than "train" the first one of the machine), `condition` (NORMAL, ANOMALOUS
     or UNLABELLED). Notices report what is passed over and what is missing. Raises `UserError` where there is nothing to
     read: for training any missing folder of a machine type, otherwise only if all are.
     """
     root, classes = Path(config.data_root), number_classes(config)
     form, files = scan(root, list(config.machines), split)
-    looked_for = f"{root}/<machine type>/{split}/{form.names[split]}"
-    remedy = GET_EVALUATION if split == "evaluation" else GET_DATA
+    place, remedy = form.folders[split][0], form.get[split]
+    looked_for = f"{root}/<machine type>/{place}/{form.names[split]}"
     absent = [x for x in config.machines if not any((root / x / folder).is_dir() for folder in form.folders[split])]
     if absent and (split == "train" or len(absent) == len(config.machines)):
-        folder = root / absent[0] / split if root.is_dir() else root
+        folder = root / absent[0] / place if root.is_dir() else root
         others = ", --machines other machine types (auto: those that are there)" if split == "train" else ""
         raise UserError(
             f"no folder {folder} (looked for {looked_for}); {remedy}; --data_root names another folder{others}"
         )
     labels = read_labels(root, form, files) if split == "evaluation" else {}
-    rows, skipped = [], defaultdict(list)
+    rows: list[tuple] = []
+    skipped: dict[str, list[str]] = defaultdict(list)
     for file in files:
         row = make_row(file, form, split, classes, labels)
         if isinstance(row, str):
@@ -310,13 +333,18 @@ def find_clips(config: Config, split: str) -> pd.DataFrame:
         elif row:
             rows.append(row)
     if not rows:
-        raise UserError(f"no clips found: looked for {looked_for} of the IDs in machines; {remedy}")
+        other = "evaluation" if split == "test" else "test"
+        is_other = split != "train" and any(
+            isinstance(make_row(file, form, other, classes, {}), tuple) for file in files
+        )
+        hint = f"what is there is for --split {other}" if is_other else remedy
+        raise UserError(f"no clips found: looked for {looked_for} of the IDs in machines; {hint}")
     clips = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     if split == "train" and clips["label"].nunique() < 2:
         raise UserError(f"{root}: {ONE_CLASS}")
     report_skipped(f"{root}, {split}", skipped)
     if absent:
-        notice(f"{root}: no {split} folder for {', '.join(absent)}")
+        notice(f"{root}: no {place} folder for {', '.join(absent)}")
     present = set(zip(clips["machine_type"], clips["machine_id"], strict=True))
     missing = [" ".join(machine) for machine in classes if machine not in present and machine[0] not in absent]
     if missing:
@@ -335,13 +363,22 @@ def make_row(
     own = classes.get((machine_type, name.machine_id))
     if not own:
         return "of IDs outside the table of machines"
-    condition, domain = labels.get((machine_type, path.stem), (name.condition, name.domain))
+    condition, domain = label_of(file, labels)
     if split == "train" and condition == ANOMALOUS:
         return "named anomaly: training takes normal ones only"
     if split == "train" and not {name.attributes, ""} & set(own):
         return "with attributes outside the table of classes"
-    label = own.get(name.attributes, next(iter(own.values())))
+    first = next(iter(own.values()))
+    label = own.get(name.attributes, own.get("", first)) if split == "train" else first
     return path, machine_type, name.machine_id, domain, label, condition
+
+
+def label_of(file: File, labels: Labels) -> tuple[str, str]:
+    """Condition and domain of a recording: those that its name tells, or else the lists."""
+    path, machine_type, name = file
+    assert name
+    condition, domain = labels.get((machine_type, path.stem), (UNLABELLED, ""))
+    return (condition if name.condition == UNLABELLED else name.condition), name.domain or domain
 
 
 def report_skipped(where: str, skipped: Mapping[str, Sequence[str]]) -> None:
@@ -357,22 +394,28 @@ def known_clips(clips: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_labels(root: Path, form: Form, files: Sequence[File]) -> Labels:
-    """Those of evaluation clips, as far as there are lists of them."""
+    """Those of evaluation clips, as far as there are lists of them. Raises `UserError` where a list tells the condition
+    of a clip, and nothing its domain, or name and list contradict each other.
+    """
     if form is ID_FORM:
         return {clip: (condition, "") for clip, condition in read_label_list(root / LABEL_LIST).items()}
+    named = {(file.machine_type, file.path.stem): file.name.domain for file in files if file.name}
     parts = {
-        (file.machine_type, part_name(file.path, file.name.machine_id)): file.name.domain
+        (file.machine_type, part_name(file.path, file.name.machine_id))
         for file in files
         if file.name and file.name.condition == UNLABELLED
     }
     labels: Labels = {}
-    for (machine_type, part), domain in parts.items():
-        data, domains = (
-            read_ground_truth(root / folder / f"ground_truth_{machine_type}_{part}.csv", part)
-            for folder in GROUND_TRUTH
-        )
-        for name, is_anomalous in data.items():
-            told = domain or (TARGET if domains.get(name) else SOURCE if name in domains else "")
+    for machine_type, part in sorted(parts):
+        data, domains = (root / folder / f"ground_truth_{machine_type}_{part}.csv" for folder in GROUND_TRUTH)
+        is_target = read_ground_truth(domains, part)
+        for name, is_anomalous in read_ground_truth(data, part).items():
+            told = (TARGET if is_target[name] else SOURCE) if name in is_target else ""
+            of_name = named.get((machine_type, name), "") or TEST_FOLDERS[part.split("_", 2)[2]]
+            if not (told or of_name):
+                raise UserError(f"{domains} does not tell the domain of {name}, which is in {data}; {form.get_labels}")
+            if told and of_name and told != of_name:
+                raise UserError(f"{domains}: {name} is of the {told} domain, and its name or folder says {of_name}")
             labels[machine_type, name] = (ANOMALOUS if is_anomalous else NORMAL), told
     return labels
 
@@ -381,14 +424,16 @@ def read_ground_truth(path: Path, part: str) -> dict[str, bool]:
     """What a list of the organisers says of each clip, by file name without its ending: whether it is anomalous, or of
     the target domain. Its lines are `<file name>,<0 or 1>`; empty without a list. Raises `UserError` for other lines.
     """
-    truth = {}
+    truth: dict[str, bool] = {}
     for number, cells in read_csv(path):
         if len(cells) != 2 or cells[1] not in ("0", "1"):
             raise UserError(f"{path}, line {number}: not `<file name>,<0 or 1>`")
-        name, value = cells
+        name = Path(cells[0]).stem
         if not name.startswith("_".join(part.split("_")[:2])):
-            raise UserError(f"{path}, line {number}: {name} is no clip of {part}")
-        truth[Path(name).stem] = value == "1"
+            raise UserError(f"{path}, line {number}: {cells[0]} is no clip of {part}")
+        if name in truth:
+            raise UserError(f"{path}, line {number}: {cells[0]} is given twice")
+        truth[name] = cells[1] == "1"
     return truth
 
 
@@ -413,9 +458,9 @@ def read_label_list(path: Path) -> dict[tuple[str, str], str]:
 def read_csv(path: Path) -> list[tuple[int, list[str]]]:
     """The lines of a list of labels or scores, each with its number and cells; none if there is no such file."""
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))  # Excel writes a mark at the start
     except FileNotFoundError:
         return []
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError, csv.Error):
         raise UserError(f"{path}: not a list of labels or scores; remove it, or bring the right one") from None
     return [(number, [cell.strip() for cell in row]) for number, row in enumerate(rows, start=1) if row]

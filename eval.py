@@ -20,7 +20,7 @@ tell which are anomalous; eval_data_list.csv in data_root does, or the folders g
 of later years' evaluators. Without them there are scores and decisions but no metrics.
 
 Where clips have domains, the metrics are those of each domain too, and the official score of the challenge.
---score_files computes all metrics from files of scores alone, and writes them beside these.
+--score_files computes all metrics from files of scores alone, and writes them into FOLDER/metrics.
 
 Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
 training clips. Training leaves them in the checkpoint; for weights without them they are made from the training clips

@@ -34,7 +34,7 @@ from checkpoint import (
     take_weights,
 )
 from config import Config
-from corpus import MACHINE, alternatives
+from corpus import MACHINE, alternatives, machines_of_classes
 from dataloader import ClipSet, fingerprint, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
 from inference import Outputs, pack_embeddings, run_network
@@ -308,6 +308,14 @@ class Run:
             raise UserError(
                 f"all recordings of {', '.join(unseen)} are held out for validation: bring more (a long one can be cut "
                 f"into several), or raise split_ratio"
+            )
+        machines, only_held_out = machines_of_classes(self.config), set(self.valid_clips.labels.tolist())
+        only_held_out -= set(self.train_clips.labels.tolist())
+        if only_held_out:
+            where = ", ".join(dict.fromkeys(" ".join(machines[label]) for label in sorted(only_held_out)))
+            notice(
+                f"all recordings of {len(only_held_out)} classes are held out for validation, so these are not learned "
+                f"(attributes of {where}); a higher split_ratio or another seed may keep them"
             )
         if weights is not None:
             take_weights(self.trainer.network, weights, Path(self.config.init_from))

@@ -150,9 +150,9 @@ def type_distances(trained: TrainedModel, embedding: Tensor, labels: Tensor, pen
     """The mean of the two smallest distances to clips of the machine type, those of other IDs larger by the penalty."""
     bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
     distances = 1.0 - normalise(embedding.double()) @ normalise(bank["embedding"].double()).T
-    types = np.array([machine_type for machine_type, _ in machines_of_classes(trained.config)])
+    types, ids = np.array(machines_of_classes(trained.config)).T
     own, other = labels.numpy()[:, None], bank["label"].numpy()[None]
-    distances += penalty * torch.from_numpy(own != other)
+    distances += penalty * torch.from_numpy(ids[own] != ids[other])
     distances[torch.from_numpy(types[own] != types[other])] = torch.inf
     return distances.topk(2, largest=False).values.mean(dim=1).numpy()
 

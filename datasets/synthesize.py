@@ -206,6 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or Path("datasets/synthetic" if options.form == "2020" else "datasets/synthetic_2023")
     if min(options.train, options.test) < 1:
         raise UserError(f"--train {options.train} --test {options.test}: both must be at least 1")
+    if options.form == "2023" and max(options.train, options.test) > 10_000:
+        raise UserError(f"--train {options.train} --test {options.test}: names of 2023 have numbers of four digits")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is not a folder: choose another --output")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from config import BY_ATTRIBUTES, COMPUTATION_KEYS
+from config import COMPUTATION_KEYS, show_value
 from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
@@ -29,10 +29,10 @@ Configurations: mean ± standard deviation over the seeds.
 
 Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test clips. The variance
 is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
-drawn anew (bootstrap within machine ID and condition, the same clips on both sides); Student's t with the degrees of
-freedom of Welch and Satterthwaite. Two scores of the same runs are compared run by run. A star marks an interval
-without 0. Where nothing differs, one in twenty gets one. A configuration of a single run tells nothing of its seeds:
-then the interval allows for other test clips alone.
+drawn anew (bootstrap within machine ID, condition and domain, the same clips on both sides); Student's t with the
+degrees of freedom of Welch and Satterthwaite. Two scores of the same runs are compared run by run. A star marks an
+interval without 0. Where nothing differs, one in twenty gets one. A configuration of a single run tells nothing of its
+seeds: then the interval allows for other test clips alone.
 """
 EXPLANATION_OF_PUBLISHED = f"""
 Published: a star marks a figure outside the interval in which one further run of the configuration lies with a
@@ -136,7 +136,7 @@ def settings_of(result: Result) -> dict[str, str]:
     config = result.trained.state.get("config", {})
     values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
     if isinstance(values.get("classes"), dict):
-        values["classes"] = BY_ATTRIBUTES
+        values["classes"] = show_value("classes", values["classes"])
     return {key: "nothing" if value == "" else in_words(value) for key, value in values.items()}
 
 

@@ -241,7 +241,7 @@ def draw_tastgram(result: Result, path: Path) -> None:
 
 
 def draw_embedding(result: Result, path: Path) -> None:
-    """t-SNE of the embeddings (cosine distance), coloured by class; anomalous clips are crosses."""
+    """t-SNE of the embeddings (cosine distance), coloured by machine; anomalous clips are crosses."""
     chosen = np.unique(np.linspace(0, len(result.clips) - 1, MAX_POINTS).astype(int))
     clips, embedding = result.clips.iloc[chosen], result.embedding[chosen].astype(np.float64)
     perplexity = min(30.0, (len(chosen) - 1) / 3)

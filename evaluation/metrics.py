@@ -18,6 +18,7 @@ from corpus import ANOMALOUS, MACHINE, SOURCE, TARGET, TEST_FOLDERS
 MAX_FPR = 0.1  # pAUC covers false positive rates up to here
 AVERAGE = "average"  # the machine type of the rows that average over types
 OFFICIAL = "official"  # the column of the official score
+SUMMARY_ROWS = ("pooled", "mean", "min", "hmean")  # of a machine type, beside those of its IDs
 COUNTS = ("n_normal", "n_anomaly")
 DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from checkpoint import TrainedModel
-from config import BY_ATTRIBUTES, Config
+from config import Config, show_value
 from corpus import ANOMALOUS, MACHINE, NORMAL, UNLABELLED, Form, known_clips, parse_name
 from dataloader import ClipSet
 from evaluation.decisions import decide, fit_thresholds
@@ -24,11 +24,11 @@ HARDEST = 3  # clips of each condition and machine ID
 @dataclass(frozen=True)
 class Result:
     """`clips` has a row per recording: what `find_clips` gives, the `score` in `score_dtype`, the `exact_score`
-    (float64) that decisions rest on, the `angle` to the centre of its class in degrees, the second `worst` at which the
-    window with the highest score starts, `threshold`, and `decision` (1 for anomalous, missing without a threshold).
-    Over several windows scores and angle are combined as `over_windows` says, and the `embedding` `(n, E)`, which
-    belongs to these rows, is the mean. `metrics` are of the recordings whose condition is known; None without any.
-    `about` says by name what was evaluated.
+    (float64) that decisions rest on, the `angle` to the nearest centre of its ID in degrees, the second `worst` at
+    which the window with the highest score starts, `threshold`, and `decision` (1 for anomalous, missing without a
+    threshold). Over several windows scores and angle are combined as `over_windows` says, and the `embedding` `(n, E)`,
+    which belongs to these rows, is the mean. `metrics` are of the recordings whose condition is known; None without
+    any. `about` says by name what was evaluated.
     """
 
     trained: TrainedModel
@@ -120,7 +120,7 @@ def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str
         "scoring": trained.config.scoring,
         **({"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}),
         **({"windows": describe_windows(trained.config, split)} if trained.config.window == "all" else {}),
-        **({"classes": BY_ATTRIBUTES} if isinstance(trained.config.classes, dict) else {}),
+        **({"classes": show_value("classes", classes)} if isinstance(classes := trained.config.classes, dict) else {}),
         "input": trained.config.input,
         "seed": training.get("seed"),
         "epoch of the weights": trained.state.get("epoch"),

@@ -9,9 +9,9 @@ import pandas as pd
 
 from checkpoint import RESULT_FILES, clear
 from config import Config
-from corpus import part_name
+from corpus import SOURCE, TARGET, part_name
 from evaluation.decisions import count_decisions, explain_thresholds
-from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, NO_DOMAINS, OFFICIAL, SEED, Metrics, Rule
+from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, NO_DOMAINS, OFFICIAL, SEED, SUMMARY_ROWS, Metrics, Rule
 from evaluation.result import Result
 from utils import notice, write_csv, write_text
 
@@ -144,12 +144,18 @@ def write_result(result: Result, folder: Path, split: str) -> None:
 
 def report_gaps(metrics: Metrics) -> None:
     """Say what cannot be measured."""
-    table = metrics.table
-    for column in metrics.rule.measures:
-        gaps = table.index[table[column].isna() & (table["AUC"].notna() | (column == "AUC"))]
-        if len(gaps):
-            reason = "because normal or anomalous clips are missing"
-            notice(f"no {column}, and left out of the averages, {reason}: {', '.join(map(' '.join, gaps))}")
+    table, reason = metrics.table, "because normal or anomalous clips are missing"
+    is_missing = table["AUC"].isna()
+    if is_missing.any():
+        gaps = ", ".join(map(" ".join, table.index[is_missing]))
+        notice(f"no AUC, and left out of the averages, {reason}: {gaps}")
+    of_ids = table[~is_missing & ~table.index.isin(SUMMARY_ROWS, level="machine_id")]
+    for domain in (SOURCE, TARGET) if metrics.rule.official else ():
+        gaps = ", ".join(map(" ".join, of_ids.index[of_ids[f"AUC_{domain}"].isna()]))
+        if gaps:
+            notice(
+                f"no AUC of the {domain} domain, and so harmonic means and official score without it, {reason}: {gaps}"
+            )
 
 
 def write_metrics(metrics: Metrics, title: str, about: dict[str, Any], folder: Path) -> None:

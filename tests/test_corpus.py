@@ -253,11 +253,17 @@ def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
         ("test/section_00_source_train_normal_0009_pat_00.wav", "named as a clip of train, and in the folder test"),
         ("source_test/section_00_target_test_normal_0009.wav", "name and folder speak of two domains"),
         ("test/anomaly_id_00_00000000.wav", "are named as in different years of the challenge"),
+        (
+            "evaluation/section_00_0000.wav",
+            "named like this belong into train, test, source_test, target_test; move it",
+        ),
+        ("source_test/section_00_source_test_normal_0001_pat_01.wav", "is in .*/valve/test too; remove one of them"),
     ],
 )
 def test_names_that_lie(tmp_path, liar, message):
     """An error that names the file; of a mixture of forms, and of attributes, two of them."""
     split = "train" if liar.startswith("train") else "test"
+    other_split = "test" if split == "train" else "train"
     honest = [f"section_00_{domain}_{split}_normal_000{i}_pat_0{i}.wav" for i, domain in ((1, "source"), (2, "target"))]
     touch(*(tmp_path / machine_type / split / name for name in honest for machine_type in ("fan", "valve")))
     listed(tmp_path, {"fan": [0], "valve": [0]}, split)
@@ -267,6 +273,8 @@ def test_names_that_lie(tmp_path, liar, message):
     assert Path(liar).name in str(error.value)
     assert f"{tmp_path}/valve/" in str(error.value)
     if "different years" in message:
+        with pytest.raises(UserError, match=message):
+            listed(tmp_path, {"fan": [0], "valve": [0]}, other_split)
         assert f"{tmp_path}/fan/{split}/{honest[0]}" in str(error.value)
     elif "its attributes" in message:
         assert honest[0] in str(error.value)
@@ -318,12 +326,13 @@ def test_evaluation_clips_of_later_years_have_their_labels_in_lists(tmp_path):
     ]
     touch(*lists)
     lists[0].write_text("section_00_0000.wav,0\nsection_00_0001.wav,1\r\n\nsection_00_0002.wav,1\n")
-    lists[1].write_text("section_00_0000.wav,1\nsection_00_0001.wav,0\n")
+    lists[1].write_text("\ufeffsection_00_0000.wav,1\nsection_00_0001.wav,0\nsection_00_0002.wav,1\n")
     clips = listed(tmp_path, {"ToyTank": [0], "fan": [0]}, "evaluation")
     assert clips["condition"].tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, UNLABELLED, UNLABELLED]
-    assert clips["domain"].tolist() == ["target", "source", "", "", ""]
+    assert clips["domain"].tolist() == ["target", "source", "target", "", ""]
     for line, message in (("section_01_0000.wav,1", "line 1: section_01_0000.wav is no clip of section_00_test"),
                           ("section_00_0000.wav,2", "line 1: not `<file name>,<0 or 1>`"),
+                          ("section_00_0000.wav,1\nsection_00_0000.wav,0", "line 2: .* is given twice"),
                           ("section_00_0000.wav", "line 1: not `<file name>,<0 or 1>`")):  # fmt: skip
         lists[1].write_text(f"{line}\n")
         with pytest.raises(UserError, match=f"ground_truth_domain/ground_truth_ToyTank_section_00_test.csv, {message}"):
@@ -334,6 +343,14 @@ def test_no_clips_of_a_section(tmp_path, capsys):
     touch(tmp_path / "fan/test/section_00_source_test_normal_0000.wav", tmp_path / "fan/test/section_01_0000.wav")
     listed(tmp_path, {"fan": [0], "pump": [0]}, "test")
     assert "no test folder for pump" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"looked for .*/test/section_XX_.*; what is there is for --split evaluation"):
+        listed(tmp_path, {"fan": [1]}, "test")
+    with pytest.raises(
+        UserError, match=r"looked for .*/test/section_XX_XXXX.wav .*; what is there is for --split test"
+    ):
+        listed(tmp_path, {"fan": [0]}, "evaluation")
+    with pytest.raises(UserError, match=r"looked for .*; README.md names the data of each year"):
+        listed(tmp_path, {"fan": [7]}, "test")
     touch(tmp_path / "fan/train/section_00_source_train_0000.wav", tmp_path / "fan/train/section_00_0000.wav")
     with pytest.raises(
         UserError, match=r"no clips found: looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX"

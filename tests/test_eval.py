@@ -615,7 +615,7 @@ def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections
     assert "|AUC source AUC target     pAUC official\n" in output
     text = (results / "results.md").read_text()
     assert "rule of DCASE 2022" in text
-    assert "- classes: attributes\n" in text
+    assert "- classes: attributes (6 classes)\n" in text
 
     held_out = load_checkpoint(sections / "run.pth")["held_out"]
     _, valid = load_clips(trained.config, "train").split(0.7, trained.config.seed)
@@ -664,7 +664,12 @@ def test_the_checkpoint_keeps_the_classes(sections, call, fails):
     status, output, _ = call(train_script.main, *words, "--resume")
     assert (status, "lowest validation loss" in output) == (0, True)
     words = arguments(sections, root, machines="auto", split_ratio=0.7)
-    fails(train_script.main, *words, "--resume", match=r"had another configuration: classes \(was {'bearing'")
+    fails(
+        train_script.main,
+        *words,
+        "--resume",
+        match=r"had another configuration: classes \(was attributes \(6 classes\), is 'section'\)",
+    )
 
 
 def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, call):
@@ -673,7 +678,7 @@ def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, c
     weights = (sections / "run.pth", tmp_path / "run.pth")
     status, output, _ = call(eval_script.main, *weights, "--data_root", root, "--output", tmp_path / "out", "--plots")
     assert status == 0
-    assert "| classes attributes minus classes section (test clips alone) |" in output
+    assert "| classes attributes (6 classes) minus classes section (test clips alone) |" in output
     header = next(line for line in output.splitlines() if line.startswith("| configuration |"))
     assert header.endswith(
         "| AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official score |"

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def full(normal: int, anomalous: int) -> dict[tuple[str, str], int]:
 
 
 def read_metrics(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics" / "metrics.csv").open(newline="") as file:
         return {(row["machine_type"], row["machine_id"]): row for row in csv.DictReader(file)}
 
 
@@ -133,10 +134,10 @@ def test_each_domain_against_all_anomalies(measured, tmp_path):
     assert "rule of DCASE 2022 and later" in output
     assert "published" not in output
     assert errors == ""
-    text = (tmp_path / "scores" / "results.md").read_text()
+    text = (tmp_path / "scores" / "metrics" / "results.md").read_text()
     assert "AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official score |" in text
     assert "rule of DCASE 2022 and later" in text
-    content = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    content = json.loads((tmp_path / "scores" / "metrics" / "metrics.json").read_text())
     assert "rule of DCASE 2022 and later" in content["about"]["domains"]
     row = content["metrics"][AVERAGE]["hmean"]
     assert row["official_low"] < row[OFFICIAL] < row["official_high"]
@@ -189,9 +190,8 @@ def test_an_empty_domain_and_one_condition_only_are_left_out_and_named(measured)
     assert (
         "no AUC, and left out of the averages, because normal or anomalous clips are missing: pump 00, pump " in errors
     )
-    assert (
-        "no AUC_target, and left out of the averages, because normal or anomalous clips are missing: fan 00\n" in errors
-    )
+    assert "no AUC of the target domain, and so harmonic means and official score without it, because" in errors
+    assert "clips are missing: fan 00\n" in errors
 
 
 def test_a_score_that_is_always_wrong_makes_the_official_score_almost_zero(measured):
@@ -263,31 +263,77 @@ def test_score_files_of_2020(tmp_path, call):
 @pytest.mark.parametrize(
     ("file", "lines", "message"),
     [
-        ("anomaly_score_fan_00.csv", "", r"anomaly_score_fan_00.csv: not named anomaly_score_<type>_id_<XX>.csv or"),
-        ("anomaly_score_fan_section_00_test.csv", "", "no scores in the score files"),
-        ("anomaly_score_fan_section_00_test.csv", "section_00_0000.wav", "line 1: not `<file name>,<score>`"),
-        ("anomaly_score_fan_section_00_test.csv", "section_00_0000.wav,high", "line 1: not `<file name>,<score>`"),
-        ("anomaly_score_fan_section_00_test.csv", "section_00_0000.wav,nan", "line 1: not `<file name>,<score>`"),
+        ("fan_00.csv", "", r"anomaly_score_fan_00.csv: not named anomaly_score_<type>_id_<XX>.csv or"),
+        ("average_id_00.csv", "normal_id_00_0.wav,1", "not named .* or named like a row of the table"),
+        ("fan_id_mean.csv", "normal_id_mean_0.wav,1", "not named .* or named like a row of the table"),
+        ("fan_section_00_test.csv", "", "no scores in it; bring them"),
+        ("fan_section_00_test.csv", "section_00_0000.wav", "line 1: not `<file name>,<score>`"),
+        ("fan_section_00_test.csv", "section_00_0000.wav,high", "line 1: not `<file name>,<score>`"),
+        ("fan_section_00_test.csv", "section_00_0000.wav,nan", "line 1: not `<file name>,<score>`"),
+        ("fan_section_00_test.csv", "section_01_0000.wav,1", "line 1: section_01_0000.wav is no clip of 00"),
+        ("fan_section_00_test.csv", "clip.wav,1", "line 1: clip.wav is no clip of 00"),
+        ("fan_section_00_test.csv", "a/section_00_0000.wav,1", "line 1: a/section_00_0000.wav is no clip of 00"),
         (
-            "anomaly_score_fan_section_00_test.csv",
-            "section_01_0000.wav,1",
-            "line 1: section_01_0000.wav is no clip of 00",
+            "fan_section_00_test.csv",
+            "section_00_x.wav,1",
+            "fan_section_00_test.csv, line 1: .*begins as that of a section",
         ),
-        ("anomaly_score_fan_section_00_test.csv", "clip.wav,1", "line 1: clip.wav is no clip of 00"),
-        (
-            "anomaly_score_fan_section_00_test.csv",
-            "section_00_0000.wav,1\nsection_00_0000.wav,2",
-            "line 2: .* given twice",
-        ),
-        ("anomaly_score_fan_section_00_test.csv", "section_00_source_train_normal_0000.wav,1", "clip of train"),
-        ("anomaly_score_fan_section_00_source_test.csv", "section_00_target_test_normal_0000.wav,1", "two domains"),
-        ("anomaly_score_fan_section_00_test.csv", "normal_id_00_0.wav,1\nsection_00_0000.wav,1", "different years"),
+        ("fan_section_00_test.csv", "section_00_0000.wav,1\nsection_00_0000.wav,2", "line 2: .* given twice"),
+        ("fan_section_00_test.csv", "section_00_source_train_normal_0000.wav,1", "line 1: .*clip of train"),
+        ("fan_section_00_source_test.csv", "section_00_target_test_normal_0000.wav,1", "two domains"),
+        ("fan_section_00_test.csv", "normal_id_00_0.wav,1\nsection_00_0000.wav,1", "different years"),
+        ("fan_section_00_test.csv", '"' + "x" * 140_000, "not a list of labels or scores"),
     ],
 )
 def test_score_files_with_something_else_in_them(tmp_path, fails, file, lines, message):
-    (tmp_path / file).write_text(lines)
+    (tmp_path / f"anomaly_score_{file}").write_text(lines)
     fails(eval_script.main, "--score_files", tmp_path, match=message)
-    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert [path.name for path in tmp_path.iterdir()] == [f"anomaly_score_{file}"]
+
+
+def test_the_same_clips_in_two_files(tmp_path, fails):
+    for name in ("0", "00"):
+        write_scores(tmp_path, f"fan_id_{name}", {"normal_id_00_0.wav": 0.0, "anomaly_id_00_0.wav": 1.0})
+    fails(eval_script.main, "--score_files", tmp_path, match="fan_id_00.csv, line 1: normal_id_00_0.wav is given twice")
+
+
+def write_truth(root: Path, kind: str, file: str, values: dict[str, int]) -> None:
+    (root / f"ground_truth_{kind}").mkdir(parents=True, exist_ok=True)
+    (root / f"ground_truth_{kind}" / f"ground_truth_{file}.csv").write_text(
+        "".join(f"{name},{value}\n" for name, value in values.items())
+    )
+
+
+def test_the_domain_of_a_clip_is_its_own(tmp_path, call, fails):
+    """Of evaluation clips that name it, in one list; a list that contradicts them, or does not tell, is an error."""
+    names = [f"section_03_{domain}_test_000{i}.wav" for domain in ("source", "target") for i in range(2)]
+    write_scores(tmp_path, "fan_section_03_test", dict(zip(names, (0.0, 1.0, 2.0, 3.0), strict=True)))
+    write_truth(tmp_path, "data", "fan_section_03_test", {name: int(name[-5]) for name in names})
+    words = ("--score_files", tmp_path, "--data_root", tmp_path)
+    assert call(eval_script.main, *words)[0] == 0
+    check(read_metrics(tmp_path)["fan", "03"], {"AUC_source": Fraction(1), "AUC_target": Fraction(1, 2)})
+    write_truth(tmp_path, "domain", "fan_section_03_test", dict.fromkeys(names, 1))
+    fails(
+        eval_script.main,
+        *words,
+        match="section_03_source_test_0000 is of the target domain, and its name or folder says",
+    )
+    shutil.rmtree(tmp_path / "ground_truth_domain")
+    (tmp_path / "anomaly_score_fan_section_03_test.csv").unlink()
+    write_scores(tmp_path, "fan_section_03_test", {"section_03_0000.wav": 1.0})
+    write_truth(tmp_path, "data", "fan_section_03_test", {"section_03_0000.wav": 1})
+    fails(
+        eval_script.main, *words, match="ground_truth_domain/ground_truth_fan_section_03_test.csv does not tell the dom"
+    )
+
+
+def test_clips_without_a_score_are_said(tmp_path, call):
+    write_scores(tmp_path, "fan_section_03_test", {"section_03_0000.wav": 1.0, "section_03_0001.wav": 2.0})
+    for kind in ("data", "domain"):
+        write_truth(tmp_path, kind, "fan_section_03_test", {f"section_03_000{i}.wav": i % 2 for i in range(4)})
+    status, _, errors = call(eval_script.main, "--score_files", tmp_path, "--data_root", tmp_path)
+    assert status == 0
+    assert "2 clips of the lists have no score and count in no metric, such as fan section_03_0002" in errors
 
 
 def test_score_files_stand_alone(tmp_path, fails):

@@ -121,6 +121,8 @@ def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
         make(tmp_path / "set")
     make(tmp_path / "set", "--overwrite")
     assert not list((tmp_path / "set").rglob("section_*"))
+    with pytest.raises(UserError, match=r"--train 10001 .*: names of 2023 have numbers of four digits"):
+        synthesize.main([*options, "--train", "10001"])
 
 
 def test_the_target_domain_is_faster_and_louder_around_the_machine(monkeypatch):

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import MACHINES, arguments, remove_embeddings, write_set
+from conftest import MACHINES, arguments, clips_of, remove_embeddings, write_sections, write_set
 
 import train
 from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run
@@ -113,6 +113,20 @@ def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, 
 def test_each_machine_needs_a_recording_to_train_on(tmp_path, fails):
     options = arguments(tmp_path, write_set(tmp_path / "data", train_clips=1))
     fails(train.main, *options, match=r"all recordings of .* are held out for validation: bring more .* split_ratio")
+
+
+def test_classes_of_which_every_recording_is_held_out_are_said(tmp_path, call):
+    """With a recording for each of four classes and half of them held out; the seed leaves one of each machine."""
+    root = write_sections(tmp_path / "data", train_clips=1)
+    clips = clips_of(root, machines={"bearing": [0], "fan": [0]})
+    seed = next(seed for seed in range(99) if len(clips.split(0.5, seed)[0].machines) == 2)
+    options = arguments(tmp_path, root, machines="auto", classes="attributes", split_ratio=0.5, seed=seed)
+    status, _, errors = call(train.main, *options)
+    assert status == 0
+    said = (
+        "all recordings of 2 classes are held out for validation, so these are not learned (attributes of bearing 00, "
+    )
+    assert said in errors
 
 
 def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
