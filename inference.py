@@ -1,5 +1,6 @@
 """What a network gives for clips in evaluation mode: for validation and for scoring."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,11 @@ def run_network(
             similarity[rows], embedding[rows] = prepared(**inputs)
         start += len(samples)
     return Outputs(similarity, embedding)
+
+
+def score_classes(classes: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scores `(n, C)` of clips against classes `(n, C)`; `score` takes one class for each clip `(n,)`."""
+    return torch.stack([score(column) for column in classes.T], dim=1)
 
 
 def pack_embeddings(embedding: Tensor, labels: Tensor) -> dict[str, Tensor]:

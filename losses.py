@@ -132,9 +132,9 @@ class Objective:
         return mix.lam * own + (1.0 - mix.lam) * (predicted == labels[mix.partner]).float().mean()
 
     def anomaly_score(self, similarity: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Cross-entropy of each clip against its own machine ID `(B,)`; higher is more anomalous.
+        """Cross-entropy of each clip against the class `labels` `(B,)`; higher is more anomalous.
 
-        Its mean is the validation loss. In float32, as published, very normal clips tie at exactly 0; float64 orders
-        them.
+        Its mean against the own class is the validation loss. In float32, as published, very normal clips tie at
+        exactly 0; float64 orders them.
         """
         return F.cross_entropy(self.logits(similarity.to(dtype), labels), labels, reduction="none")

@@ -37,7 +37,7 @@ from config import Config
 from corpus import MACHINE, alternatives, machines_of_classes
 from dataloader import ClipSet, fingerprint, shuffled_batches
 from distributed import is_main, rank, sum_over_ranks, world_size
-from inference import Outputs, pack_embeddings, run_network
+from inference import Outputs, pack_embeddings, run_network, score_classes
 from losses import Mix, Objective, divide_mix
 from model import FrontEnd, TASTgramMFN
 from utils import UserError, copy_to_host, notice, random_stream
@@ -215,10 +215,10 @@ class Trainer:
         """
         share, labels = self.run_share(clips), clips.labels[rank() :: world_size()].to(self.device)
         score = partial(self.objective.anomaly_score, share.similarity, dtype=torch.float64)
-        own, *others = (score(column) for column in self.alternatives[labels].T)
-        lowest = torch.stack([own, *others]).amin(dim=0)
+        each = score_classes(self.alternatives[labels], score)
         hits = (share.similarity.argmax(dim=1) == labels).double()
-        scores, losses, hits = self.gather(torch.stack([lowest, own, hits], dim=1), len(clips)).T.cpu().numpy()
+        columns = torch.stack([each.amin(dim=1), each[:, 0], hits], dim=1)
+        scores, losses, hits = self.gather(columns, len(clips)).T.cpu().numpy()
         return scores, float(losses.mean()), float(hits.mean())
 
     def embed(self, clips: ClipSet) -> Tensor:

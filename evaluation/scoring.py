@@ -24,7 +24,7 @@ from checkpoint import RunFiles, State, TrainedModel, hash_weights, load_file, s
 from config import Config
 from corpus import MACHINE, alternatives, machines_of_classes
 from dataloader import ClipSet, fingerprint, load_clips
-from inference import Outputs, pack_embeddings, run_network
+from inference import Outputs, pack_embeddings, run_network, score_classes
 from losses import Objective
 from model import FrontEnd
 from utils import UserError, check_writable, choose_precision, keep_freed_memory, notice, set_up_numerics
@@ -60,8 +60,7 @@ def anomaly_scores(trained: TrainedModel, outputs: Outputs, labels: Tensor, dtyp
 
 def lowest(config: Config, labels: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
     """The lowest score `(n,)` over all classes of the machine."""
-    classes = torch.from_numpy(alternatives(config))[labels]
-    return torch.stack([score(column) for column in classes.T]).amin(dim=0)
+    return score_classes(torch.from_numpy(alternatives(config))[labels], score).amin(dim=1)
 
 
 def embedding_scores(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarray:

@@ -686,6 +686,19 @@ def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, c
     assert "Domains: rule of DCASE 2022 and later" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_names_that_lie_are_one_line(sections, tmp_path, fails):
+    """From each script, before anything is trained or scored."""
+    root = Path(shutil.copytree(sections / "data", tmp_path / "data"))
+    (root / "fan/train/section_00_source_train_normal_0000_vel_1.wav").rename(root / "fan/train/normal_id_00_0000.wav")
+    words = arguments(tmp_path, root, machines="auto")
+    both = "bearing/train/section_00_source_train_normal_0000_vel_1.wav and .*fan/train/normal_id_00_0000.wav are named"
+    fails(train_script.main, *words, match=both)
+    fails(eval_script.main, sections / "run.pth", "--data_root", root, match=both)
+    (root / "fan/train/normal_id_00_0000.wav").rename(root / "fan/train/section_00_source_train_normal_0000_vel.wav")
+    fails(train_script.main, *words, match="its attributes are 2 words and those of .*0000_vel.wav 1, which cannot be")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pth"] == []
+
+
 def test_evaluation_clips_of_later_years(sections, tmp_path, call):
     """In the test folder, beside the others; with labels from the organisers' lists, and without."""
     root = tmp_path / "data"
