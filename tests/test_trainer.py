@@ -117,6 +117,7 @@ def test_eight_compiled_steps_match_the_reference(mode, capfd):
     trainer.step(samples[:3], labels[:3], shorter)  # a shorter batch goes past the compiled model
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     torch._dynamo.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler-of-this-name",))
