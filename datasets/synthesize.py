@@ -152,8 +152,8 @@ def synthesize(clip: Clip, seed: int) -> np.ndarray:
     if clip.label == "anomaly":
         severity[FAULTS[clip.number % len(FAULTS)]] = rng.uniform(0.3, 1)
     factory = filtered(rng.normal(size=SAMPLES), np.maximum(FREQUENCY, 50) ** rng.uniform(-1, -0.7))
-    loudness = rng.uniform(0.4, 0.8) * (1.5 if clip.domain == "target" else 1)
-    sound = machine_sound(clip, severity, rng) + loudness * factory / factory.std()
+    loudness = 1.5 if clip.domain == "target" else 1.0
+    sound = machine_sound(clip, severity, rng) + loudness * rng.uniform(0.4, 0.8) * factory / factory.std()
     rms = np.clip(0.01 * factor(rng, 0.2), 0.005, 0.02)
     return np.clip(sound * rms / np.sqrt(np.mean(sound**2)), -1, 1)
 

@@ -97,6 +97,19 @@ def test_every_part_of_the_name_and_the_seed_make_another_clip():
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [
+        (Clip("fan", 2, "test", "normal", 3), [-9.3098, 6.5062, -6.1187, -4.3615]),
+        (Clip("valve", 4, "test", "anomaly", 3), [-0.2705, -13.5556, -3.7386, -5.7399]),
+    ],
+)
+def test_the_sounds_are_those_of_this_version(clip, expected):
+    """If they change, VERSION has to, and with it the table of the demo in the README."""
+    assert synthesize.VERSION == 2
+    assert 1000 * synthesize.synthesize(clip, 2023)[::40000] == pytest.approx(expected, abs=1e-3)
+
+
 # ---- The form of 2023 ----
 
 
