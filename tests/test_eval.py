@@ -625,7 +625,7 @@ def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections
     assert held_out["score"] == pytest.approx(lowest.tolist(), rel=1e-5), "thresholds rest on the same scores"
 
 
-@pytest.mark.parametrize("scoring", ["published", "angle", "nearest"])
+@pytest.mark.parametrize("scoring", ["published", "nearest"])
 def test_a_single_recording_scores_as_in_the_evaluation_of_its_section(sections, call, scoring):
     root = sections / "data"
     options = ("--scoring", scoring, "--score_dtype", "float64")
@@ -673,6 +673,7 @@ def test_the_checkpoint_keeps_the_classes(sections, call, fails):
     )
 
 
+@pytest.mark.slow
 def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, call):
     root = sections / "data"
     call(train_script.main, *arguments(tmp_path, root, machines="auto", split_ratio=0.7))
