@@ -279,8 +279,8 @@ def load_model(path: Path, config: Config, given: Mapping[str, Any]) -> TrainedM
     state = load_checkpoint(path)
     if "config" in state:
         trained = state["config"]
-        settled = AUTO, (BY_ATTRIBUTES if isinstance(trained["classes"], dict) else None)
-        checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) not in settled]
+        unsettled = AUTO, (BY_ATTRIBUTES if isinstance(trained["classes"], dict) else None)
+        checked = [key for key in MODEL_KEYS if key in given and getattr(config, key) not in unsettled]
         for key in config.differences(trained, checked):
             raise UserError(
                 f"command line: {key} {show_value(key, getattr(config, key))} is not the checkpoint's, "

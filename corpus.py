@@ -16,6 +16,7 @@ configuration ask for, as a table with a row per recording.
 """
 
 import csv
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,10 @@ class Form:
     labels: str
     get_labels: str
 
+    @property
+    def all_folders(self) -> list[str]:
+        return list(dict.fromkeys(folder for of_split in self.folders.values() for folder in of_split))
+
 
 GET_2020 = "`python datasets/download.py{}` fetches {} DCASE 2020 Task 2"
 GET_DATA = f"{GET_2020.format('', 'that of')}, `python datasets/synthesize.py` makes a small set"
@@ -90,7 +95,7 @@ SECTION_FORM = Form(
     get_labels="copy these folders of the organisers' evaluator of that year into data_root",
 )
 FORMS = (ID_FORM, SECTION_FORM)
-FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for of_split in form.folders.values() for folder in of_split))
+FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for folder in form.all_folders))
 
 
 class ClipName(NamedTuple):
@@ -169,12 +174,12 @@ def scan(root: Path, types: Sequence[str], split: str) -> tuple[Form, list[File]
 
 def check_places(files: Sequence[File], form: Form) -> None:
     """Raise `UserError` for a recording in a folder that its form does not have, or in two of the test folders."""
-    folders = list(dict.fromkeys(folder for of_split in form.folders.values() for folder in of_split))
     seen: dict[tuple[str, str], Path] = {}
     for path, machine_type, name in files:
         folder = path.parent.name
-        if name and folder not in folders:
-            raise UserError(f"{path}: recordings that are named like this belong into {', '.join(folders)}; move it")
+        if name and folder not in form.all_folders:
+            folders = ", ".join(form.all_folders)
+            raise UserError(f"{path}: recordings that are named like this belong into {folders}; move it")
         if name and folder in TEST_FOLDERS and seen.setdefault((machine_type, path.name), path) != path:
             raise UserError(f"{path} is in {seen[machine_type, path.name].parent} too; remove one of them")
 
@@ -213,21 +218,23 @@ def check_attributes(files: Sequence[File]) -> None:
 # ---- Classes ----
 
 
+def name_machines(machines: Machines) -> list[Machine]:
+    """The machines of a table, in its order."""
+    return [(machine_type, name_id(machine_id)) for machine_type, ids in machines.items() for machine_id in ids]
+
+
 def number_classes(config: Config) -> dict[Machine, dict[str, int]]:
     """For each machine its classes: their numbers, in the order of the tables, by the attributes of their recordings.
     A class without attributes, "", takes all others of its machine.
     """
-    classes: dict[Machine, dict[str, int]] = {}
-    count = 0
-    for machine_type, ids in config.machines.items():
-        for machine_id in map(name_id, ids):
-            of_type = config.classes.get(machine_type, {}) if isinstance(config.classes, dict) else {}
-            attributes = of_type.get(machine_id, [""])
-            classes[machine_type, machine_id] = dict(
-                zip(attributes, range(count, count + len(attributes)), strict=True)
-            )
-            count += len(attributes)
-    return classes
+    numbers, table = itertools.count(), config.classes
+    return {
+        (machine_type, machine_id): {
+            attributes: next(numbers)
+            for attributes in (table[machine_type][machine_id] if isinstance(table, dict) else [""])
+        }
+        for machine_type, machine_id in name_machines(config.machines)
+    }
 
 
 def machines_of_classes(config: Config) -> list[Machine]:

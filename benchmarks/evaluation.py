@@ -28,7 +28,7 @@ from benchmarks.data import anonymous_memory
 from benchmarks.paper import CLIPS
 from checkpoint import build_network, load_model, save_checkpoint
 from config import SCORINGS, Config, load_config, parse_command_line
-from corpus import number_classes
+from corpus import machines_of_classes, number_classes
 from evaluation import figures, report, result
 from evaluation.scoring import anomaly_scores
 from inference import Outputs, pack_embeddings
@@ -112,7 +112,7 @@ def measure(config: Config) -> dict[str, float]:
 
 def seconds_of_kinds(config: Config, n_clips: int) -> dict[str, float]:
     """Seconds for the scores of each kind from random outputs of the network."""
-    n_classes, generator = len(number_classes(config)), torch.Generator().manual_seed(0)
+    n_classes, generator = len(machines_of_classes(config)), torch.Generator().manual_seed(0)
     trained = load_model(config.checkpoint, config, {})
     tables = [(torch.randn(n, EMBEDDING_SIZE, generator=generator), torch.arange(n) % n_classes)
               for n in (CLIPS["train"], n_clips)]  # fmt: skip

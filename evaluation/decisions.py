@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from config import Machines, name_id
-from corpus import ANOMALOUS, MACHINE, known_clips
+from corpus import ANOMALOUS, MACHINE, known_clips, name_machines
 from utils import notice
 
 LEAST_CLIPS = 20  # of an ID; with fewer the scores of its machine type are pooled
@@ -53,8 +53,7 @@ def explain_thresholds(thresholds: pd.DataFrame, machines: Machines, path: Path)
     if thresholds.empty:
         notice(f"{path}: no scores of held-out clips, so there are no decisions")
         return
-    pairs = [(machine_type, name_id(machine_id)) for machine_type, ids in machines.items() for machine_id in ids]
-    counts = thresholds["held_out_of_id"].reindex(pairs)
+    counts = thresholds["held_out_of_id"].reindex(name_machines(machines))
     counts.index = counts.index.map(" ".join)
     pooled = [f"{machine} ({count:.0f})" for machine, count in counts[counts < LEAST_CLIPS].items()]
     without = counts.index[counts.isna()].tolist()

@@ -160,8 +160,7 @@ def compute(group: Group, rule: Rule) -> np.ndarray:
     result = np.full((len(group.counts), len(rule.columns)), np.nan)
     result[:, -len(COUNTS) :] = (~group.is_anomaly).sum(), group.is_anomaly.sum()
     rates: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
-    for column, (metric, *domains) in enumerate(rule.measures.values()):
-        normal, anomalous = domains
+    for column, (metric, normal, anomalous) in enumerate(rule.measures.values()):
         if (normal, anomalous) not in rates:
             rates[normal, anomalous] = roc_curves(select(group, normal, anomalous))
         if curves := rates[normal, anomalous]:

@@ -21,7 +21,7 @@ from corpus import (
     read_labels,
 )
 from evaluation.metrics import AVERAGE, find_rule, measure
-from evaluation.tables import format_table, report_gaps, write_metrics
+from evaluation.tables import show_metrics
 from utils import UserError, check_writable, notice, versions
 
 FILE_NAME = re.compile(
@@ -50,12 +50,9 @@ def evaluate_score_files(folder: Path, data_root: Path) -> None:
         if known.empty:
             raise UserError(f"{message}, so there is nothing to measure; {form.get_labels}")
         notice(f"{message} and count in no metric ({form.get_labels})")
-    metrics = measure(known, find_rule(known))
-    report_gaps(metrics)
     counts = ", ".join(f"{count} {name}" for name, count in clips["condition"].value_counts().items())
     about = {"score files": str(folder), "clips": counts, "evaluated with": versions()}
-    write_metrics(metrics, f"Score files of {folder}", about, output)
-    print(format_table(metrics, {}))
+    show_metrics(measure(known, find_rule(known)), f"Score files of {folder}", about, output, {})
     print(f"metrics of {len(known)} clips: {output}")
 
 

@@ -130,16 +130,22 @@ def write_result(result: Result, folder: Path, split: str) -> None:
         form = result.form
         notice(f"{n_unknown} of {n_clips} clips are not in {form.labels} and count in no metric ({form.get_labels})")
     if result.metrics:
-        report_gaps(result.metrics)
         about = result.about
         title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
-        write_metrics(result.metrics, title, about, folder)
-        print(format_table(result.metrics, published_rows(result.trained.config, split, result.metrics)))
+        published = published_rows(result.trained.config, split, result.metrics)
+        show_metrics(result.metrics, title, about, folder, published)
     explain_thresholds(result.thresholds, result.trained.config.machines, result.trained.path)
     write_per_machine(folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision")
     if len(result.thresholds):
         write_csv(folder / "decisions.csv", count_decisions(result.clips, result.thresholds).reset_index())
     print(f"{n_clips} scores{' and metrics' if result.metrics else ''}: {folder}")
+
+
+def show_metrics(metrics: Metrics, title: str, about: dict[str, Any], folder: Path, published: Published) -> None:
+    """Say what cannot be measured, write the files and print the table."""
+    report_gaps(metrics)
+    write_metrics(metrics, title, about, folder)
+    print(format_table(metrics, published))
 
 
 def report_gaps(metrics: Metrics) -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,34 @@ def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def count_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
+    """AUC: the share of the pairs in which the anomalous clip has the higher score; a tie is half a pair."""
+    halves = sum(2 * (a > n) + (a == n) for a in anomalous for n in normal)
+    return Fraction(halves, 2 * len(normal) * len(anomalous))
+
+
+def count_first_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
+    """pAUC: the area below a false positive rate of 0.1, standardised; between two thresholds the curve is a line."""
+    limit, area, x0, y0 = Fraction(1, 10), Fraction(0), Fraction(0), Fraction(0)
+    for threshold in sorted({*normal, *anomalous}, reverse=True):
+        x1 = Fraction(sum(n >= threshold for n in normal), len(normal))
+        y1 = Fraction(sum(a >= threshold for a in anomalous), len(anomalous))
+        end = min(x1, limit)
+        if end > x0:
+            area += (end - x0) * (y0 + (y0 + (y1 - y0) * (end - x0) / (x1 - x0))) / 2
+        x0, y0 = x1, y1
+    chance = limit**2 / 2
+    return (1 + (area - chance) / (limit - chance)) / 2
+
+
+def train_in(folder: Path, data_root: Path, **overrides) -> None:
+    """Train as `arguments` say."""
+    words = iter(arguments(folder, data_root, **overrides))
+    options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
+    paths = {name: options.pop(name) for name in ("data_root", "save_path")}
+    train(load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()}))
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("data"))
@@ -144,8 +173,5 @@ def trained_copy(trained, tmp_path) -> Path:
 def trained(tmp_path_factory, data_root) -> Path:
     """Folder of a finished tiny run: `run.pth`, `run.last.pth`, `run/`."""
     folder = tmp_path_factory.mktemp("trained")
-    words = iter(arguments(folder, data_root))
-    options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
-    paths = {name: options.pop(name) for name in ("data_root", "save_path")}
-    train(load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()}))
+    train_in(folder, data_root)
     return folder

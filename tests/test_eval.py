@@ -17,6 +17,7 @@ from conftest import (
     copy_test_clips,
     remove_embeddings,
     tone,
+    train_in,
     write_clip,
     write_sections,
     write_set,
@@ -26,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 import eval as eval_script
 import train as train_script
 from checkpoint import build_network, load_checkpoint, load_file, load_model, save_checkpoint
-from config import load_config, parse_yaml
+from config import load_config
 from corpus import number_classes
 from dataloader import load_clips
 from evaluation.scoring import embedding_scores, run_model
@@ -576,9 +577,7 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
 def sections(tmp_path_factory) -> Path:
     """Folder of a run of the classes by attributes, `run.pth`, and of its data, `data`."""
     folder = tmp_path_factory.mktemp("sections")
-    words = iter(arguments(folder, write_sections(folder / "data"), machines="auto", classes="attributes"))
-    options = {option.removeprefix("--"): parse_yaml(value, option) for option, value in zip(words, words, strict=True)}
-    train_script.train(load_config(**options, split_ratio=0.7))
+    train_in(folder, write_sections(folder / "data"), machines="auto", classes="attributes", split_ratio=0.7)
     return folder
 
 

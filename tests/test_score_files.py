@@ -9,32 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import count_first_pairs, count_pairs
 
 import eval as eval_script
 from evaluation.metrics import AVERAGE, OFFICIAL, SHARED_ANOMALIES, combine_harmonically
 
 Scores = dict[str, float]  # by the name of the clip
 EPSILON = Fraction(1, 2**52)  # the spacing of floating-point numbers at 1
-
-
-def count_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """AUC: the share of the pairs in which the anomalous clip has the higher score; a tie is half a pair."""
-    halves = sum(2 * (a > n) + (a == n) for a in anomalous for n in normal)
-    return Fraction(halves, 2 * len(normal) * len(anomalous))
-
-
-def count_first_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """pAUC: the area below a false positive rate of 0.1, standardised; between two thresholds the curve is a line."""
-    limit, area, x0, y0 = Fraction(1, 10), Fraction(0), Fraction(0), Fraction(0)
-    for threshold in sorted({*normal, *anomalous}, reverse=True):
-        x1 = Fraction(sum(n >= threshold for n in normal), len(normal))
-        y1 = Fraction(sum(a >= threshold for a in anomalous), len(anomalous))
-        end = min(x1, limit)
-        if end > x0:
-            area += (end - x0) * (y0 + (y0 + (y1 - y0) * (end - x0) / (x1 - x0))) / 2
-        x0, y0 = x1, y1
-    chance = limit**2 / 2
-    return (1 + (area - chance) / (limit - chance)) / 2
 
 
 def harmonic(values: list[Fraction]) -> Fraction:
