@@ -292,12 +292,12 @@ def describe_keys() -> dict[str, str]:
     return meaning
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """`--config` and an option for each key."""
+def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
+    """`--config` and an option for each of the keys."""
     parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
     values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
     group = parser.add_argument_group("keys of the configuration")
-    for key in KEYS:
+    for key in keys:
         default = yaml.safe_dump(values.get(key), default_flow_style=True, width=math.inf, sort_keys=False)
         default = default.removesuffix("\n").removesuffix("\n...")
         help_text = f"{meaning.get(key, '')} (default: {default})"
@@ -305,16 +305,18 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_command_line(
-    parser: OneLineParser, arguments: Sequence[str] | None = None
+    parser: OneLineParser, arguments: Sequence[str] | None = None, keys: Sequence[str] = KEYS
 ) -> tuple[Config, argparse.Namespace, dict[str, Any]]:
-    """The configuration, the options that are not keys of it, and the keys that stood on the command line."""
-    add_config_options(parser)
+    """The configuration, the options that are not keys of it, and the keys that stood on the command line, which takes
+    only some of them where `keys` says so.
+    """
+    add_config_options(parser, keys)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         word = unknown[0].split("=")[0]
         raise UserError(f"command line: unknown option {word}{suggest(word, known)} (see --help)")
-    given = {key: vars(options).pop(key) for key in KEYS if key in options}
+    given = {key: vars(options).pop(key) for key in keys if key in options}
     for key, text in given.items():
         if Config.model_fields[key].annotation is not str:  # a path is taken as it stands
             given[key] = parse_yaml(text, f"command line: {key}")

@@ -237,6 +237,11 @@ def number_classes(config: Config) -> dict[Machine, dict[str, int]]:
     }
 
 
+def first_classes(config: Config) -> dict[Machine, int]:
+    """For each machine its first class: a score against any of its classes is the score against the machine."""
+    return {machine: next(iter(own.values())) for machine, own in number_classes(config).items()}
+
+
 def machines_of_classes(config: Config) -> list[Machine]:
     """The machine of each class."""
     return [machine for machine, own in number_classes(config).items() for _ in own]

@@ -14,11 +14,11 @@ import torch
 from audio import Recording
 from checkpoint import TrainedModel
 from config import name_id, parse_id
-from corpus import ANOMALOUS, MACHINE, NORMAL, number_classes
+from corpus import ANOMALOUS, MACHINE, NORMAL, first_classes
 from dataloader import check_recordings, cut_into_windows, report_changes
 from evaluation.decisions import decide, explain_thresholds
 from evaluation.result import check_finite, find_thresholds
-from evaluation.scoring import anomaly_scores, run_model, with_embeddings
+from evaluation.scoring import run_model, scores_against, with_embeddings
 from utils import UserError
 
 
@@ -62,8 +62,11 @@ def score_recordings(
 def find_candidates(trained: TrainedModel, machine_type: str, machine_id: str | None) -> dict[tuple[str, str], int]:
     """The machine of this ID, or all of the type, each with its first class."""
     wanted = None if machine_id is None else name_id(parse_id(machine_id))
-    classes = {machine: next(iter(own.values())) for machine, own in number_classes(trained.config).items()}
-    candidates = {pair: x for pair, x in classes.items() if pair[0] == machine_type and wanted in (None, pair[1])}
+    candidates = {
+        pair: x
+        for pair, x in first_classes(trained.config).items()
+        if pair[0] == machine_type and wanted in (None, pair[1])
+    }
     if not candidates:
         known = "; ".join(f"{name} {', '.join(map(str, ids))}" for name, ids in trained.config.machines.items())
         which = machine_type if machine_id is None else f"{machine_type} {machine_id}"
@@ -81,8 +84,7 @@ def score_windows(
     table = pd.DataFrame({"path": list(recordings), "label": 0})
     clips = cut_into_windows(table, recordings, trained.config)
     outputs = run_model(trained, clips, device)
-    labels = [torch.full((len(clips),), label) for label in candidates.values()]
-    scores = np.stack([anomaly_scores(trained, outputs, against) for against in labels], axis=1)
+    scores = scores_against(trained, outputs, candidates.values())
     of_recordings = clips.over_windows(scores, trained.config.over_windows)  # (recordings, candidates), float64
     best = of_recordings.argmin(axis=1)
     table = pd.DataFrame(np.array(list(candidates))[best], columns=MACHINE).assign(score=of_recordings.min(axis=1))

@@ -10,7 +10,7 @@ Where an ID has several classes, the own one is the one with the lowest score.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from corpus import MACHINE, alternatives, machines_of_classes
 from dataloader import ClipSet, fingerprint, load_clips
 from inference import Outputs, pack_embeddings, run_network, score_classes
 from losses import Objective
-from model import FrontEnd
+from model import FrontEnd, TASTgramMFN
 from utils import UserError, check_writable, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 
@@ -58,6 +58,12 @@ def anomaly_scores(trained: TrainedModel, outputs: Outputs, labels: Tensor, dtyp
     return lowest(config, labels, score).numpy()
 
 
+def scores_against(trained: TrainedModel, outputs: Outputs, classes: Iterable[int]) -> np.ndarray:
+    """The scores of all clips against each of these classes `(n, classes)`; float64."""
+    labels = [torch.full((len(outputs.embedding),), label) for label in classes]
+    return np.stack([anomaly_scores(trained, outputs, against) for against in labels], axis=1)
+
+
 def lowest(config: Config, labels: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
     """The lowest score `(n,)` over all classes of the machine."""
     return score_classes(torch.from_numpy(alternatives(config))[labels], score).amin(dim=1)
@@ -75,13 +81,18 @@ def angles(trained: TrainedModel, embedding: Tensor, labels: Tensor) -> np.ndarr
     """Degrees to the closest centre of the machine; of a plain linear head, which has no centres, to the weights of its
     classes.
     """
-    weight, sub_centers = trained.network.mobilefacenet.fc_out.weight, 1
-    if trained.network.head == "arcface":
-        weight, sub_centers = trained.network.arcface.weight, trained.network.arcface.sub_centers
-    centres = F.normalize(weight.detach().cpu().double())
-    cosine = (F.normalize(embedding.double()) @ centres.T).unflatten(1, (-1, sub_centers)).amax(dim=2)
-    angle = torch.rad2deg(torch.acos(cosine.clamp(-1.0, 1.0)))
+    angle = torch.rad2deg(torch.acos(class_cosines(trained.network, embedding)))
     return lowest(trained.config, labels, lambda own: angle.gather(1, own[:, None])[:, 0]).numpy()
+
+
+@torch.no_grad()
+def class_cosines(network: TASTgramMFN, embedding: Tensor) -> Tensor:
+    """Cosine to the closest centre of each class `(n, C)`, float64."""
+    weight, sub_centers = network.mobilefacenet.fc_out.weight, 1
+    if network.head == "arcface":
+        weight, sub_centers = network.arcface.weight, network.arcface.sub_centers
+    cosine = F.normalize(embedding.double()) @ F.normalize(weight.to(embedding.device, torch.float64)).T
+    return cosine.unflatten(1, (-1, sub_centers)).amax(dim=2).clamp(-1.0, 1.0)
 
 
 def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tensor], neighbours: int) -> Tensor:
@@ -92,9 +103,14 @@ def nearest_distances(embedding: Tensor, labels: Tensor, bank: Mapping[str, Tens
     for label in labels.unique():
         of_class, own = labels == label, bank["embedding"][bank["label"] == label]
         if len(own):
-            cosine = F.normalize(embedding[of_class].double()) @ F.normalize(own.double()).T
-            distances[of_class] = 1.0 - cosine.topk(min(neighbours, len(own))).values.mean(dim=1)
+            distances[of_class] = mean_distance(embedding[of_class], own, neighbours)
     return distances
+
+
+def mean_distance(embedding: Tensor, bank: Tensor, neighbours: int) -> Tensor:
+    """The mean cosine distance of each embedding to the nearest ones of a bank that is not empty; float64."""
+    cosine = F.normalize(embedding.double()) @ F.normalize(bank.double()).T
+    return 1.0 - cosine.topk(min(neighbours, len(bank))).values.mean(dim=1)
 
 
 def held_out_scores(trained: TrainedModel) -> pd.DataFrame:

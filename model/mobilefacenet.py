@@ -27,7 +27,8 @@ class WholeMapConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * self.weight.squeeze(1)).sum(dim=(2, 3), keepdim=True)
+        y = (x * self.weight.squeeze(1)).sum(dim=(2, 3), keepdim=True)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -147,7 +148,7 @@ def fold_batch_norm(network: Network) -> Network:
     for parent in list(folded.modules()):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if type(conv) is nn.Conv2d and isinstance(norm, BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return folded

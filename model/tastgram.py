@@ -71,7 +71,10 @@ class FrontEnd(nn.Module):
         self.log_mel = LogMel() if set(channels) - {"tgram"} else None
 
     def forward(self, samples: Tensor) -> dict[str, Tensor]:
-        waveform = samples.float() / 32768.0
+        return self.inputs(samples.float() / 32768.0)
+
+    def inputs(self, waveform: Tensor) -> dict[str, Tensor]:
+        """The same from the waveform itself."""
         inputs = {"waveform": waveform} if self.keeps_waveform else {}
         return inputs if self.log_mel is None else inputs | {"log_mel": self.log_mel(waveform)}
 

@@ -90,8 +90,7 @@ def test_folding_batch_norms_changes_a_copy_and_no_number(model, log_mel):
     expected, _ = model(reference.waveforms(), log_mel)
     folded = fold_batch_norm(model.train())
     model.eval()
-    norms = [name for name, part in folded.named_modules() if isinstance(part, _BatchNorm)]
-    assert norms == ["mobilefacenet.linear7.bn"], "whose convolution is none to PyTorch"
+    assert not [name for name, part in folded.named_modules() if isinstance(part, _BatchNorm)]
     assert (folded(reference.waveforms(), log_mel)[0] - expected).abs().max() < 2e-6
     assert torch.equal(model(reference.waveforms(), log_mel)[0], expected)
 
