@@ -307,8 +307,8 @@ def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> 
 def parse_command_line(
     parser: OneLineParser, arguments: Sequence[str] | None = None, keys: Sequence[str] = KEYS
 ) -> tuple[Config, argparse.Namespace, dict[str, Any]]:
-    """The configuration, the options that are not keys of it, and the keys that stood on the command line, which takes
-    only some of them where `keys` says so.
+    """The configuration, the options that are not keys of it, and the keys that stood on the command line; `keys` are
+    those that it takes.
     """
     add_config_options(parser, keys)
     options, unknown = parser.parse_known_args(arguments)

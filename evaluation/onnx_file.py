@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from tqdm import tqdm
 
 from checkpoint import TrainedModel, hash_weights
-from config import Config
-from corpus import MACHINE, first_classes, known_clips, machines_of_classes
+from corpus import MACHINE, first_classes, machines_of_classes
 from dataloader import ClipSet, batches, load_clips
-from evaluation.decisions import explain_thresholds
+from evaluation.decisions import decide, explain_thresholds
 from evaluation.graph import ScoringGraph
 from evaluation.metrics import find_rule, measure
 from evaluation.result import check_finite, find_thresholds
@@ -31,10 +31,11 @@ from evaluation.scoring import run_model, scores_against, training_config
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
 from utils import UserError, versions
 
-OPSET = 18  # the one that PyTorch's exporter writes, and the oldest
+OPSET = 18  # the oldest that PyTorch's exporter writes
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # by the larger of the two a score in fp32 may differ from that of eval.py
 CALIBRATION_CLIPS = 128  # whose activations set the scales of int8
 BACKBONE = "'network.mobilefacenet'"  # in the names of modules that the exporter notes for each node
+BOTH = ("eval.py", "file")  # whose scores are compared
 CPU = torch.device("cpu")
 
 # ---- Making the model ----
@@ -46,13 +47,14 @@ def make_model(trained: TrainedModel, precision: str) -> onnx.ModelProto:
 
     Raises `UserError` where int8 is asked for and there are no training clips.
     """
-    model = trace(ScoringGraph(trained, has_prelu=precision == "int8"))
+    clips = calibration_clips(trained) if precision == "int8" else None
+    model = trace(ScoringGraph(trained))
     backbone = {node.name for node in model.graph.node if BACKBONE in scopes(node)}
+    assert backbone
     if precision == "fp16":
-        others = [node.name for node in model.graph.node if node.name not in backbone]
-        model = convert_float_to_float16(model, keep_io_types=True, op_block_list=[], node_block_list=others)
-    elif precision == "int8":
-        model = quantize(model, backbone, calibration_clips(trained))
+        model = to_half(model, backbone)
+    if clips:
+        model = quantize(model, backbone, clips)
     clear_notes(model)
     onnx.helper.set_model_props(model, describe(trained, precision))
     model.producer_name, model.producer_version = "TASTgram-MFN", versions()["commit"]
@@ -103,7 +105,28 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-# ---- int8 ----
+# ---- Lower precision ----
+
+
+def to_half(model: onnx.ModelProto, backbone: set[str]) -> onnx.ModelProto:
+    """The model with these nodes, which make the embedding, in half precision.
+
+    They are converted by themselves: in a model that is converted as a whole, values between nodes that stay in float32
+    are rounded to half precision too, and the power of a quiet sound to 0.
+    """
+    graph = model.graph
+    others = [node for node in graph.node if node.name not in backbone]
+    made = {name for node in others for name in node.output}
+    taken = [name for node in graph.node if node.name in backbone for name in node.input if name in made]
+    part = onnx.utils.Extractor(model).extract_model(list(dict.fromkeys(taken)), ["embedding"])
+    weights = {tensor.name for tensor in part.graph.initializer}
+    other_weights = [tensor for tensor in graph.initializer if tensor.name not in weights]
+    half = convert_float_to_float16(part, keep_io_types=True, op_block_list=[]).graph
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend([*others, *half.node])
+    graph.initializer.extend([*other_weights, *half.initializer])
+    OnnxModel(model).topological_sort()
+    return model
 
 
 class Calibration(CalibrationDataReader):
@@ -122,7 +145,7 @@ def calibration_clips(trained: TrainedModel) -> ClipSet:
     try:
         clips = load_clips(config, "train")
     except UserError as error:
-        raise UserError(f"int8 is calibrated on training clips, and there are none: {error}") from None
+        raise UserError(f"int8 is calibrated on training clips: {error}") from None
     chosen = np.unique(np.linspace(0, len(clips) - 1, CALIBRATION_CLIPS).astype(int))
     return ClipSet(clips.clips.iloc[chosen], config.num_workers, config.channel)
 
@@ -161,7 +184,7 @@ def describe(trained: TrainedModel, precision: str) -> dict[str, str]:
         "thresholds": json.dumps([None if np.isnan(value) else value for value in values.tolist()]),
         "sample_rate": str(SAMPLE_RATE),
         "window": str(SECONDS),
-        "hop": f"{config.model_copy(update={'window': 'all'}).hop_of('test'):g}",
+        "hop": str(config.model_copy(update={"window": "all"}).hop_of("test")),
         "over_windows": config.over_windows,
         "channel": str(config.channel),
         "mode": config.mode,
@@ -184,39 +207,41 @@ class Comparison:
     expected: np.ndarray
     scores: np.ndarray
 
-    @property
-    def difference(self) -> float:
-        """The largest difference of two scores."""
-        return float(np.abs(self.scores - self.expected).max())
+    def check(self, name: str, precision: str) -> str:
+        """What is to be said of the differences. The name is that of the clips.
 
-    @property
-    def is_within_bound(self) -> bool:
-        allowed = np.maximum(RELATIVE * np.abs(self.expected), ABSOLUTE)
-        return bool((np.abs(self.scores - self.expected) <= allowed).all())  # not so where one is NaN
-
-    def aucs(self, config: Config) -> pd.DataFrame:
-        """The pooled AUC of each machine type and their average, with each of the two; empty where no condition is
-        known.
+        Raises `UserError` where a difference is too large for fp32, or a score is not finite.
         """
+        differences = np.abs(self.scores - self.expected)
+        excess = differences - np.maximum(RELATIVE * np.abs(self.expected), ABSOLUTE)
+        worst = np.unravel_index(excess.argmax(), excess.shape)  # a NaN counts as the highest
+        is_wrong = not excess[worst] <= 0 if precision == "fp32" else not np.isfinite(self.scores[worst])
+        if is_wrong:
+            raise UserError(
+                f"no file is written: with {precision} a score of {name} is {self.scores[worst]:.6g}, and "
+                f"{self.expected[worst]:.6g} with eval.py; this is a defect of the export or of a package it needs"
+            )
+        return f"{len(self.clips)} {name}: scores differ from those of eval.py by {differences.max():.1e} at most"
+
+    def of_recordings(self, trained: TrainedModel) -> pd.DataFrame:
+        """The recordings, with the scores of `eval.py` and `file` against their own ID, and its `threshold`."""
+        config = trained.config
         columns = {machine: column for column, machine in enumerate(first_classes(config))}
         own = np.array([columns[machine] for machine in machines_of_classes(config)])[self.clips.labels]
-        table = {}
-        for name, scores in (("eval.py", self.expected), ("file", self.scores)):
-            of_clips = np.take_along_axis(scores.astype(float), own[:, None], axis=1)[:, 0]
-            of_recordings = self.clips.over_windows(of_clips, config.over_windows)
-            known = known_clips(self.clips.recordings.assign(score=of_recordings))
-            if len(known):
-                table[name] = measure(known, find_rule(known)).table["AUC"].xs("pooled", level=1)
-        return pd.DataFrame(table)
+        of_clips = np.stack([self.expected, self.scores], axis=2)[np.arange(len(own)), own]
+        scores = self.clips.over_windows(of_clips, config.over_windows)
+        table = self.clips.recordings.assign(**dict(zip(BOTH, scores.T, strict=True)))
+        return table.join(find_thresholds(trained)["threshold"], on=MACHINE)
 
 
-def compare(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet, device: torch.device) -> Comparison:
-    """Score clips with both; the device is that of eval.py."""
+def compare(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet) -> Comparison:
+    """Score clips with both, on the CPU. Raises `UserError` where eval.py cannot score them either."""
     machines = first_classes(trained.config)
-    expected = scores_against(trained, run_model(trained, clips, device, "eval.py"), machines.values())
-    check_finite(trained, pd.DataFrame(list(machines), columns=MACHINE).assign(score=expected.sum(axis=0)))
+    expected = scores_against(trained, run_model(trained, clips, CPU, "eval.py"), machines.values())
+    of_all = [machine for _ in range(len(clips)) for machine in machines]
+    check_finite(trained, pd.DataFrame(of_all, columns=MACHINE).assign(score=expected.ravel()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = tqdm(read_inputs(clips, 7), "ONNX Runtime", leave=False, disable=None)
+    inputs = tqdm(read_inputs(clips, 7), "ONNX Runtime", -(-len(clips) // 7), unit="batch", leave=False, disable=None)
     return Comparison(clips, expected, np.concatenate([session.run(["scores"], batch)[0] for batch in inputs]))
 
 
@@ -225,10 +250,21 @@ def read_inputs(clips: ClipSet, batch_size: int) -> Iterator[dict[str, np.ndarra
         yield {"samples": samples.numpy().astype(np.float32) / 32768.0}
 
 
+def pooled_aucs(recordings: pd.DataFrame) -> pd.DataFrame:
+    """The AUC of each machine type and their average, for `eval.py` and `file`."""
+    rule = find_rule(recordings)
+    tables = {name: measure(recordings.assign(score=recordings[name]), rule, draws=1).table for name in BOTH}
+    return pd.DataFrame({name: table["AUC"].xs("pooled", level=1) for name, table in tables.items()})
+
+
+def count_other_decisions(recordings: pd.DataFrame) -> int:
+    """About how many recordings the two decide differently."""
+    one, other = (decide(recordings[name], recordings["threshold"]) for name in BOTH)
+    return int((one != other).fillna(False).sum())
+
+
 def made_up_clips() -> ClipSet:
-    """Eight clips to compare on where there are no recordings: tones with noise from full scale to very quiet, and
-    silence.
-    """
+    """Eight clips that need no recordings: tones with noise from full scale to very quiet, and silence."""
     rng, time = np.random.default_rng(0), np.arange(N_SAMPLES) / SAMPLE_RATE
     rows = []
     for level in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0):

@@ -45,34 +45,6 @@ def evaluate(call, folder: Path, data_root: Path, *words: str):
     return call(eval_script.main, folder / "run.pth", "--data_root", data_root, "--device", "cpu", *words)
 
 
-def make_lively(folder: Path) -> None:
-    """Give run.pth weights under which clips differ, which one epoch on a few clips does not achieve, and held-out
-    scores of every machine, of which fan 02 has too few of its own.
-    """
-    rng, rows = np.random.default_rng(0), []
-    for *machine, shape, scale, count in (
-        ("fan", "00", 20, 1, 25),
-        ("fan", "02", 20, 1, 5),
-        ("valve", "01", 45, 0.43, 30),
-    ):
-        rows += [(*machine, score) for score in rng.gamma(shape, scale, count).tolist()]
-    held_out = dict(zip(("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True))
-    state = load_checkpoint(folder / "run.pth") | {"held_out": held_out}
-    del state["embeddings"]  # which are those of other weights
-    state["model"] = {
-        name: value[: len(state["model"][name])] if value.ndim else value  # the centres of three classes
-        for name, value in reference.parameters().items()
-    }
-    save_checkpoint(state, folder / "run.pth")
-
-
-@pytest.fixture
-def lively(trained_copy) -> Path:
-    """A copy of the tiny run in which clips differ, with held-out scores of every machine."""
-    make_lively(trained_copy)
-    return trained_copy
-
-
 # ---- What an evaluation writes ----
 
 

@@ -1,0 +1,421 @@
+"""export.py and examples/score_onnx.py: the numbers of the file are those of eval.py, and what can go wrong."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+import reference
+import torch
+from conftest import copy_test_clips, make_lively, tone, write_clip
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import eval as eval_script
+import export as export_script
+from checkpoint import TrainedModel, build_network, load_model
+from config import load_config
+from corpus import first_classes, machines_of_classes
+from dataloader import ClipSet
+from evaluation import onnx_file
+from evaluation.graph import ScoringGraph
+from evaluation.onnx_file import Comparison, compare, made_up_clips, make_model, read_inputs
+from evaluation.scoring import run_model, scores_against
+from model import CHANNELS, EMBEDDING_SIZE
+from utils import UserError
+
+CPU = torch.device("cpu")
+ROOT = Path(export_script.__file__).parent
+SCORER = ROOT / "examples" / "score_onnx.py"
+CHOICES = [choice for size in (1, 2, 3) for choice in combinations(CHANNELS, size)]
+BY_ATTRIBUTES = {
+    "machines": {"fan": [0, 2], "press": ["line-3"]},
+    "classes": {"fan": {"00": ["slow", "fast"], "02": [""]}, "press": {"line-3": ["a", "b", "c"]}},
+}
+
+
+def reference_model(**keys) -> TrainedModel:
+    """With the weights of the reference values, as far as they fit, and a bank that lacks one class."""
+    config = load_config(**keys)
+    network, weights = build_network(config), reference.parameters()
+    weights["mobilefacenet.conv1.conv.weight"] = weights["mobilefacenet.conv1.conv.weight"][:, : len(config.input)]
+    for name, own in network.state_dict().items():
+        if own.ndim and len(own) <= len(weights[name]):  # the centres of fewer classes
+            own.copy_(weights[name][: len(own)])
+    labels = np.delete(np.arange(len(machines_of_classes(config))).repeat(3), -1)  # three clips of each but the last
+    kept = torch.from_numpy(labels[labels != 1])
+    bank = {"embedding": torch.randn(len(kept), EMBEDDING_SIZE).half(), "label": kept}
+    return TrainedModel(Path("run.pth"), network.eval(), config, {"embeddings": {"bank": bank}})
+
+
+def reference_clips() -> ClipSet:
+    clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * reference.BATCH}), 1)
+    clips.samples = reference.samples()
+    return clips
+
+
+def expected_scores(trained: TrainedModel, clips: ClipSet) -> np.ndarray:
+    """As eval.py computes them for single recordings."""
+    return scores_against(trained, run_model(trained, clips, CPU), first_classes(trained.config).values())
+
+
+def ranks(scores: np.ndarray) -> list:
+    return scores.argsort(axis=0, kind="stable").tolist()
+
+
+def is_close(scores: np.ndarray, expected: np.ndarray) -> bool:
+    return bool((np.abs(scores - expected) <= np.maximum(1e-3 * np.abs(expected), 1e-4)).all())
+
+
+def run(file: Path, samples: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"samples": samples})
+
+
+@pytest.fixture(scope="module")
+def exported(trained, data_root, tmp_path_factory) -> Path:
+    """Folder of a checkpoint, `run.pth`, under which clips differ, of its file, `run.onnx`, and of what was printed,
+    `output`.
+    """
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "run.pth").write_bytes((trained / "run.pth").read_bytes())
+    make_lively(folder)
+    options = Namespace(checkpoint=folder / "run.pth", output=None, precision="fp32")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        export_script.export(load_config(data_root=str(data_root), device="cpu"), options, {})
+    (folder / "output").write_text(output.getvalue())
+    return folder
+
+
+@pytest.fixture
+def exported_copy(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "exported"))
+
+
+@pytest.fixture
+def without_tracing(exported, monkeypatch):
+    """Take the file that is there, which is quicker than to make one."""
+    monkeypatch.setattr(onnx_file, "make_model", lambda trained, precision: onnx.load(exported / "run.onnx"))
+
+
+# ---- The graph, in PyTorch ----
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"input": list(choice), "mode": mode} for choice in CHOICES for mode in ("noisy_arcmix", "cross_entropy")),
+        *({"scoring": kind, "mode": mode} for kind in ("angle", "nearest") for mode in ("arcface", "cross_entropy")),
+        {"scoring": "angle", "sub_centers": 3},
+        {"scoring": "published", "sub_centers": 3},
+        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "angle", "nearest")),
+        {"scoring": "nearest", "neighbours": 1, "machines": {"fan": [0, 2]}},
+    ],
+    ids=str,
+)
+def test_the_graph_gives_the_scores_of_eval(keys):
+    trained, clips = reference_model(**keys), reference_clips()
+    expected = expected_scores(trained, clips)
+    graph = ScoringGraph(trained).eval()
+    with torch.no_grad():
+        scores, embedding = graph(reference.waveforms())
+    assert scores.shape == (reference.BATCH, len(first_classes(trained.config)))
+    assert embedding.shape == (reference.BATCH, EMBEDDING_SIZE)
+    has_bank = np.isfinite(expected)
+    assert has_bank.all() or keys["scoring"] == "nearest"
+    assert (scores.numpy()[~has_bank] == np.inf).all()
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_graph_gives_the_published_score():
+    trained = reference_model()
+    with torch.no_grad():
+        scores, embedding = ScoringGraph(trained).eval()(reference.waveforms())
+    own = scores[torch.arange(reference.BATCH), reference.labels()]
+    assert reference.distance(own, reference.VALUES["eval_score"]) < 1e-4
+    assert reference.distance(embedding, reference.VALUES["eval_embedding"]) < 1e-4
+
+
+def test_the_graph_has_no_batch_norm():
+    assert not any(isinstance(part, _BatchNorm) for part in ScoringGraph(reference_model()).modules())
+
+
+# ---- The file ----
+
+
+def test_what_the_file_holds(exported, trained):
+    model = onnx.load(exported / "run.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == ([("", 18)], 10)
+    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    assert [node.op_type for node in model.graph.node].count("STFT") == 1
+    assert str(ROOT).encode() not in (exported / "run.onnx").read_bytes()
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(about["machines"]) == [["fan", "00"], ["fan", "02"], ["valve", "01"]]
+    assert len(json.loads(about["thresholds"])) == 3
+    fixed = {
+        "sample_rate": "16000", "window": "10", "hop": "5.0", "over_windows": "mean", "channel": "0",
+        "mode": "noisy_arcmix", "input": '["tgram", "sgram", "tagram"]', "scoring": "published", "precision": "fp32",
+    }  # fmt: skip
+    assert {key: about[key] for key in fixed} == fixed
+    assert about.keys() - fixed.keys() == {"machines", "thresholds", "version", "weights_sha256"}
+    assert len(about["weights_sha256"]) == 64
+    size = (exported / "run.onnx").stat().st_size / 1e6
+    line = f"{exported / 'run.onnx'}: {size:.1f} MB, fp32, opset 18, IR version 10, 3 machine IDs, published scores"
+    assert (exported / "output").read_text().splitlines()[-1] == line
+
+
+def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported, trained, data_root):
+    model = load_model(exported / "run.pth", load_config(), {})
+    clips = made_up_clips()
+    expected, (inputs,) = expected_scores(model, clips), read_inputs(clips, len(clips))
+    for count in (1, 7, 8):
+        scores, embedding = run(exported / "run.onnx", inputs["samples"][:count])
+        assert scores.dtype == embedding.dtype == np.float32
+        assert (scores.shape, embedding.shape) == ((count, 3), (count, EMBEDDING_SIZE))
+        assert is_close(scores, expected[:count])
+        assert ranks(scores) == ranks(expected[:count])
+
+
+def test_the_auc_of_test_clips_is_printed(exported, data_root, call):
+    lines = (exported / "output").read_text().splitlines()
+    assert lines[0].startswith("8 made-up signals: scores differ from those of eval.py by ")
+    assert lines[1].startswith("12 test clips: scores differ from those of eval.py by ")
+    table = [line.split() for line in lines[2:-2]]
+    assert lines[-2] == "0 of 12 decisions are not those of eval.py"
+    words = ("--data_root", data_root, "--device", "cpu", "--score_dtype", "float64")
+    assert call(eval_script.main, exported / "run.pth", *words)[0] == 0
+    metrics = json.loads((exported / "run" / "test" / "metrics.json").read_text())["metrics"]
+    assert table[0] == ["AUC", "in", "percent", "eval.py", "file", "cost"]
+    assert [row[0] for row in table[1:]] == ["fan", "valve", "average"]
+    for name, *values in table[1:]:
+        assert values == [f"{100 * metrics[name]['pooled']['AUC']:.2f}"] * 2 + ["0.00"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"input": list(choice), "mode": ("arcface", "cross_entropy")[len(choice) % 2]} for choice in CHOICES),
+        {"input": ["tgram"], "mode": "arcface"},
+        {"scoring": "published", "sub_centers": 3},
+        {"scoring": "angle", "mode": "cross_entropy"},
+        {"scoring": "angle", "sub_centers": 3},
+        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "angle")),
+        {"scoring": "nearest", "machines": {"fan": [0]}},
+    ],
+    ids=str,
+)
+def test_every_kind_of_model_passes_the_comparison(keys):
+    trained = reference_model(**keys)
+    model = make_model(trained, "fp32")
+    for clips in (reference_clips(), made_up_clips()):
+        comparison = compare(model, trained, clips)
+        assert comparison.check("clips", "fp32")
+        assert ranks(comparison.scores) == ranks(comparison.expected)
+
+
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_lower_precisions(precision, exported, data_root, call):
+    status, output, _ = call(
+        export_script.main, exported / "run.pth", "--precision", precision, "--data_root", data_root, "--device", "cpu"
+    )
+    assert status == 0
+    file = exported / f"run.{precision}.onnx"
+    assert f"{file}: " in output
+    assert f" MB, {precision}, opset 18, " in output
+    assert "\naverage " in output
+    assert file.stat().st_size < 0.75 * (exported / "run.onnx").stat().st_size
+    is_float = {tensor.name: tensor.data_type == onnx.TensorProto.FLOAT for tensor in onnx.load(file).graph.initializer}
+    whole_map, before = "network.mobilefacenet.linear7.conv.weight", "network.tgramnet.conv_extrctor.weight"
+    assert not [name for name in is_float if name.endswith(".conv.weight") and is_float[name] and name != whole_map]
+    assert is_float.get(whole_map, False) == (precision == "int8"), "which is no convolution in ONNX"
+    assert is_float[before], "only the backbone is in lower precision"
+
+
+# ---- Scoring without PyTorch ----
+
+
+def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
+    """What the example prints where only the packages it names can be imported."""
+    code = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'torchaudio', 'librosa', 'pandas', 'scipy', 'sklearn', 'yaml', 'onnx', 'onnxscript'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, SCORER, file, *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=file.parent)
+
+
+def rounded(line: str) -> str:
+    """The line, with four digits of each number."""
+    return re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.4g}", line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "channels", "subtype", "words"),
+    [
+        (10.0, 1, "PCM_16", ("fan", "2")),
+        (3.0, 2, "PCM_24", ("valve",)),
+        (22.26, 1, "FLOAT", ("fan",)),
+        (10.005, 1, "PCM_16", ("valve", "01")),
+    ],
+)
+def test_the_example_prints_the_line_of_eval(seconds, channels, subtype, words, exported, call):
+    file = write_clip(exported / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype)
+    options = dict(zip(("--machine_type", "--machine_id"), words, strict=False))
+    words_of_eval = [word for option in options.items() for word in option]
+    _, expected, _ = call(eval_script.main, exported / "run.pth", "--score", file, *words_of_eval)
+    process = print_score(exported / "run.onnx", str(file), *words)
+    assert process.returncode == 0, process.stderr
+    assert rounded(process.stdout) == rounded(expected)
+    assert ("worst at" in expected) == (seconds > 10)
+
+
+def test_the_example_follows_what_the_file_says(exported, tmp_path):
+    model = onnx.load(exported / "run.onnx")
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    thresholds = json.dumps([None, 1e9, -1e9])
+    onnx.helper.set_model_props(model, about | {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"})
+    onnx.save(model, tmp_path / "run.onnx")
+    file = write_clip(tmp_path / "new.wav", tone(1, 20.0))
+    lines = [
+        print_score(tmp_path / "run.onnx", str(file), *machine).stdout.rstrip("\n").split("\t")
+        for machine in (("fan", "0"), ("fan", "02"), ("valve", "1"))
+    ]
+    assert [line[3:5] for line in lines] == [["-", "-"], ["1e+09", "normal"], ["-1e+09", "anomalous"]]
+    endings = [re.fullmatch(r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", line[5]) for line in lines]
+    assert [ending[2] for ending in endings] == [line[2] for line in lines], "the highest counts"
+    assert [ending[3] for ending in endings] == ["", ", 0 of 5 windows anomalous", ", 5 of 5 windows anomalous"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "words", "match"),
+    [
+        (tone(1, 1.0, rate=8000), 8000, ["fan"], r"new.wav: not a recording at 16000 Hz with a channel 0 \(sox"),
+        (np.zeros(0), 16000, ["fan"], "new.wav: not a recording at 16000 Hz"),
+        (np.full(9, np.nan), 16000, ["fan"], "new.wav: it holds NaN or infinite samples"),
+        (tone(1, 1.0), 16000, ["fan", "7"], "knows no machine fan 07; it knows fan 00, fan 02, valve 01"),
+    ],
+    ids=["8 kHz", "empty", "NaN", "machine"],
+)
+def test_what_the_example_cannot_score(samples, rate, words, match, exported, tmp_path):
+    file = write_clip(tmp_path / "new.wav", samples, rate, "FLOAT")
+    process = print_score(exported / "run.onnx", str(file), *words)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
+    assert re.search(match, process.stderr)
+
+
+# ---- What can go wrong ----
+
+
+@pytest.mark.parametrize(
+    ("scores", "match"),
+    [
+        (
+            [[1.0, 1000.1], [1.0, 1001.1]],
+            r"with fp32 a score of clips is 1001.1, and 1000 with eval.py; this is a defect",
+        ),
+        ([[1.00011, 1000.0], [1.0, 1000.0]], r"is 1.00011, and 1 with"),
+        ([[1.0, 1000.0], [1.0, np.nan]], r"is nan, and 1000 with"),
+    ],
+)
+def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
+    close = np.array([[1.00009, 1000.9], [0.99991, 999.1]])
+    comparison = Comparison(made_up_clips(), np.array([[1.0, 1000.0]] * 2), close)
+    assert comparison.check("clips", "fp32") == "8 clips: scores differ from those of eval.py by 9.0e-01 at most"
+    far = dataclasses.replace(comparison, scores=np.array(scores))
+    with pytest.raises(UserError, match=match):
+        far.check("clips", "fp32")
+    if np.isfinite(scores).all():
+        assert far.check("clips", "int8")
+    else:
+        with pytest.raises(UserError, match="with int8 a score of clips is nan"):
+            far.check("clips", "int8")
+
+
+def test_a_difference_above_the_bound_leaves_no_file(without_tracing, trained_copy, fails):
+    before = sorted(trained_copy.iterdir())  # a checkpoint of other weights than those in the file
+    match = "no file is written: with fp32 a score of made-up signals is .*, and .* with eval.py"
+    fails(export_script.main, trained_copy / "run.pth", "--device", "cpu", match=match)
+    assert sorted(trained_copy.iterdir()) == before
+
+
+def test_a_full_disk(without_tracing, exported_copy, fails, monkeypatch):
+    def fail(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    before = sorted(exported_copy.iterdir())
+    match = r"run.onnx is not written \(No space left on device\); --output names another file"
+    fails(export_script.main, exported_copy / "run.pth", "--data_root", exported_copy / "none", match=match)
+    assert sorted(exported_copy.iterdir()) == before
+
+
+def test_without_test_clips_it_is_said(without_tracing, exported_copy, call):
+    output = exported_copy / "other.onnx"
+    words = ("--data_root", exported_copy / "none", "--device", "cpu", "--output", output)
+    status, printed, errors = call(export_script.main, exported_copy / "run.pth", *words)
+    assert status == 0
+    assert "notice: there is no comparison on test clips: " in errors
+    assert "AUC" not in printed
+    assert output.exists()
+
+
+def test_int8_needs_training_clips(trained_copy, data_root, tmp_path, fails):
+    copy_test_clips(data_root, tmp_path)
+    match = "int8 is calibrated on training clips: .*fan"
+    fails(export_script.main, trained_copy / "run.pth", "--precision", "int8", "--data_root", tmp_path, match=match)
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("none.pth",), "none.pth: no such checkpoint"),
+        (("text.pth",), "text.pth: not a readable checkpoint"),
+        (("nowhere/run.pth",), "nowhere/run.pth: no such checkpoint"),
+        (("run.pth", "--output", "run.pth"), "--output run.pth: give the name of a file that ends in .onnx"),
+        (("copy.onnx",), "--output copy.onnx: .* is not the checkpoint"),
+        (("run.pth", "--output", "folder.onnx"), "--output folder.onnx: give the name of a file"),
+        (("run.pth", "--output", "text.pth/run.onnx"), "text.pth/run.onnx cannot be written"),
+        (("run.pth", "--mode", "arcface"), "command line: mode 'arcface' is not the checkpoint's"),
+        (("run.pth", "--precision", "bf16"), "invalid choice: 'bf16'"),
+        ((), "the following arguments are required: checkpoint"),
+    ],
+)
+def test_mistakes(words, match, trained_copy, fails, monkeypatch):
+    monkeypatch.chdir(trained_copy)
+    Path("text.pth").write_text("no weights")
+    Path("folder.onnx").mkdir()
+    shutil.copy("run.pth", "copy.onnx")
+    before = sorted(trained_copy.rglob("*"))
+    fails(export_script.main, *words, match=match)
+    assert sorted(trained_copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package(package, trained_copy, fails, monkeypatch):
+    monkeypatch.delitem(sys.modules, "evaluation.onnx_file")
+    monkeypatch.setitem(sys.modules, package, None)
+    match = f"export.py needs other packages .*{package}.*: pip install -r requirements-export.txt"
+    fails(export_script.main, trained_copy / "run.pth", match=match)
+
+
+def test_training_and_evaluation_do_without_the_packages():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); import train_ddp, train, eval"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
