@@ -217,9 +217,10 @@ class Comparison:
         worst = np.unravel_index(excess.argmax(), excess.shape)  # a NaN counts as the highest
         is_wrong = not excess[worst] <= 0 if precision == "fp32" else not np.isfinite(self.scores[worst])
         if is_wrong:
+            remedy = "check the packages (requirements-export.txt)" if precision == "fp32" else "use --precision fp32"
             raise UserError(
                 f"no file is written: with {precision} a score of {name} is {self.scores[worst]:.6g}, and "
-                f"{self.expected[worst]:.6g} with eval.py; this is a defect of the export or of a package it needs"
+                f"{self.expected[worst]:.6g} with eval.py; {remedy}"
             )
         return f"{len(self.clips)} {name}: scores differ from those of eval.py by {differences.max():.1e} at most"
 

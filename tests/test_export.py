@@ -325,16 +325,16 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
     ("scores", "match"),
     [
         (
-            [[1.0, 1000.1], [1.0, 1001.1]],
-            r"with fp32 a score of clips is 1001.1, and 1000 with eval.py; this is a defect",
+            [[0.01, 1000.1], [0.01, 1001.1]],
+            r"with fp32 a score of clips is 1001.1, and 1000 with eval.py; check the packages",
         ),
-        ([[1.00011, 1000.0], [1.0, 1000.0]], r"is 1.00011, and 1 with"),
-        ([[1.0, 1000.0], [1.0, np.nan]], r"is nan, and 1000 with"),
+        ([[0.01011, 1000.0], [0.01, 1000.0]], r"is 0.01011, and 0.01 with"),
+        ([[0.01, 1000.0], [0.01, np.nan]], r"is nan, and 1000 with"),
     ],
 )
 def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
-    close = np.array([[1.00009, 1000.9], [0.99991, 999.1]])
-    comparison = Comparison(made_up_clips(), np.array([[1.0, 1000.0]] * 2), close)
+    close = np.array([[0.01009, 1000.9], [0.00991, 999.1]])
+    comparison = Comparison(made_up_clips(), np.array([[0.01, 1000.0]] * 2), close)
     assert comparison.check("clips", "fp32") == "8 clips: scores differ from those of eval.py by 9.0e-01 at most"
     far = dataclasses.replace(comparison, scores=np.array(scores))
     with pytest.raises(UserError, match=match):
@@ -342,7 +342,9 @@ def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
     if np.isfinite(scores).all():
         assert far.check("clips", "int8")
     else:
-        with pytest.raises(UserError, match="with int8 a score of clips is nan"):
+        with pytest.raises(
+            UserError, match="with int8 a score of clips is nan, and 1000 with eval.py; use --precision fp32"
+        ):
             far.check("clips", "int8")
 
 
