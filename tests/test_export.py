@@ -343,7 +343,7 @@ def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
         assert far.check("clips", "int8")
     else:
         with pytest.raises(
-            UserError, match="with int8 a score of clips is nan, and 1000 with eval.py; use --precision fp32"
+            UserError, match=r"with int8 a score of clips is nan, and 1000 with eval.py; use --precision fp32"
         ):
             far.check("clips", "int8")
 
