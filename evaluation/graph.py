@@ -27,6 +27,7 @@ class ScoringGraph(nn.Module):
         config = trained.config
         self.front_end = FrontEnd(config.input)
         self.network = fold_batch_norm(trained.network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        replace_prelus(self.network)
         self.objective, self.neighbours = Objective(config.mode, config.m, config.s), config.neighbours
         self.banks = nn.ParameterList(divide_bank(trained) if config.scoring == "nearest" else [])
         self.score = {"published": self.published, "angle": self.angles, "nearest": self.distances}[config.scoring]
@@ -59,6 +60,25 @@ class ScoringGraph(nn.Module):
         nothing_near = torch.full_like(embedding[:, 0], torch.inf, dtype=torch.float64)
         distances = [mean_distance(embedding, own, self.neighbours) if len(own) else nothing_near for own in self.banks]
         return torch.stack(distances, dim=1)
+
+
+class PReLU(nn.Module):
+    """PReLU `(B, C, H, W)` as sum and products. With ONNX Runtime's own the whole graph takes 1.4 times as long."""
+
+    def __init__(self, slope: Tensor) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(slope.detach().view(-1, 1, 1))
+        self.rest = nn.Parameter(1.0 - self.slope.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope * x + self.rest * F.relu(x)
+
+
+def replace_prelus(network: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.PReLU):
+                setattr(parent, name, PReLU(child.weight))
 
 
 def divide_bank(trained: TrainedModel) -> list[nn.Parameter]:

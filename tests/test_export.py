@@ -29,7 +29,7 @@ from config import load_config
 from corpus import first_classes, machines_of_classes
 from dataloader import ClipSet
 from evaluation import onnx_file
-from evaluation.graph import ScoringGraph
+from evaluation.graph import PReLU, ScoringGraph
 from evaluation.onnx_file import Comparison, compare, made_up_clips, make_model, read_inputs
 from evaluation.scoring import run_model, scores_against
 from model import CHANNELS, EMBEDDING_SIZE
@@ -146,8 +146,16 @@ def test_the_graph_gives_the_published_score():
     assert reference.distance(embedding, reference.VALUES["eval_embedding"]) < 1e-4
 
 
-def test_the_graph_has_no_batch_norm():
-    assert not any(isinstance(part, _BatchNorm) for part in ScoringGraph(reference_model()).modules())
+def test_the_graph_has_no_batch_norm_and_no_prelu():
+    trained = reference_model()
+    assert not any(isinstance(part, _BatchNorm | torch.nn.PReLU) for part in ScoringGraph(trained).modules())
+    assert any(isinstance(part, torch.nn.PReLU) for part in trained.network.modules()), "the model itself is unchanged"
+
+
+def test_a_prelu_of_sum_and_products():
+    theirs, x = torch.nn.PReLU(5), torch.randn(2, 5, 3, 4)
+    theirs.weight.data = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0])
+    torch.testing.assert_close(PReLU(theirs.weight)(x), theirs(x))
 
 
 # ---- The file ----
@@ -157,7 +165,7 @@ def test_what_the_file_holds(exported, trained):
     model = onnx.load(exported / "run.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == ([("", 18)], 10)
-    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    assert not [node for node in model.graph.node if node.op_type in ("BatchNormalization", "PRelu")]
     assert [node.op_type for node in model.graph.node].count("STFT") == 1
     assert str(ROOT).encode() not in (exported / "run.onnx").read_bytes()
     about = {entry.key: entry.value for entry in model.metadata_props}
