@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import MACHINES, clips_of, count_first_pairs, count_pairs, tone, write_clip
+from conftest import MACHINES, clips_of, count_first_pairs, count_pairs, make_lively, tone, write_clip
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
-from test_eval import make_lively, read_csv
+from test_eval import read_csv
 
 from audio import check_recording
 from checkpoint import RunFiles, TrainedModel, build_network, load_checkpoint, load_model
