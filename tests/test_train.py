@@ -294,10 +294,11 @@ utils.run_script(train.main)
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_unbroken_run(kills, tmp_path, data_root):
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
     """SIGKILL at seeded random moments, the whole process group, resumed each time."""
     (tmp_path / "killed.py").write_text(KILLED)
+    kills = 20
     options = CUT | {"epoch": 2 * kills}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

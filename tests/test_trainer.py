@@ -137,7 +137,7 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
-@pytest.mark.parametrize("mode", ["arcface", "noisy_arcmix"])
+@pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix"])
 def test_the_step_is_one_graph_for_all_steps(mode):
     """Nothing in it breaks the graph that the compiler sees, and no lambda or partner makes it compile anew."""
     torch._dynamo.reset()
