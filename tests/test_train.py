@@ -194,8 +194,9 @@ CUT = {"epoch": 3, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
 
 
 def start(folder: Path, data_root: Path, *options: str) -> subprocess.Popen:
+    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer, for the sake of time
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *arguments(folder, data_root, **CUT), *options],
+        [sys.executable, ROOT / "train.py", *arguments(folder, data_root, **keys), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
