@@ -49,7 +49,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/tach check
 
-.venv/installed: requirements.txt tests/requirements.txt
+.venv/installed: requirements.txt requirements-export.txt tests/requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }

@@ -3,14 +3,13 @@
     python benchmarks/onnx_file.py check_points/demo.pth --data_root datasets/synthetic       # after make demo
     python benchmarks/onnx_file.py RUN.pth --data_root FOLDER --machines '{slider: [0, 2, 4, 6]}'
 
-First, for each kind of score and each precision, on all test clips: the largest difference of two scores, absolute and
-relative; how many ranks differ, counted over the clips and the machine IDs they are scored against; the AUC of eval.py
-(mean of the machine types, pooled over IDs, from float64 scores) and by how much that of the file is lower, in percent;
-and how many decisions differ.
+First, for each kind of score and each precision, the size of the file; on all test clips the largest difference of two
+scores, absolute and relative; how many ranks differ, counted over the clips and the machine IDs they are scored
+against; the AUC of eval.py (mean of the machine types, pooled over IDs, from float64 scores) and by how much that of
+the file is lower, in percent; and how many decisions differ.
 
-Then the size of the files with the published score, and clips a second of eval.py and of each file, with one thread and
-with two, clips one by one and in batches of 16 (eval.py takes 16): medians of rounds in which all take their turn. The
-samples are in memory.
+Then clips a second of eval.py and of each file with the published score, with one thread and with two, clips one by one
+and in batches of 16 (eval.py takes 16): medians of rounds in which all take their turn. The samples are in memory.
 """
 
 import dataclasses
@@ -29,15 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import TrainedModel, load_model
-from config import KEYS, SCORINGS, parse_command_line
+from config import SCORINGS, parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.metrics import AVERAGE
-from evaluation.onnx_file import compare, count_other_decisions, make_model, pooled_aucs, read_inputs
+from evaluation.onnx_file import CPU, compare, count_other_decisions, make_model, pooled_aucs, read_inputs
 from evaluation.scoring import run_model, with_embeddings
-from export import FIXED, PRECISIONS
+from export import EXPORT_KEYS, PRECISIONS
 from utils import OneLineParser, run_script, versions
-
-CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -45,7 +42,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="file of trained weights")
     parser.add_argument("--clips", type=int, default=32, help="how many clips the times are of (default: 32)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
-    config, options, given = parse_command_line(parser, keys=[key for key in KEYS if key not in FIXED])
+    config, options, given = parse_command_line(parser, keys=EXPORT_KEYS)
     trained = with_embeddings(load_model(options.checkpoint, config, given), SCORINGS, CPU)
     clips = load_clips(trained.config, "test")
     models = {}
@@ -54,17 +51,18 @@ def main() -> None:
         own = dataclasses.replace(trained, config=trained.config.model_copy(update={"scoring": kind}))
         for precision in PRECISIONS:
             models[kind, precision] = make_model(own, precision)
-            print(f"{kind:10} {precision:5} {agreement(models[kind, precision], own, clips)}", flush=True)
+            size = len(models[kind, precision].SerializeToString()) / 1e6
+            said = agreement(models[kind, precision], own, clips)
+            print(f"{kind:10} {precision:5} {size:.2f} MB; {said}", flush=True)
     chosen = {precision: models["published", precision] for precision in PRECISIONS}
-    for precision, model in chosen.items():
-        print(f"{precision}: {len(model.SerializeToString()) / 1e6:.2f} MB")
     few = ClipSet(clips.clips.iloc[: options.clips], clips.num_workers, clips.channel)
     few.samples = few.read_all(CPU)
     measured = {}
     for threads in (1, 2):
         measured |= measure_speed(chosen, trained, few, threads, options.repeats)
     for name, value in measured.items():
-        print(f"{name:40} {value:8.1f} clips/s")
+        whole = measured[f"eval.py, {name.rpartition(', ')[2]}"]
+        print(f"{name:40} {value:8.1f} clips/s, {value / whole:.2f} of eval.py")
     print(json.dumps({"figures": measured, "machine": {"cores": os.cpu_count(), **versions()}}))
 
 
@@ -103,7 +101,7 @@ def measure_speed(
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    return {f"{name}, {threads} threads": len(clips) / statistics.median(values) for name, values in seconds.items()}
+    return {f"{name}, threads: {threads}": len(clips) / statistics.median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

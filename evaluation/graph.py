@@ -62,23 +62,23 @@ class ScoringGraph(nn.Module):
         return torch.stack(distances, dim=1)
 
 
-class PReLU(nn.Module):
-    """PReLU `(B, C, H, W)` as sum and products. With ONNX Runtime's own the whole graph takes 1.4 times as long."""
+class SumOfProductsPReLU(nn.Module):
+    """PReLU `(B, C, H, W)` as sum and products, which ONNX Runtime computes faster than its own PReLU."""
 
     def __init__(self, slope: Tensor) -> None:
         super().__init__()
         self.slope = nn.Parameter(slope.detach().view(-1, 1, 1))
-        self.rest = nn.Parameter(1.0 - self.slope.detach())
+        self.complement = nn.Parameter(1.0 - self.slope.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.slope * x + self.rest * F.relu(x)
+        return self.slope * x + self.complement * F.relu(x)
 
 
 def replace_prelus(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.PReLU):
-                setattr(parent, name, PReLU(child.weight))
+                setattr(parent, name, SumOfProductsPReLU(child.weight))
 
 
 def divide_bank(trained: TrainedModel) -> list[nn.Parameter]:

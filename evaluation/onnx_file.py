@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from utils import UserError, versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # by the larger of the two a score in fp32 may differ from that of eval.py
+BATCH = 7  # clips; the last batch, and that of another size at calibration, show that N is dynamic
 CALIBRATION_CLIPS = 128  # whose activations set the scales of int8
 BACKBONE = "'network.mobilefacenet'"  # in the names of modules that the exporter notes for each node
 BOTH = ("eval.py", "file")  # whose scores are compared
@@ -43,14 +45,14 @@ CPU = torch.device("cpu")
 
 def make_model(trained: TrainedModel, precision: str) -> onnx.ModelProto:
     """`samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and `embedding` `(N, E)`, float32, with the metadata
-    of `describe`. Lower precisions concern the backbone: everything before and after it is in float32, and in float64.
+    of `describe`. Lower precisions apply to the MobileFaceNet only; the rest stays in float32 or float64.
 
     Raises `UserError` where int8 is asked for and there are no training clips.
     """
     clips = calibration_clips(trained) if precision == "int8" else None
     model = trace(ScoringGraph(trained))
     backbone = {node.name for node in model.graph.node if BACKBONE in scopes(node)}
-    assert backbone
+    assert backbone, "the exporter notes the names of modules otherwise"
     if precision == "fp16":
         model = to_half(model, backbone)
     if clips:
@@ -73,7 +75,7 @@ def trace(graph: ScoringGraph) -> onnx.ModelProto:
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("N")},),
             verbose=False,
-            optimize=False,  # it takes the floor of the log-mel, 2e-16, for 0
+            optimize=False,  # the exporter's optimiser replaces POWER_FLOOR, 2e-16, by 0
         )
         assert program is not None
         onnxscript.optimizer.inline(program.model)
@@ -96,7 +98,7 @@ def clear_notes(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings of the libraries to themselves: they are about libraries and steps that are not needed."""
+    """Silence the libraries' warnings: they concern optional packages and steps that are not used here."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -116,11 +118,12 @@ def to_half(model: onnx.ModelProto, backbone: set[str]) -> onnx.ModelProto:
     """
     graph = model.graph
     others = [node for node in graph.node if node.name not in backbone]
-    made = {name for node in others for name in node.output}
-    taken = [name for node in graph.node if node.name in backbone for name in node.input if name in made]
-    part = onnx.utils.Extractor(model).extract_model(list(dict.fromkeys(taken)), ["embedding"])
+    outputs = {name for node in others for name in node.output}
+    inputs = [name for node in graph.node if node.name in backbone for name in node.input if name in outputs]
+    part = onnx.utils.Extractor(model).extract_model(list(dict.fromkeys(inputs)), ["embedding"])
     weights = {tensor.name for tensor in part.graph.initializer}
     other_weights = [tensor for tensor in graph.initializer if tensor.name not in weights]
+    assert not weights & {name for node in others for name in node.input}, "shared weights would be in half precision"
     half = convert_float_to_float16(part, keep_io_types=True, op_block_list=[]).graph
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend([*others, *half.node])
@@ -140,7 +143,7 @@ class Calibration(CalibrationDataReader):
 
 
 def calibration_clips(trained: TrainedModel) -> ClipSet:
-    """Training clips from all over the list, so that each machine has its share."""
+    """Training clips from all over the list, so that each machine ID has its share."""
     config = training_config(trained)
     try:
         clips = load_clips(config, "train")
@@ -207,8 +210,8 @@ class Comparison:
     expected: np.ndarray
     scores: np.ndarray
 
-    def check(self, name: str, precision: str) -> str:
-        """What is to be said of the differences. The name is that of the clips.
+    def check(self, clips_name: str, precision: str) -> str:
+        """A line about the largest difference.
 
         Raises `UserError` where a difference is too large for fp32, or a score is not finite.
         """
@@ -219,10 +222,10 @@ class Comparison:
         if is_wrong:
             remedy = "check the packages (requirements-export.txt)" if precision == "fp32" else "use --precision fp32"
             raise UserError(
-                f"no file is written: with {precision} a score of {name} is {self.scores[worst]:.6g}, and "
+                f"no file is written: with {precision} a score of {clips_name} is {self.scores[worst]:.6g}, and "
                 f"{self.expected[worst]:.6g} with eval.py; {remedy}"
             )
-        return f"{len(self.clips)} {name}: scores differ from those of eval.py by {differences.max():.1e} at most"
+        return f"{len(self.clips)} {clips_name}: scores differ from those of eval.py by {differences.max():.1e} at most"
 
     def of_recordings(self, trained: TrainedModel) -> pd.DataFrame:
         """The recordings, with the scores of `eval.py` and `file` against their own ID, and its `threshold`."""
@@ -239,10 +242,10 @@ def compare(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet) -> Co
     """Score clips with both, on the CPU. Raises `UserError` where eval.py cannot score them either."""
     machines = first_classes(trained.config)
     expected = scores_against(trained, run_model(trained, clips, CPU, "eval.py"), machines.values())
-    of_all = [machine for _ in range(len(clips)) for machine in machines]
-    check_finite(trained, pd.DataFrame(of_all, columns=MACHINE).assign(score=expected.ravel()))
+    check_finite(trained, pd.DataFrame(list(machines) * len(clips), columns=MACHINE).assign(score=expected.ravel()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = tqdm(read_inputs(clips, 7), "ONNX Runtime", -(-len(clips) // 7), unit="batch", leave=False, disable=None)
+    count = math.ceil(len(clips) / BATCH)
+    inputs = tqdm(read_inputs(clips, BATCH), "ONNX Runtime", count, unit="batch", leave=False, disable=None)
     return Comparison(clips, expected, np.concatenate([session.run(["scores"], batch)[0] for batch in inputs]))
 
 
@@ -259,13 +262,13 @@ def pooled_aucs(recordings: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_other_decisions(recordings: pd.DataFrame) -> int:
-    """About how many recordings the two decide differently."""
+    """How many recordings the two decide differently, of those that have a threshold."""
     one, other = (decide(recordings[name], recordings["threshold"]) for name in BOTH)
     return int((one != other).fillna(False).sum())
 
 
-def made_up_clips() -> ClipSet:
-    """Eight clips that need no recordings: tones with noise from full scale to very quiet, and silence."""
+def synthetic_clips() -> ClipSet:
+    """Eight clips: tones with noise from full scale to very quiet, and silence."""
     rng, time = np.random.default_rng(0), np.arange(N_SAMPLES) / SAMPLE_RATE
     rows = []
     for level in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0):

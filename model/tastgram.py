@@ -74,7 +74,7 @@ class FrontEnd(nn.Module):
         return self.inputs(samples.float() / 32768.0)
 
     def inputs(self, waveform: Tensor) -> dict[str, Tensor]:
-        """The same from the waveform itself."""
+        """The same from a waveform float32 `(B, T)` in [-1, 1)."""
         inputs = {"waveform": waveform} if self.keeps_waveform else {}
         return inputs if self.log_mel is None else inputs | {"log_mel": self.log_mel(waveform)}
 

@@ -26,16 +26,24 @@ import eval as eval_script
 import export as export_script
 from checkpoint import TrainedModel, build_network, load_model
 from config import load_config
-from corpus import first_classes, machines_of_classes
+from corpus import ANOMALOUS, first_classes, machines_of_classes
 from dataloader import ClipSet
 from evaluation import onnx_file
-from evaluation.graph import PReLU, ScoringGraph
-from evaluation.onnx_file import Comparison, compare, made_up_clips, make_model, read_inputs
+from evaluation.graph import ScoringGraph, SumOfProductsPReLU
+from evaluation.onnx_file import (
+    CPU,
+    Comparison,
+    compare,
+    count_other_decisions,
+    make_model,
+    pooled_aucs,
+    read_inputs,
+    synthetic_clips,
+)
 from evaluation.scoring import run_model, scores_against
 from model import CHANNELS, EMBEDDING_SIZE
 from utils import UserError
 
-CPU = torch.device("cpu")
 ROOT = Path(export_script.__file__).parent
 SCORER = ROOT / "examples" / "score_onnx.py"
 # Each choice of channels, each head with one, two and three of them
@@ -163,13 +171,13 @@ def test_the_graph_has_no_batch_norm_and_no_prelu():
 def test_a_prelu_of_sum_and_products():
     theirs, x = torch.nn.PReLU(5), torch.randn(2, 5, 3, 4)
     theirs.weight.data = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0])
-    torch.testing.assert_close(PReLU(theirs.weight)(x), theirs(x))
+    torch.testing.assert_close(SumOfProductsPReLU(theirs.weight)(x), theirs(x))
 
 
 # ---- The file ----
 
 
-def test_what_the_file_holds(exported, trained):
+def test_what_the_file_holds(exported):
     model = onnx.load(exported / "run.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == ([("", 18)], 10)
@@ -191,24 +199,26 @@ def test_what_the_file_holds(exported, trained):
     assert (exported / "output").read_text().splitlines()[-1] == line
 
 
-def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported, trained, data_root):
+def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
     model = load_model(exported / "run.pth", load_config(), {})
-    clips = made_up_clips()
+    clips = synthetic_clips()
     expected, (inputs,) = expected_scores(model, clips), read_inputs(clips, len(clips))
+    expected_embedding = run_model(model, clips, CPU).embedding.numpy()
     for count in (1, 7, 8):
         scores, embedding = run(exported / "run.onnx", inputs["samples"][:count])
         assert scores.dtype == embedding.dtype == np.float32
         assert (scores.shape, embedding.shape) == ((count, 3), (count, EMBEDDING_SIZE))
         assert is_close(scores, expected[:count])
         assert ranks(scores) == ranks(expected[:count])
+        assert reference.distance(embedding, expected_embedding[:count]) < 1e-5
 
 
 def test_the_auc_of_test_clips_is_printed(exported, data_root, call):
     lines = (exported / "output").read_text().splitlines()
-    assert lines[0].startswith("8 made-up signals: scores differ from those of eval.py by ")
+    assert lines[0].startswith("8 synthetic signals: scores differ from those of eval.py by ")
     assert lines[1].startswith("12 test clips: scores differ from those of eval.py by ")
     table = [line.split() for line in lines[2:-2]]
-    assert lines[-2] == "0 of 12 decisions are not those of eval.py"
+    assert lines[-2] == "0 of 12 decisions differ from those of eval.py"
     words = ("--data_root", data_root, "--device", "cpu", "--score_dtype", "float64")
     assert call(eval_script.main, exported / "run.pth", *words)[0] == 0
     metrics = json.loads((exported / "run" / "test" / "metrics.json").read_text())["metrics"]
@@ -234,28 +244,67 @@ def test_the_auc_of_test_clips_is_printed(exported, data_root, call):
 def test_every_kind_of_model_passes_the_comparison(keys):
     trained = reference_model(**keys)
     model = make_model(trained, "fp32")
-    for clips in (reference_clips(), made_up_clips()):
+    for clips in (reference_clips(), synthetic_clips()):
         comparison = compare(model, trained, clips)
         assert comparison.check("clips", "fp32")
         assert ranks(comparison.scores) == ranks(comparison.expected)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_lower_precisions(precision, exported, without_tracing, data_root, call):
-    status, output, _ = call(
-        export_script.main, exported / "run.pth", "--precision", precision, "--data_root", data_root, "--device", "cpu"
-    )
+def test_lower_precisions(precision, exported_copy, without_tracing, data_root, call):
+    words = ("--precision", precision, "--data_root", data_root, "--device", "cpu")
+    status, output, _ = call(export_script.main, exported_copy / "run.pth", *words)
+    file, whole = exported_copy / f"run.{precision}.onnx", exported_copy / "run.onnx"
     assert status == 0
-    file = exported / f"run.{precision}.onnx"
     assert f"{file}: " in output
     assert f" MB, {precision}, opset 18, " in output
     assert "\naverage " in output
-    assert file.stat().st_size < 0.75 * (exported / "run.onnx").stat().st_size
-    is_float = {tensor.name: tensor.data_type == onnx.TensorProto.FLOAT for tensor in onnx.load(file).graph.initializer}
-    whole_map, before = "network.mobilefacenet.linear7.conv.weight", "network.tgramnet.conv_extrctor.weight"
-    assert not [name for name in is_float if name.endswith(".conv.weight") and is_float[name] and name != whole_map]
-    assert is_float.get(whole_map, False) == (precision == "int8"), "which is no convolution in ONNX"
-    assert is_float[before], "only the backbone is in lower precision"
+    assert file.stat().st_size < 0.75 * whole.stat().st_size
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert ("precision", precision) in [(entry.key, entry.value) for entry in model.metadata_props]
+    of_float = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    weights = {name for name in of_float if name.endswith(".weight")}
+    kept = {"network.mobilefacenet.linear7.conv.weight"} if precision == "int8" else set()  # no convolution in ONNX
+    assert {name for name in weights if name.startswith("network.mobilefacenet.")} == kept
+    assert "network.tgramnet.conv_extrctor.weight" in weights, "only the MobileFaceNet is in lower precision"
+    (inputs,) = read_inputs(reference_clips(), reference.BATCH)
+    (scores, embedding), (expected, whole_embedding) = (run(name, inputs["samples"]) for name in (file, whole))
+    assert reference.distance(embedding, whole_embedding) < {"fp16": 3e-3, "int8": 0.3}[precision]
+    assert reference.distance(scores, expected) < {"fp16": 3e-3, "int8": 0.3}[precision]
+
+
+@pytest.mark.slow
+def test_half_precision_of_the_other_head():
+    trained = reference_model(mode="cross_entropy")
+    comparison = compare(make_model(trained, "fp16"), trained, reference_clips())
+    assert comparison.check("clips", "fp16")
+    assert reference.distance(comparison.scores, comparison.expected) < 3e-3
+
+
+@pytest.mark.parametrize("rule", ["mean", "max"])
+def test_recordings_have_the_scores_against_their_own_id(rule):
+    """Two recordings of a machine with three classes, and one of another; the first one has two windows."""
+    trained = reference_model(over_windows=rule, **BY_ATTRIBUTES)
+    held_out = {"machine_type": ["press"] * 20, "machine_id": ["line-3"] * 20, "score": [5.0] * 20}
+    trained = dataclasses.replace(trained, state={"held_out": held_out})
+    rows = [("press", "line-3", "normal", 4, 0.0), ("press", "line-3", "normal", 4, 5.0),
+            ("press", "line-3", "anomaly", 5, 0.0), ("fan", "00", "normal", 1, 0.0)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["machine_type", "machine_id", "condition", "label", "start"])
+    clips = ClipSet(table.assign(path=Path(), domain=""), 1)
+    expected = np.array([[9.0, 9.0, 1.0], [9.0, 9.0, 3.0], [9.0, 9.0, 7.0], [8.0, 9.0, 9.0]])
+    recordings = Comparison(clips, expected, expected[:, ::-1] + 0.5).of_recordings(trained)
+    assert recordings["eval.py"].tolist() == [3.0 if rule == "max" else 2.0, 7.0, 8.0]
+    assert recordings["file"].tolist() == [9.5, 9.5, 9.5]
+    assert recordings["threshold"].notna().tolist() == [True, True, False]
+    assert count_other_decisions(recordings) == 1, "the first one"
+
+
+def test_the_auc_of_both():
+    rows = [("normal", 1.0, 1.0), ("normal", 2.0, 4.0), ("anomaly", 3.0, 3.0), ("anomaly", 5.0, 5.0)]
+    table = pd.DataFrame(rows, columns=["condition", "eval.py", "file"])
+    recordings = table.replace("anomaly", ANOMALOUS).assign(machine_type="fan", machine_id="00", domain="")
+    assert pooled_aucs(recordings).to_dict("list") == {"eval.py": [1.0, 1.0], "file": [0.75, 0.75]}
 
 
 # ---- Scoring without PyTorch ----
@@ -288,8 +337,8 @@ def rounded(line: str) -> str:
         (10.005, 1, "PCM_16", ("valve", "01")),
     ],
 )
-def test_the_example_prints_the_line_of_eval(seconds, channels, subtype, words, exported, call):
-    file = write_clip(exported / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype)
+def test_the_example_prints_the_line_of_eval(seconds, channels, subtype, words, exported, tmp_path, call):
+    file = write_clip(tmp_path / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype)
     options = dict(zip(("--machine_type", "--machine_id"), words, strict=False))
     words_of_eval = [word for option in options.items() for word in option]
     _, expected, _ = call(eval_script.main, exported / "run.pth", "--score", file, *words_of_eval)
@@ -319,18 +368,32 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
 @pytest.mark.parametrize(
     ("samples", "rate", "words", "match"),
     [
-        (tone(1, 1.0, rate=8000), 8000, ["fan"], r"new.wav: not a recording at 16000 Hz with a channel 0 \(sox"),
-        (np.zeros(0), 16000, ["fan"], "new.wav: not a recording at 16000 Hz"),
-        (np.full(9, np.nan), 16000, ["fan"], "new.wav: it holds NaN or infinite samples"),
-        (tone(1, 1.0), 16000, ["fan", "7"], "knows no machine fan 07; it knows fan 00, fan 02, valve 01"),
+        (tone(1, 1.0, rate=8000), 8000, ["fan"], r"its rate is 8000 Hz, not 16000: sox IN.wav -r 16000 OUT.wav"),
+        (np.zeros(0), 16000, ["fan"], "it has 0 samples of 1 channels; channel 0 is needed"),
+        (np.full(9, np.nan), 16000, ["fan"], "it holds NaN or infinite samples"),
+        (tone(1, 1.0), 16000, ["fan", "7"], "knows no such machine; it knows fan 00, fan 02, valve 01"),
     ],
     ids=["8 kHz", "empty", "NaN", "machine"],
 )
 def test_what_the_example_cannot_score(samples, rate, words, match, exported, tmp_path):
     file = write_clip(tmp_path / "new.wav", samples, rate, "FLOAT")
-    process = print_score(exported / "run.onnx", str(file), *words)
-    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
-    assert re.search(match, process.stderr)
+    refuses(exported / "run.onnx", file, *words, match=match)
+
+
+def refuses(model: Path, file: Path, *words: str, match: str) -> None:
+    """In one line that names both files."""
+    process = print_score(model, str(file), *words)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1), process.stderr
+    assert re.fullmatch(f"error: {model} {file} .*: .*({match}).*\n", process.stderr)
+
+
+def test_files_that_the_example_cannot_read(exported, tmp_path):
+    file, text = write_clip(tmp_path / "new.wav", tone(1, 1.0)), tmp_path / "text.wav"
+    text.write_text("no sound")
+    refuses(exported / "run.onnx", tmp_path / "none.wav", "fan", match="opening .*none.wav")
+    refuses(exported / "run.onnx", text, "fan", match="Format not recognised")
+    refuses(tmp_path / "none.onnx", file, "fan", match="File doesn't exist")
+    refuses(exported / "traced.onnx", file, "fan", match="machines")
 
 
 # ---- What can go wrong ----
@@ -349,7 +412,7 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
 )
 def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
     close = np.array([[0.01009, 1000.9], [0.00991, 999.1]])
-    comparison = Comparison(made_up_clips(), np.array([[0.01, 1000.0]] * 2), close)
+    comparison = Comparison(synthetic_clips(), np.array([[0.01, 1000.0]] * 2), close)
     assert comparison.check("clips", "fp32") == "8 clips: scores differ from those of eval.py by 9.0e-01 at most"
     far = dataclasses.replace(comparison, scores=np.array(scores))
     with pytest.raises(UserError, match=match):
@@ -365,7 +428,7 @@ def test_the_bound_is_the_larger_of_a_share_and_a_number(scores, match):
 
 def test_a_difference_above_the_bound_leaves_no_file(without_tracing, trained_copy, fails):
     before = sorted(trained_copy.iterdir())  # a checkpoint of other weights than those in the file
-    match = "no file is written: with fp32 a score of made-up signals is .*, and .* with eval.py"
+    match = "no file is written: with fp32 a score of synthetic signals is .*, and .* with eval.py"
     fails(export_script.main, trained_copy / "run.pth", "--device", "cpu", match=match)
     assert sorted(trained_copy.iterdir()) == before
 
@@ -404,13 +467,17 @@ def test_int8_needs_training_clips(trained_copy, data_root, tmp_path, fails):
         (("none.pth",), "none.pth: no such checkpoint"),
         (("text.pth",), "text.pth: not a readable checkpoint"),
         (("nowhere/run.pth",), "nowhere/run.pth: no such checkpoint"),
-        (("run.pth", "--output", "run.pth"), "--output run.pth: give the name of a file that ends in .onnx"),
-        (("copy.onnx",), "--output copy.onnx: .* is not the checkpoint"),
-        (("run.pth", "--output", "folder.onnx"), "--output folder.onnx: give the name of a file"),
+        (
+            ("run.pth", "--output", "run.pth"),
+            "run.pth: --output names a file that ends in .onnx and is not the checkpoint",
+        ),
+        (("copy.onnx",), "copy.onnx: --output names a file that .* is not the checkpoint"),
+        (("run.pth", "--output", "folder.onnx"), "folder.onnx: --output names a file"),
         (("run.pth", "--output", "text.pth/run.onnx"), "text.pth/run.onnx cannot be written"),
         (("run.pth", "--mode", "arcface"), "command line: mode 'arcface' is not the checkpoint's"),
         (("run.pth", "--precision", "bf16"), "invalid choice: 'bf16'"),
-        ((), "the following arguments are required: checkpoint"),
+        (("--save_path", "other.pth"), "other.pth: no such checkpoint"),
+        (("run.pth", "--score_dtype", "float32"), "unknown option --score_dtype"),
     ],
 )
 def test_mistakes(words, match, trained_copy, fails, monkeypatch):

@@ -295,12 +295,14 @@ utils.run_script(train.main)
 """
 
 
+KILLS = 20
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
     """SIGKILL at seeded random moments, the whole process group, resumed each time."""
     (tmp_path / "killed.py").write_text(KILLED)
-    kills = 20
-    options = CUT | {"epoch": 2 * kills}
+    options = CUT | {"epoch": 2 * KILLS}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def run(folder: Path, kind: str = "never", moment: int = 1) -> int:
@@ -311,7 +313,7 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
         return result.returncode
 
     rng = random.Random(3)
-    for number in range(kills):
+    for number in range(KILLS):
         kind = ("file", "write", "step")[number % 3]
         moment = rng.randint(1, {"file": 25, "write": 3, "step": 6}[kind])  # within about two epochs
         assert run(tmp_path / "killed", kind, moment) == -signal.SIGKILL
