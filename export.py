@@ -16,7 +16,7 @@ sample_rate, window and hop (seconds), over_windows, channel, mode, input, scori
 All of these are fixed in the file: for another threshold, hop or kind of score, export again.
 
 The file is compared with eval.py before it is written, on the CPU: on synthetic signals and, where they can be read
-from data_root, on all test clips, which takes a few minutes for 10,000. The AUC of both is printed, from float64 scores
+from data_root, on all test clips, which takes minutes for thousands of them. The AUC of both is printed, from float64 scores
 (as with eval.py --score_dtype float64). Where a score differs from that of eval.py by more than 0.1 percent and by more
 than 1e-4, the script ends in an error and writes nothing.
 
