@@ -16,9 +16,9 @@ sample_rate, window and hop (seconds), over_windows, channel, mode, input, scori
 All of these are fixed in the file: for another threshold, hop or kind of score, export again.
 
 The file is compared with eval.py before it is written, on the CPU: on synthetic signals and, where they can be read
-from data_root, on all test clips, which takes minutes for thousands of them. The AUC of both is printed, from float64 scores
-(as with eval.py --score_dtype float64). Where a score differs from that of eval.py by more than 0.1 percent and by more
-than 1e-4, the script ends in an error and writes nothing.
+from data_root, on all test clips, which takes minutes for thousands of them. The AUC of both is printed, from float64
+scores (as with eval.py --score_dtype float64). Where a score differs from that of eval.py by more than 0.1 percent and
+by more than 1e-4, the script ends in an error and writes nothing.
 
 --precision fp16 and int8 apply to the MobileFaceNet only and have no such bound: the AUC, and the number of decisions
 that change, say what the smaller file costs. int8 is calibrated on training clips, which must be in data_root.
