@@ -58,13 +58,13 @@ def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
     check_output(output, path)
     trained = with_embeddings(trained, [config.scoring], use_device(config.device))
     model = make_model(trained, precision)
-    print(compare(model, trained, synthetic_clips()).check("synthetic signals", precision))
+    content = model.SerializeToString()
+    print(compare(content, trained, synthetic_clips()).check("synthetic signals", precision))
     if clips := find_test_clips(trained.config):
-        comparison = compare(model, trained, clips)
+        comparison = compare(content, trained, clips)
         print(comparison.check("test clips", precision))
         recordings = comparison.of_recordings(trained)
         print_cost(pooled_aucs(recordings), count_other_decisions(recordings), recordings["threshold"].count())
-    content = model.SerializeToString()
     write(output, content)
     print(
         f"{output}: {len(content) / 1e6:.1f} MB, {precision}, opset {model.opset_import[0].version}, IR version "

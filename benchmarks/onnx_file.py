@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 
@@ -45,16 +44,15 @@ def main() -> None:
     config, options, given = parse_command_line(parser, keys=EXPORT_KEYS)
     trained = with_embeddings(load_model(options.checkpoint, config, given), SCORINGS, CPU)
     clips = load_clips(trained.config, "test")
-    models = {}
+    files = {}
     print(f"{len(clips)} test clips")
     for kind in SCORINGS:
         own = dataclasses.replace(trained, config=trained.config.model_copy(update={"scoring": kind}))
         for precision in PRECISIONS:
-            models[kind, precision] = make_model(own, precision)
-            size = len(models[kind, precision].SerializeToString()) / 1e6
-            said = agreement(models[kind, precision], own, clips)
-            print(f"{kind:10} {precision:5} {size:.2f} MB; {said}", flush=True)
-    chosen = {precision: models["published", precision] for precision in PRECISIONS}
+            content = files[kind, precision] = make_model(own, precision).SerializeToString()
+            said = agreement(content, own, clips)
+            print(f"{kind:10} {precision:5} {len(content) / 1e6:.2f} MB; {said}", flush=True)
+    chosen = {precision: files["published", precision] for precision in PRECISIONS}
     few = ClipSet(clips.clips.iloc[: options.clips], clips.num_workers, clips.channel)
     few.samples = few.read_all(CPU)
     measured = {}
@@ -66,8 +64,8 @@ def main() -> None:
     print(json.dumps({"figures": measured, "machine": {"cores": os.cpu_count(), **versions()}}))
 
 
-def agreement(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet) -> str:
-    comparison = compare(model, trained, clips)
+def agreement(content: bytes, trained: TrainedModel, clips: ClipSet) -> str:
+    comparison = compare(content, trained, clips)
     expected, scores = comparison.expected, comparison.scores
     differences = np.abs(scores - expected)
     other_ranks = int((scores.argsort(axis=0).argsort(axis=0) != expected.argsort(axis=0).argsort(axis=0)).sum())
@@ -81,15 +79,15 @@ def agreement(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet) -> 
 
 
 def measure_speed(
-    models: dict[str, onnx.ModelProto], trained: TrainedModel, clips: ClipSet, threads: int, repeats: int
+    files: dict[str, bytes], trained: TrainedModel, clips: ClipSet, threads: int, repeats: int
 ) -> dict[str, float]:
     """Clips a second, by what took them."""
     torch.set_num_threads(threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     ways: dict[str, Callable[[], object]] = {"eval.py": lambda: run_model(trained, clips, CPU)}
-    for precision, model in models.items():
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for precision, content in files.items():
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         for size in (1, 16):
             batches = list(read_inputs(clips, size))
             ways[f"{precision}, batches of {size}"] = lambda session=session, batches=batches: [

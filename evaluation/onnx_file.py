@@ -153,9 +153,9 @@ def calibration_clips(trained: TrainedModel) -> ClipSet:
     return ClipSet(clips.clips.iloc[chosen], config.num_workers, config.channel)
 
 
-def quantize(model: onnx.ModelProto, nodes: set[str], clips: ClipSet) -> onnx.ModelProto:
+def quantize(model: onnx.ModelProto, backbone: set[str], clips: ClipSet) -> onnx.ModelProto:
     """The model with the convolutions among these nodes in int8, weights by channel."""
-    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv" and node.name in nodes]
+    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv" and node.name in backbone]
     with tempfile.TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "int8.onnx"
         quantize_static(
@@ -238,12 +238,12 @@ class Comparison:
         return table.join(find_thresholds(trained)["threshold"], on=MACHINE)
 
 
-def compare(model: onnx.ModelProto, trained: TrainedModel, clips: ClipSet) -> Comparison:
-    """Score clips with both, on the CPU. Raises `UserError` where eval.py cannot score them either."""
+def compare(content: bytes, trained: TrainedModel, clips: ClipSet) -> Comparison:
+    """Score clips with eval.py and a file of this content, on the CPU. Raises `UserError` where eval.py cannot."""
     machines = first_classes(trained.config)
     expected = scores_against(trained, run_model(trained, clips, CPU, "eval.py"), machines.values())
     check_finite(trained, pd.DataFrame(list(machines) * len(clips), columns=MACHINE).assign(score=expected.ravel()))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     count = math.ceil(len(clips) / BATCH)
     inputs = tqdm(read_inputs(clips, BATCH), "ONNX Runtime", count, unit="batch", leave=False, disable=None)
     return Comparison(clips, expected, np.concatenate([session.run(["scores"], batch)[0] for batch in inputs]))

@@ -243,9 +243,9 @@ def test_the_auc_of_test_clips_is_printed(exported, data_root, call):
 )
 def test_every_kind_of_model_passes_the_comparison(keys):
     trained = reference_model(**keys)
-    model = make_model(trained, "fp32")
+    content = make_model(trained, "fp32").SerializeToString()
     for clips in (reference_clips(), synthetic_clips()):
-        comparison = compare(model, trained, clips)
+        comparison = compare(content, trained, clips)
         assert comparison.check("clips", "fp32")
         assert ranks(comparison.scores) == ranks(comparison.expected)
 
@@ -277,7 +277,7 @@ def test_lower_precisions(precision, exported_copy, without_tracing, data_root, 
 @pytest.mark.slow
 def test_half_precision_of_the_other_head():
     trained = reference_model(mode="cross_entropy")
-    comparison = compare(make_model(trained, "fp16"), trained, reference_clips())
+    comparison = compare(make_model(trained, "fp16").SerializeToString(), trained, reference_clips())
     assert comparison.check("clips", "fp16")
     assert reference.distance(comparison.scores, comparison.expected) < 3e-3
 
