@@ -349,7 +349,7 @@ def test_no_clips_of_a_section(tmp_path, capsys):
         UserError, match=r"looked for .*/test/section_XX_XXXX.wav .*; what is there is for --split test"
     ):
         listed(tmp_path, {"fan": [0]}, "evaluation")
-    with pytest.raises(UserError, match=r"looked for .*; README.md names the data of each year"):
+    with pytest.raises(UserError, match=r"looked for .*; docs/years.md names the data of each year"):
         listed(tmp_path, {"fan": [7]}, "test")
     touch(tmp_path / "fan/train/section_00_source_train_0000.wav", tmp_path / "fan/train/section_00_0000.wav")
     with pytest.raises(
