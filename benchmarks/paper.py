@@ -38,7 +38,7 @@ from checkpoint import RunFiles, check_configuration, load_newest
 from config import Config, load_config, parse_command_line
 from corpus import find_clips, number_classes, settle_classes
 from losses import MODES
-from model import CHANNELS
+from model import PUBLISHED_CHANNELS
 from trainer import Trainer
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
@@ -83,10 +83,11 @@ def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[Config]:
     """The configurations of the runs, one seed after the other. Raises `UserError` for a key that is chosen here."""
     for key in CHOSEN_HERE.keys() & given.keys():
         raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
-    variants: dict[str, dict[str, Any]] = {mode: {"mode": mode, "input": list(CHANNELS)} for mode in MODES}
+    channels = list(PUBLISHED_CHANNELS)
+    variants: dict[str, dict[str, Any]] = {mode: {"mode": mode, "input": channels} for mode in MODES}
     if options.inputs == "all":
-        subsets = [list(chosen) for n in range(1, len(CHANNELS)) for chosen in itertools.combinations(CHANNELS, n)]
-        variants |= {"+".join(channels): {"mode": "noisy_arcmix", "input": channels} for channels in subsets}
+        subsets = [list(chosen) for n in range(1, len(channels)) for chosen in itertools.combinations(channels, n)]
+        variants |= {"+".join(subset): {"mode": "noisy_arcmix", "input": subset} for subset in subsets}
     return [
         load_config(
             options.config, **given | keys | {"seed": seed, "save_path": str(options.output / f"{name}_{seed}.pth")}

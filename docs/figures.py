@@ -9,7 +9,7 @@ clips of this machine. angles compares configurations over all of their seeds an
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,20 +26,20 @@ from config import parse_command_line
 from corpus import ANOMALOUS, NORMAL
 from dataloader import load_clips
 from evaluation.comparison import group_by_configuration
-from evaluation.figures import CONDITIONS, draw_histograms, figure, read_samples
+from evaluation.figures import CONDITIONS, draw_angles, figure, read_samples
 from evaluation.result import Result, evaluate
-from model import CHANNELS, FrontEnd
+from model import PUBLISHED_CHANNELS, FrontEnd
 from model.tastgram import SAMPLE_RATE, SECONDS
-from utils import OneLineParser, run_script, use_device
+from utils import OneLineParser, UserError, run_script, use_device
 
 DOCS = Path(__file__).resolve().parent
-WIDTH = 4.2  # inches: with letters of 8 points it can be read on a phone
+WIDTH = 4.2  # inches: letters of 8 points can then be read at the width of a phone
 TEXT, PAGE = "#e6edf3", "#0d1117"  # of a dark page
 THEMES = {
     "": {},
     "_dark": {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAGE),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAGE),
     },
 }
 MACHINE = ("slider", "00")  # of the synthetic set, which the method is shown with
@@ -54,13 +54,15 @@ TITLES = {
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("figure", choices=("method", "angles"))
-    parser.add_argument("checkpoint", nargs="+", type=Path, help="files of trained weights; method takes the first")
+    parser.add_argument("checkpoint", nargs="+", type=Path, help="files of trained weights, one for method")
     config, options, given = parse_command_line(parser)
-    device, results = use_device(config.device), []
+    if options.figure == "method" and len(options.checkpoint) > 1:
+        raise UserError("method takes one checkpoint")
+    device = use_device(config.device)
+    results: list[Result] = []
     for path in options.checkpoint:
         trained = load_model(path, config, given)
-        clips = load_clips(trained.config, "test")
-        results.append(evaluate(trained, clips, "test", device, ["published"])["published"])
+        results += evaluate(trained, load_clips(trained.config, "test"), "test", device, ["published"]).values()
     for suffix, theme in THEMES.items():
         path = DOCS / f"{options.figure}{suffix}.png"
         with matplotlib.rc_context(theme):
@@ -70,23 +72,12 @@ def main() -> None:
                 draw_angles(group_by_configuration(results), path)
 
 
-def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """The angles of all clips to the centre of their own ID, two panels in a row."""
-    clips = {name: pd.concat([result.known for result in runs]) for name, runs in groups.items()}
-    bins, rows = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 45), -(-len(clips) // 2)
-    with figure(path, WIDTH, 1.5 * rows + 0.2) as drawn:
-        axes = drawn.subplots(rows, 2, sharex=True, squeeze=False).ravel()
-        for axis, (name, of_group) in zip(axes, clips.items(), strict=False):
-            draw_histograms(axis, of_group, "angle", bins)
-            axis.set_title(name.removeprefix("mode "))
-        axes[0].legend()
-        drawn.supxlabel("angle to the centre of the own machine ID (°)", fontsize=8)
-        drawn.supylabel("density", fontsize=8)
-
-
 def draw_method(result: Result, path: Path) -> None:
     """A clip on its way from the waveform to the embedding; angle and score of all test clips of its machine."""
-    clips = result.clips[(result.clips["machine_type"] == MACHINE[0]) & (result.clips["machine_id"] == MACHINE[1])]
+    clips = result.known.set_index(["machine_type", "machine_id"]).sort_index()
+    if MACHINE not in clips.index or result.trained.config.input != list(PUBLISHED_CHANNELS):
+        raise UserError(f"{result.trained.path}: method shows {' '.join(MACHINE)} and the three published channels")
+    clips = clips.loc[[MACHINE]]
     with figure(path, WIDTH, 4.6) as drawn:
         drawn.set_layout_engine("none")
         waveform = drawn.add_axes((0.04, 0.89, 0.92, 0.07))
@@ -116,11 +107,11 @@ def draw_arrow(drawn: Figure, start: tuple[float, float], end: tuple[float, floa
 def draw_inputs(result: Result, path: Path, waveform: Axes, channels: Sequence[Axes]) -> None:
     """The waveform of a recording, and the channels that are made of it, each with colours of its own."""
     network, samples = result.trained.network.cpu(), read_samples(path, 0.0, result.trained.config.channel)
-    inputs = FrontEnd(CHANNELS)(samples)
+    inputs = FrontEnd(PUBLISHED_CHANNELS)(samples)
     waveform.plot(np.arange(samples.shape[1]) / SAMPLE_RATE, inputs["waveform"][0], lw=0.2, color="0.5")
     waveform.set(title="waveform, 10 s", xlim=(0, SECONDS))
     waveform.set_axis_off()
-    for axis, name, image in zip(channels, CHANNELS, network.features(**inputs)[0].numpy(), strict=True):
+    for axis, name, image in zip(channels, PUBLISHED_CHANNELS, network.features(**inputs)[0].numpy(), strict=True):
         axis.imshow(image, origin="lower", aspect="auto", cmap="viridis")
         axis.set(title=TITLES[name], xticks=[], yticks=[])
 

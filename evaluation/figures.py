@@ -44,8 +44,8 @@ STYLE = {
 }  # fmt: skip
 MAX_POINTS = 5000  # of the embedding map
 MAX_COLUMNS, COLUMNS_PER_SECOND = 1440, 15  # of the log-mel of a whole recording; a column has two frames or more
-PANELS_ACROSS = 4
-TITLE_LETTERS = 30  # in a line above a panel
+PANEL = COLUMN / 2  # inches: width of one of several panels
+TITLE_LETTERS = 26  # in a line above a panel
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 @contextmanager
 def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of `count` panels in rows."""
-    across = min(PANELS_ACROSS, count)
+    across = min(round(width / PANEL), count)
     rows = -(-count // across)
     with figure(path, width, row_height * rows + 0.5) as drawn:
         axes = drawn.subplots(rows, across, squeeze=False).ravel()
@@ -96,7 +96,7 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
 def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
     """The angle between embedding and own class centre, normal and anomalous clips, a panel per group of results."""
     clips = {name: pd.concat([result.known for result in group]) for name, group in groups.items()}
-    with panels(path, len(clips), PAGE if len(clips) > 1 else COLUMN, 2.0) as (_, axes):
+    with panels(path, len(clips), COLUMN, 1.6) as (_, axes):
         bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
         for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
             draw_histograms(axis, of_group, "angle", bins)

@@ -13,6 +13,7 @@ from corpus import SOURCE, TARGET, part_name
 from evaluation.decisions import count_decisions, explain_thresholds
 from evaluation.metrics import AVERAGE, COVERAGE, DRAWS, NO_DOMAINS, OFFICIAL, SEED, SUMMARY_ROWS, Metrics, Rule
 from evaluation.result import Result
+from model import PUBLISHED_CHANNELS
 from utils import notice, write_csv, write_text
 
 # AUC, pAUC, mAUC (the first three of SUMMARY) in percent on the development test set: the table in the authors' README
@@ -27,7 +28,6 @@ PUBLISHED = {
         AVERAGE: (94.65, 89.31, 89.78),
     }
 }
-PUBLISHED_INPUT = ["tgram", "sgram", "tagram"]
 Published = dict[str, tuple[float, float, float]]
 # What a machine type is summed up in: the row of the metrics, the column, and its title
 SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"), ("min", "AUC", "mAUC"),
@@ -48,7 +48,7 @@ def published_rows(config: Config, split: str, metrics: Metrics) -> Published:
     """The published rows for what was evaluated: the development test set of 2020, the published channels, windows and
     score, the machine types of the metrics. The average is among them if all its types are.
     """
-    is_published = (config.input, config.window, config.scoring) == (PUBLISHED_INPUT, "first", "published")
+    is_published = (config.input, config.window, config.scoring) == (list(PUBLISHED_CHANNELS), "first", "published")
     rows = PUBLISHED.get(config.mode, {}) if is_published and split == "test" and metrics.rule is NO_DOMAINS else {}
     types = set(metrics.table.index.unique("machine_type"))
     return {name: row for name, row in rows.items() if name in types and (name != AVERAGE or set(rows) <= types)}

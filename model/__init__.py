@@ -2,12 +2,13 @@
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
 from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import CENTRES, CHANNELS, TASTgramMFN
+from model.tastgram_mfn import CENTRES, CHANNELS, PUBLISHED_CHANNELS, TASTgramMFN
 
 __all__ = [
     "CENTRES",
     "CHANNELS",
     "EMBEDDING_SIZE",
+    "PUBLISHED_CHANNELS",
     "FrontEnd",
     "LogMel",
     "MobileFaceNet",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
 from model.tastgram import TgramNet, temporal_attention
 
-CHANNELS = ("tgram", "sgram", "tagram")  # in the order in which they are stacked
+PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
+CHANNELS = (*PUBLISHED_CHANNELS,)  # all there are, in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
 CENTRES = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")  # the weights of both
 
@@ -43,7 +44,11 @@ class TASTgramMFN(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, channels: Sequence[str] = CHANNELS, head: str = "arcface", sub_centers: int = 1
+        self,
+        num_classes: int,
+        channels: Sequence[str] = PUBLISHED_CHANNELS,
+        head: str = "arcface",
+        sub_centers: int = 1,
     ) -> None:
         super().__init__()
         assert channels

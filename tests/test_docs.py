@@ -1,8 +1,8 @@
 """The pages: links that lead somewhere, commands that the scripts understand, pictures that load quickly."""
 
+import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.image
@@ -12,12 +12,17 @@ import yaml
 import eval as evaluation_script
 import export
 import train
+from config import KEYS
 from datasets import download
 from docs import figures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PICTURES = sorted(ROOT.glob("docs/*.png"))
+VARIABLES = {  # what the loops on the pages set
+    "PATH": os.environ["PATH"], "seed": "1", "classes": "section", "start": "nothing", "from": "",
+    "slider": "{slider: [0]}", "valve": "{valve: [0]}", "real": "--config docs/real_recordings.yaml --data_root FOLDER",
+}  # fmt: skip
 LINK = r"""(?:\]\(|src="|srcset=")([^)"]+)"""
 
 
@@ -42,34 +47,51 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_and_picture_is_linked():
-    linked = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES for link in links(page)}
-    assert linked >= {*PAGES, *PICTURES} - {ROOT / "README.md"}
+def test_readme_leads_to_every_page_and_picture():
+    reached, pages = set(), [ROOT / "README.md"]
+    while pages:
+        page = pages.pop()
+        linked = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)} - reached
+        reached |= linked
+        pages += [path for path in linked if path.suffix == ".md"]
+    assert reached >= {*PAGES, *PICTURES} - {ROOT / "README.md"}
     assert sum(picture.stat().st_size for picture in PICTURES) < 1e6
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command of a page that calls a script or make, as the shell splits them; without variables."""
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split(" && "):
-                if re.match(r"(python|torchrun|make) ", command.strip()) and "$" not in command:
-                    split = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True)
-                    yield split.stdout.splitlines()
+def commands() -> list[list[str]]:
+    """The words of each command on the pages that calls a script or make, as the shell splits them."""
+    found = []
+    for page in PAGES:
+        prose, *blocks = re.split(r"```sh\n(.*?)```", page.read_text(), flags=re.S)
+        for number, text in enumerate([prose, *blocks]):
+            if number % 2:
+                found += re.findall(
+                    r"(?:^|&& ) *((?:python|torchrun|make) .*?)(?=$| &&)", text.replace("\\\n", ""), flags=re.M
+                )
+            else:
+                found += re.findall(r"(?<!`)`((?:python|torchrun|make) [^`]+)`", text.replace("\n", " "))
+    assert not any(re.search(r"[;|<>]|\.\.\.|\$\(", command.split("#")[0]) for command in found), "for a shell to run"
+    script = "\n".join(f"printf '%s\\n' {command}\nprintf '\\036'" for command in dict.fromkeys(found))
+    split = subprocess.run(["bash", "-c", script], env=VARIABLES, capture_output=True, text=True, check=True)
+    return [words.splitlines() for words in split.stdout.split("\036") if words]
 
 
-ALL = [words for page in PAGES for words in commands(page)]
+ALL = commands()
+
+
+def test_commands_are_found():
+    assert len(ALL) > 60
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
 def test_commands_are_understood(words, call, tmp_path, monkeypatch):
-    """Each option exists and has a value that is possible. The configurations are those that the pages show."""
-    scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
+    """The options exist, and those of the main scripts have values that are possible."""
     if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.M)
+        text = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{word}:|\({word.split('=')[0]}\)", text, flags=re.M) for word in words[1:])
         return
-    script, options = words[scripts[0]], words[scripts[0] + 1 :]
-    assert (ROOT / script).exists()
+    number = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    script, options = words[number], words[number + 1 :]
     (press,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own_machines.md").read_text(), flags=re.S)
     (tmp_path / "press.yaml").write_text(press)
     (tmp_path / "my.yaml").write_text("epoch: 7")
@@ -90,6 +112,10 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     if script in mains:
         status, _, errors = call(mains[script], *options)
         assert status == 0, errors
+    else:
+        text = (ROOT / script).read_text()
+        names = [option.removeprefix("--") for option in options if option.startswith("--")]
+        assert all(name in KEYS or f'"--{name}"' in text for name in names if name != "config")
 
 
 @pytest.mark.parametrize("name", ["method", "angles"])
@@ -102,3 +128,5 @@ def test_figures_are_drawn_for_light_and_dark_pages(name, call, lively, data_roo
     assert light.shape == dark.shape
     assert light[0, 0, :3].tolist() == [1, 1, 1]
     assert dark[0, 0, :3].max() < 0.1
+    assert light[..., :3].max(axis=2).min() < 0.1, "black letters"
+    assert dark[..., :3].min(axis=2).max() > 0.8, "light ones"
