@@ -22,9 +22,9 @@ help:
 demo: .venv/installed
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
 	$(BIN)/python train.py --data_root $(DEMO_DATA) --machines auto --save_path $(DEMO_WEIGHTS) \
-		--epoch 8 --batch_size 16 --lr 1e-3 --overwrite
+		--epoch 8 --batch_size 16 --lr 1e-3 --split_ratio 0.8 --overwrite
 	$(BIN)/python eval.py $(DEMO_WEIGHTS) --data_root $(DEMO_DATA)
-	@echo 'The machines of the demo are synthetic: its table cannot be compared with the published one.'
+	@echo 'The machines of the demo are synthetic: its table says nothing about real ones.'
 
 test: lint
 	$(BIN)/python -m pytest
@@ -53,6 +53,7 @@ lint: .venv/installed
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
+	@echo 'installing into .venv (5.6 GB), which takes some minutes'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@

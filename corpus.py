@@ -67,7 +67,7 @@ class Form:
 
 
 GET_2020 = "`python datasets/download.py{}` fetches {} DCASE 2020 Task 2"
-GET_DATA = f"{GET_2020.format('', 'that of')}, `python datasets/synthesize.py` makes a small set"
+GET_DATA = f"{GET_2020.format('', 'the recordings of')}, `python datasets/synthesize.py` makes a small set"
 GET_LATER = "docs/years.md names the data of each year"
 ID_NAME = re.compile(r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE)
 ID_FORM = Form(
@@ -296,7 +296,8 @@ def find_classes(root: Path, machines: Machines) -> tuple[Machines, Classes]:
         machines = {machine_type: own for machine_type, own in ids.items() if own}
         names = " or ".join(form.names["train"] for form in FORMS)
         if not machines:
-            raise UserError(f"no machines found: looked for {root}/<machine type>/train/{names}; {GET_DATA}")
+            missing = "no machines found" if root.is_dir() else f"no folder {root}"
+            raise UserError(f"{missing}: looked for {root}/<machine type>/train/{names}; {GET_DATA}, {GET_LATER}")
         if passed_over := [machine_type for machine_type in types if machine_type not in machines]:
             notice(f"{root}: no recordings named {names} in the train folder of {', '.join(passed_over)}")
     classes = {

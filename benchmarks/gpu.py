@@ -352,7 +352,7 @@ def training_options(data: Path, weights: Path, is_small: bool, epoch: int) -> l
     """As in `make demo`, but for the compilation, which would take longer than the training."""
     machines, batch = ("{fan: [0, 2]}", 4) if is_small else (DEMO_MACHINES, 16)
     values = {"data_root": data, "machines": machines, "save_path": weights, "epoch": epoch, "lr": "1e-3",
-              "batch_size": batch, "compile": "false", "tensorboard": "false"}  # fmt: skip
+              "batch_size": batch, "split_ratio": 0.8, "compile": "false", "tensorboard": "false"}  # fmt: skip
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

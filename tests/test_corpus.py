@@ -139,6 +139,8 @@ def test_machines_are_found_in_the_training_folders(tmp_path, monkeypatch, capsy
 def test_folders_without_machines(tmp_path):
     with pytest.raises(UserError, match=r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav"):
         find_classes(tmp_path, AUTO)[0]
+    with pytest.raises(UserError, match=r"no folder \S*/nowhere: looked for .*docs/years.md names the data"):
+        find_classes(tmp_path / "nowhere", AUTO)
     config = load_config(data_root=str(tmp_path), machines="auto")
     touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
     with pytest.raises(UserError, match="training clips of one class only, and the method learns by"):

@@ -39,6 +39,7 @@ from evaluation.report import write_report
 from evaluation.result import Result, evaluate
 from evaluation.scoring import anomaly_scores, held_out_scores, run_model, with_embeddings
 from evaluation.tables import (
+    PUBLISHED_IDS,
     format_table,
     markdown_table,
     published_rows,
@@ -433,8 +434,8 @@ def test_decisions_and_how_they_are_rated():
 
 
 def test_the_table_labels_both_ways_and_shows_the_published_row():
-    of = clips({(machine_type, 0): (2, 2) for machine_type in load_config().machines})
-    metrics = measured(of, np.tile([0.0, 1.0, 0.5, 2.0], 6))
+    of = clips({(machine_type, int(x)): (2, 2) for machine_type, ids in PUBLISHED_IDS.items() for x in sorted(ids)})
+    metrics = measured(of, np.tile([0.0, 1.0, 0.5, 2.0], 23))
     text = format_table(metrics, published_rows(load_config(), "test", metrics))
     assert "pooled over IDs" in text
     assert "mean over IDs" in text
@@ -449,6 +450,8 @@ def test_the_table_labels_both_ways_and_shows_the_published_row():
     assert "94.65" not in format_table(others, published_rows(load_config(), "test", others)), (
         "an average over other types"
     )
+    few = measured(clips({("ToyConveyor", 1): (2, 2), ("ToyCar", 1): (2, 2)}), np.tile([0.0, 1.0, 0.5, 2.0], 2))
+    assert not published_rows(load_config(), "test", few), "other IDs"
 
 
 def test_the_dcase_rule_on_score_files_gives_the_mean_rows(result, tmp_path):
@@ -636,7 +639,8 @@ def test_a_star_marks_a_difference_beyond_its_interval(result, tmp_path):
 
 def test_the_published_table_beside_the_measured_one(result, tmp_path):
     """The fan scores as published in all runs; the pump far better."""
-    of, rng = clips({("fan", 0): (100, 100), ("pump", 0): (20, 20)}), np.random.default_rng(0)
+    of = clips({(kind, x): (n, n) for kind, n in (("fan", 25), ("pump", 5)) for x in (0, 2, 4, 6)})
+    rng = np.random.default_rng(0)
     signal = np.where(of["machine_type"] == "fan", 3.0, 20.0) * (of["condition"] == "anomalous")
     runs = [run_of(result, of, signal + rng.normal(size=240), seed=seed) for seed in range(3)]
     lines = {line[0]: line[1:] for line in compared(runs, tmp_path)}

@@ -183,9 +183,8 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     text = (folder / "comparison.md").read_text()
     assert all(f"| mode {mode} (n = 2) |" in text for mode in MODES)
     assert text.count(" minus ") == 6 * 3, "of fan, valve and their average"
-    assert "## mode noisy_arcmix, and as published, in percent" in text
+    assert "as published" not in text, "the machine IDs are others"
     assert "| fan |" in text
-    assert "| 98.32" in text
     assert text.count("_1.pth |") == text.count("_2.pth |") == 4
     assert "](angles.png)" in text
     assert (folder / "angles.png").exists()
