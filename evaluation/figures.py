@@ -96,13 +96,13 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
 def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
     """The angle between embedding and own class centre, normal and anomalous clips, a panel per group of results."""
     clips = {name: pd.concat([result.known for result in group]) for name, group in groups.items()}
-    with panels(path, len(clips), COLUMN, 1.6) as (_, axes):
+    with panels(path, len(clips), COLUMN, 1.6) as (drawn, axes):
         bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
         for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
             draw_histograms(axis, of_group, "angle", bins)
             axis.set(title=as_it_is(textwrap.fill(name, TITLE_LETTERS)), xlabel="angle to own centre (°)")
         axes[0].set_ylabel("density")
-        axes[0].legend()
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def draw_histograms(axis: Axes, clips: pd.DataFrame, column: str, bins: Any) -> None:
