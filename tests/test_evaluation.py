@@ -749,7 +749,7 @@ def shows(axis, of: pd.DataFrame, values: pd.Series) -> bool:
 def test_angles_and_scores_are_drawn_as_histograms(result, axes):
     (axis,) = axes["angles"]
     assert shows(axis, result.clips, result.clips["angle"])
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["normal", "anomalous"]
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["normal", "anomalous"]
     assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
     for axis, (_, of) in zip(axes["scores"], result.clips.groupby(MACHINE), strict=True):
         assert shows(axis, of, np.log10(of["exact_score"]))
