@@ -73,15 +73,15 @@ def percent(value: float) -> str:
 
 
 def format_table(metrics: Metrics, published: Published) -> str:
-    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row; or,
-    where clips have domains, what the official score consists of.
+    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and the published row, if
+    any; or, where clips have domains, what the official score consists of.
     """
     table, rule = metrics.table, metrics.rule
     types = table.index.unique("machine_type")
     first = max(12, *map(len, types))
-    names = [*rule.official, OFFICIAL] if rule.official else ["AUC", "pAUC", "mAUC"]
+    names = [*rule.official, OFFICIAL] if rule.official else ["AUC", "pAUC", "mAUC"] if published else []
     widths = [max(8, len(name)) for name in names]
-    title = "harmonic mean over IDs" if rule.official else "published, DCASE 2020"
+    title = "harmonic mean over IDs" if rule.official else "published, DCASE 2020" if published else ""
     lines = [
         f"{'':{first}} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {title:^26}",
         f"{'in percent':{first}} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  |"
@@ -89,9 +89,9 @@ def format_table(metrics: Metrics, published: Published) -> str:
     ]
     for machine_type in types:
         values = [percent(table.loc[(machine_type, row), column]) for row, column, _ in summary(rule)]
-        last = values[len(SUMMARY) :] or [f"{value:.2f}" for value in published.get(machine_type, ())] or ["-"] * 3
+        last = values[len(SUMMARY) :] or [f"{value:.2f}" for value in published.get(machine_type, ())]
         blocks = [in_columns(part, [8] * len(part)) for part in (values[:2], values[2:3], values[3:5])]
-        lines.append(f"{machine_type:{first}} |{'  |'.join(blocks)}  |{in_columns(last, widths)}")
+        lines.append(f"{machine_type:{first}} |{'  |'.join(blocks)}  |{in_columns(last or ['-'] * len(names), widths)}")
     return "\n".join([*(line.rstrip() for line in lines), *([f"Domains: {rule.text}"] if rule.text else [])])
 
 
