@@ -2,7 +2,7 @@
 #   make demo         set up .venv, make a small set of machine sounds, train, evaluate, print the table
 #   make test         set up .venv, lint, run the quick tests
 #   make test-slow    run all tests
-#   make gpu          ten minutes on a GPU: its tests, its speed, what bounds it, what to set
+#   make gpu          eight minutes on a GPU: its speed, its tests, what bounds it, what to set
 #   make paper        the published table: download, train four modes with three seeds, evaluate, compare
 # Variables of make paper: SEEDS="2023 1 2", INPUTS=all, DATA=folder, EPOCH=300, OPTIONS="--batch_size 128"
 PYTHON ?= python3

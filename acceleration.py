@@ -1,111 +1,73 @@
-"""Compilation and CUDA graphs for a training step, each with a fallback where it does not work."""
+"""Compilation of the training step, and what happens where it fails."""
 
-import functools
-import importlib.util
 import platform
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import distributed
-from utils import UserError, describe, notice
+from utils import UserError, notice
 
-WARM_UP = 3  # calls before a CUDA graph is recorded: libraries choose their kernels and allocate in them
+BREAK_EVEN = 5000  # clips to train on in all epochs: on a CPU, compiling takes longer than it saves below
+# Of TorchInductor. A batch norm's output has more reads than the default threshold of 4; with this one it is computed
+# again where it is read, instead of written to memory and read back.
+OPTIONS: dict[str, Any] = {"realize_reads_threshold": 12}
+SAYS_NOTHING = re.compile(
+    r"internal|exit status|compilation terminated|^(Set TORCH|You can suppress|Repro command)", re.IGNORECASE
+)
 
 
-def is_to_compile(switch: bool | str, device: torch.device) -> bool:
-    """Whether to compile the step: with "auto" on GPUs, where all processes have the tools."""
+def is_to_compile(switch: bool | str, device: torch.device, n_clips: int) -> bool:
+    """Whether to compile the step: with "auto" on a GPU, and on a CPU for `n_clips` clips of all epochs that pay."""
     if switch != "auto":
         return bool(switch)
-    has_tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
-    return device.type == "cuda" and all(distributed.from_all(bool(has_tools)))
+    return device.type == "cuda" or n_clips >= BREAK_EVEN
 
 
-def is_alone_on_gpu(device: torch.device) -> bool:
-    """Whether a single process computes on a GPU."""
-    return device.type == "cuda" and distributed.world_size() == 1
+def compile_module(module: nn.Module, is_required: bool) -> None:
+    """Compile a module in place, at its first call and for each shape anew. Where this fails in one process, all of
+    them run the module uncompiled, with one notice; if it is required, the call raises an error that names the key.
+    """
+    torch._dynamo.config.optimize_ddp = False  # one graph: it would be cut where buckets of gradients end
+    module.compile(dynamic=False, backend=Compiler(OPTIONS, is_required))
 
 
-class WithFallback:
-    """A function, or a `plain` one that computes the same from the moment on at which the first has failed.
-
-    It may fail in its first `trials` calls, with one notice that names its configuration `key`; after these, errors are
-    errors. With several processes they always are, since all have to run the same steps: a `UserError` says what to do.
+@dataclass(frozen=True)
+class Compiler:
+    """TorchInductor as a backend of torch.compile, with its options. All processes have to call it for the same graphs:
+    they agree on each, before any of them runs it, since they have to run the same collectives.
     """
 
-    def __init__(self, key: str, function: Callable[..., Tensor], plain: Callable[..., Tensor], trials: int) -> None:
-        self.key, self.function, self.plain, self.trials = key, function, plain, trials
+    options: dict[str, Any]
+    is_required: bool
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        if self.trials == 0:
-            return self.function(*arguments)
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Compile forward and backward pass. Returns what computes the same, compiled or not; raises `UserError`."""
+        compiled, problem = graph.forward, ""
         try:
-            result = self.function(*arguments)
+            # PyTorch compiles the backward pass when it is first needed, which is too late to agree.
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                compiled = torch._inductor.compile(graph, list(inputs), options=self.options)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if distributed.world_size() > 1:
-                if describe(error):  # it has a message of its own
-                    raise
-                raise UserError(
-                    f"{self.key}: it does not work on {platform.node()} ({reason}); set it to false"
-                ) from None
-            notice(f"{self.key}: it does not work here, so the steps run without it ({reason})")
-        else:
-            self.trials -= 1
-            return result
-        self.function, self.trials = self.plain, 0
-        return self.plain(*arguments)  # outside of the handler, whose error keeps the memory of the failed call
+            problem = f"on {platform.node()}: {find_reason(error)}"
+        problems = [text for text in distributed.from_all(problem) if text]
+        if not problems:
+            return compiled
+        if self.is_required:
+            raise UserError(f"compile: true, but it fails {problems[0]}; set it to auto or false")
+        notice(f"compile: it fails {problems[0]}; the steps run uncompiled, which is slower")
+        return graph.forward
 
 
-class GraphedFunction:
-    """A function of tensors on a GPU, recorded as a CUDA graph: its kernels are launched at once.
-
-    The first calls run as they are. The next one records: the function runs once without computing anything, on tensors
-    that are kept. From then on a call copies its arguments into these and replays the kernels; nothing else of the
-    function is run again, and its result is valid until the next call. All calls need the same shapes.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function, self.warm_up = function, WARM_UP
-        self.arguments: list[Tensor] = []
-        self.replay: Callable[[], Tensor] | None = None
-
-    def __call__(self, *arguments: Tensor) -> Tensor:
-        if self.warm_up > 0:
-            self.warm_up -= 1
-            return run_on_side_stream(self.function, *arguments)
-        if self.replay is None:
-            self.arguments = [argument.clone() for argument in arguments]
-            self.replay = record(functools.partial(self.function, *self.arguments))
-        for kept, argument in zip(self.arguments, arguments, strict=True):
-            kept.copy_(argument)
-        return self.replay()
-
-
-def run_on_side_stream(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Autograd remembers the stream of a gradient's first use, and a graph cannot be recorded on the default stream."""
-    stream, current = side_stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        result = function(*arguments)
-    current.wait_stream(stream)
-    return result
-
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # always the same one, since each has cached memory of its own
-
-
-def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
-        result = function()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
+def find_reason(error: BaseException) -> str:
+    """The last line of a compiler's message that says what is wrong."""
+    while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not SAYS_NOTHING.search(line)] or lines or [type(error).__name__]
+    telling = [line for line in lines if re.search(r"error|fatal|fail|no |not |cannot|denied", line, re.IGNORECASE)]
+    return (telling or lines)[-1]

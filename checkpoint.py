@@ -5,8 +5,7 @@ import hashlib
 import io
 import warnings
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from corpus import machines_of_classes, settle_classes
 from distributed import from_main
 from losses import MODES
 from model import CENTRES, TASTgramMFN
-from utils import UserError, check_writable, copy_to_host, notice, replace_file
+from utils import UserError, check_writable, notice, replace_file
 
 State = dict[str, Any]  # what a checkpoint holds: tensors and plain values
 HISTORY = ("epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds")  # history.csv
@@ -101,48 +100,6 @@ def clear(folder: Path, patterns: Sequence[str]) -> None:
 
 
 # ---- Saving and finding ----
-
-
-def copy_state(state: State) -> Callable[[], State]:
-    """Copy a state as it is now; what is returned waits for the end of the copy and gives it, on the CPU.
-
-    From a GPU all tensors of a kind travel in one piece, since each copy by itself would wait for the device.
-    """
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-
-    def collect(tensor: Tensor) -> Tensor:
-        kinds[tensor.device, tensor.dtype].append(tensor)
-        return tensor
-
-    frame = map_tensors(state, collect)  # a copy but for the tensors: what is plain may change from now on
-    copies = [(tensors, copy_to_host(torch.cat([flatten(t) for t in tensors]))) for tensors in kinds.values()]
-
-    def wait() -> State:
-        copied = {}
-        for tensors, read in copies:
-            parts = read().split([tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                copied[id(tensor)] = part.clone().as_strided(tensor.shape, tensor.stride())
-        return map_tensors(frame, lambda tensor: copied[id(tensor)])
-
-    return wait
-
-
-def flatten(tensor: Tensor) -> Tensor:
-    """The elements in the order in which they lie in memory: optimisers need states in the format of their weights."""
-    assert tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A copy of nested dictionaries and lists, with the function applied to each tensor in them."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, list):
-        return [map_tensors(item, function) for item in value]
-    return value
 
 
 def save_checkpoint(state: State, *paths: Path) -> None:

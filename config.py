@@ -137,7 +137,6 @@ class Config(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     eval_precision: Literal["fp32", "bf16", "fp16"]
     compile: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
-    cuda_graph: Flag
     num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     tensorboard: Flag
     scoring: Literal[SCORINGS]  # type: ignore[valid-type]
@@ -166,7 +165,7 @@ class Config(BaseModel):
 KEYS = tuple(Config.model_fields)
 # Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may have others.
 COMPUTATION_KEYS = (
-    "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile", "cuda_graph",
+    "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile",
     "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
     "threshold_percentile",
 )  # fmt: skip

@@ -6,11 +6,11 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
+from acceleration import compile_module, is_to_compile
 from checkpoint import (
     HISTORY,
     RunFiles,
     State,
     build_network,
     check_configuration,
-    copy_state,
     load_checkpoint,
     save_checkpoint,
     take_weights,
@@ -40,9 +39,9 @@ from distributed import is_main, rank, sum_over_ranks, world_size
 from inference import Outputs, pack_embeddings, run_network, score_classes
 from losses import Mix, Objective, divide_mix
 from model import FrontEnd, TASTgramMFN
-from utils import UserError, copy_to_host, notice, random_stream
+from utils import UserError, notice, random_stream
 
-WINDOW = 20  # steps whose losses are read together
+READ_EVERY = 20  # steps: their losses are read from the device together, which waits for it
 ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
 OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
@@ -69,12 +68,23 @@ class TrainingLoss(nn.Module):
         return loss, self.objective.accuracy(similarity.detach(), labels, mix)
 
 
+class EpochPlan(NamedTuple):
+    """What is drawn for an epoch, batch by batch: the clips that this process reads and how it mixes them, on the
+    device, and the number of clips of the whole batch.
+    """
+
+    shares: list[np.ndarray]
+    mixes: Sequence[Mix | None]
+    sizes: list[int]
+
+
 class Trainer:
     """The network and its optimiser on one device. Under torchrun each process has one of its own, and `batch_size` is
     divided between them.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, n_clips: int = 0) -> None:
+        """`n_clips` is how many clips are to be trained on in all epochs: whether compiling on a CPU pays."""
         utils.set_up_numerics()
         utils.keep_freed_memory()
         torch.backends.cudnn.benchmark = True  # choose the fastest kernels: the shapes of a training do not change
@@ -83,6 +93,8 @@ class Trainer:
         self.precision = utils.choose_precision(config.precision, device)
         self.network = build_network(config).move_to(device)
         self.loss = TrainingLoss(self.network, self.objective, self.precision).to(device)
+        if is_to_compile(config.compile, device, n_clips):
+            compile_module(self.loss, is_required=config.compile is True)
         self.model: nn.Module = self.loss
         if world_size() > 1:
             # The only buffers are batch norm statistics, which are the same in all processes. PyTorch warns of strides
@@ -90,109 +102,76 @@ class Trainer:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.model = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained,
-            lr=torch.tensor(config.lr, device=device),  # a tensor, which a CUDA graph reads at each replay
-            weight_decay=config.weight_decay,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.alternatives = torch.from_numpy(alternatives(config)).to(device)
-        self.share = len(range(rank(), config.batch_size, world_size()))  # of this process in a full batch
-        self.is_recorded = config.cuda_graph and is_alone_on_gpu(device)
-        self.full_step = self.build_full_step()
-
-    def build_full_step(self) -> Callable[..., Tensor]:
-        """The step of full batches. Shorter ones run as they are: for them nothing is compiled or recorded."""
-        weight = self.share * world_size() / self.config.batch_size
-        step: Callable[..., Tensor] = partial(self.compute_step, self.model, weight)
-        if is_to_compile(self.config.compile, self.device):
-            compiled = partial(self.compute_step, torch.compile(self.model, dynamic=False), weight)
-            step = WithFallback("compile", compiled, step, trials=WARM_UP)
-        if self.is_recorded:
-            step = WithFallback("cuda_graph", GraphedFunction(step), step, trials=WARM_UP + 2)
-        return step
+        self.planner, self.plans = ThreadPoolExecutor(1), dict[tuple[int, int], Future[EpochPlan]]()
 
     def step(self, samples: Tensor, labels: Tensor, mix: Mix | None, total: int | None = None) -> Tensor:
-        """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)` on the device, valid until the
-        next step.
+        """One optimiser step on samples int16 `(B, T)`. Returns loss and accuracy `(2,)` on the device.
 
         `total` is the size of the whole batch, where these clips are this process's share of it, followed by partners
         from other shares.
         """
-        own, arguments = own_clips(labels, mix), (samples, labels, *(mix or ()))
+        own = own_clips(labels, mix)
         total = total or own
-        if total == self.config.batch_size:
-            return self.full_step(*arguments)
-        return self.compute_step(self.model, own * world_size() / total, *arguments)
-
-    def compute_step(self, model: Any, weight: float, samples: Tensor, labels: Tensor, *mix: Tensor) -> Tensor:
-        """`weight` is that of this process's gradient where the processes' shares of the batch differ in size."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, accuracy = model(samples, labels, Mix(*mix) if mix else None)
+        self.optimizer.zero_grad()
+        # For a shorter batch the step would be compiled once more.
+        with torch.compiler.set_stance("default" if total == self.config.batch_size else "force_eager"):
+            loss, accuracy = self.model(samples, labels, mix)
+        weight = own * world_size() / total  # of this process's gradient: the shares of a batch may differ in size
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return torch.stack([loss.detach(), accuracy])
 
     def train_epoch(self, clips: ClipSet, epoch: int, title: str = "") -> tuple[float, float]:
-        """One pass over the clips. Returns mean loss and accuracy; raises `UserError` at a loss that is not finite.
-
-        What is drawn for the epoch goes to the device at once, and losses are read one window of steps late, so that
-        the device need not wait for the host in between.
-        """
+        """One pass over the clips. Returns mean loss and accuracy; raises `UserError` at a loss that is not finite."""
         self.model.train()
         self.set_learning_rate(epoch)
-        batch_size, seed = self.config.batch_size, self.config.seed
-        plan = shuffled_batches(len(clips), batch_size, seed, epoch, least=max(2, world_size()))
-        shares, mixes = self.divide(epoch, plan)
-        results = torch.zeros(len(plan), 2, device=self.device)
-        windows: list[tuple[int, Callable[[], Tensor]]] = []  # number of the first step, losses on their way
-        progress = tqdm(total=len(plan), desc=title, unit="step", leave=False, disable=None if is_main() else True)
+        shares, mixes, totals = self.plan(len(clips), epoch)
+        results = torch.zeros(len(totals), 2, device=self.device)
+        progress = tqdm(total=len(totals), desc=title, unit="step", leave=False, disable=None if is_main() else True)
         with progress:
             for index, (samples, labels) in enumerate(clips.batches(shares, self.device)):
-                results[index] = self.step(samples, labels, mixes[index], len(plan[index]))
+                results[index] = self.step(samples, labels, mixes[index], totals[index])
                 progress.update()
-                if (index + 1) % WINDOW == 0 or index + 1 == len(plan):
-                    first = index - index % WINDOW
-                    means = sum_over_ranks(results[first : index + 1, 0] / world_size())
-                    windows.append((epoch * len(plan) + first, copy_to_host(means)))
-                    if len(windows) > 1:
-                        progress.set_postfix_str(f"loss {self.check_losses(*windows.pop(0)):.3f}")
-            for window in windows:
-                self.check_losses(*window)
+                if (index + 1) % READ_EVERY == 0 or index + 1 == len(totals):
+                    first = index - index % READ_EVERY
+                    losses = sum_over_ranks(results[first : index + 1, 0] / world_size()).tolist()
+                    for number, loss in enumerate(losses, start=epoch * len(totals) + first + 1):
+                        self.check_finite("loss", loss, f"step {number}")
+                    progress.set_postfix_str(f"loss {losses[-1]:.3f}")
         sizes = torch.tensor([[own_clips(*pair)] for pair in zip(shares, mixes, strict=True)], device=self.device)
         loss, accuracy = (sum_over_ranks((results.double() * sizes).sum(dim=0)) / len(clips)).tolist()
         return loss, accuracy
 
-    def divide(self, epoch: int, plan: Sequence[np.ndarray]) -> tuple[list[np.ndarray], Sequence[Mix | None]]:
-        """For each batch of an epoch the clips that this process reads, and the mixups, on the device. Partners come
-        from the whole batch, whatever the number of processes.
-        """
-        shares, mixes = [], []
-        for step, whole in enumerate(plan, start=epoch * len(plan)):
+    def plan(self, count: int, epoch: int) -> EpochPlan:
+        """The plan of an epoch with so many clips; a thread makes that of the next one meanwhile."""
+        ready = self.plans.pop((count, epoch), None) or self.planner.submit(self.draw_plan, count, epoch)
+        self.plans = {(count, epoch + 1): self.planner.submit(self.draw_plan, count, epoch + 1)}
+        return ready.result()
+
+    def draw_plan(self, count: int, epoch: int) -> EpochPlan:
+        """Partners come from the whole batch, whatever the number of processes."""
+        least = max(2, world_size())
+        batches = shuffled_batches(count, self.config.batch_size, self.config.seed, epoch, least)
+        sizes, shares, mixes = [len(batch) for batch in batches], list[np.ndarray](), list[Mix]()
+        for step, batch in enumerate(batches, start=epoch * len(batches)):
             stream = random_stream(self.config.seed, utils.MIXING, step)
-            mix = self.objective.draw_mix(self.config.alpha, stream, len(whole))
+            mix = self.objective.draw_mix(self.config.alpha, stream, len(batch))
             if mix is None:
-                shares.append(np.array_split(whole, world_size())[rank()])
+                shares.append(np.array_split(batch, world_size())[rank()])
             else:
                 rows, mix = divide_mix(mix, rank(), world_size())
-                shares.append(whole[rows])
+                shares.append(batch[rows])
                 mixes.append(mix)
         if not mixes:
-            return shares, [None] * len(plan)
+            return EpochPlan(shares, [None] * len(batches), sizes)
         lam = torch.stack([mix.lam for mix in mixes]).to(self.device)
         partner = torch.cat([mix.partner for mix in mixes]).to(self.device)
-        sizes = [len(mix.partner) for mix in mixes]
-        return shares, [Mix(*pair) for pair in zip(lam.unbind(), partner.split(sizes), strict=True)]
-
-    def check_losses(self, first: int, read: Callable[[], Tensor]) -> float:
-        """Read the losses of a window of steps, the first of which has this number; returns the last."""
-        losses = read().tolist()
-        for number, loss in enumerate(losses, start=first + 1):
-            self.check_finite("loss", loss, f"step {number}")
-        return losses[-1]
+        parts = partner.split([len(mix.partner) for mix in mixes])
+        return EpochPlan(shares, [Mix(*pair) for pair in zip(lam.unbind(), parts, strict=True)], sizes)
 
     def learning_rate(self, epoch: int) -> float:
         """Of the epoch with this number, from 0: a cosine from `lr` to a tenth of it."""
@@ -200,13 +179,13 @@ class Trainer:
         return self.config.lr * (0.1 + 0.9 * (1.0 + cosine) / 2.0)
 
     def set_learning_rate(self, epoch: int) -> None:
-        self.optimizer.param_groups[0]["lr"].fill_(self.learning_rate(epoch))
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(epoch)
 
     def check_finite(self, name: str, loss: float, moment: str) -> None:
         """Raise `UserError` with what to try where a loss is not finite; no checkpoint has seen it."""
         if not math.isfinite(loss):
             remedies = "a lower --lr" if self.precision == torch.float32 else "a lower --lr or --precision fp32"
-            lr = self.optimizer.param_groups[0]["lr"].item()
+            lr = self.optimizer.param_groups[0]["lr"]
             raise UserError(f"the {name} is {loss} at {moment} (learning rate {lr:.3g}): try {remedies}")
 
     def validate(self, clips: ClipSet) -> tuple[np.ndarray, float, float]:
@@ -241,12 +220,9 @@ class Trainer:
         return sum_over_ranks(rows)
 
     def memory_needed(self) -> int:
-        """Bytes of a GPU that training takes besides the clips, estimated from the batch.
-
-        A recorded step keeps activations of its own, beside those of steps that are not recorded.
-        """
-        clip = ACTIVATIONS * (2 if self.precision == torch.float32 else 1)
-        return OTHER_MEMORY + clip * self.share * (2 if self.is_recorded else 1)
+        """Bytes of a GPU that training takes besides the clips, estimated from the batch."""
+        share = math.ceil(self.config.batch_size / world_size())
+        return OTHER_MEMORY + ACTIVATIONS * (2 if self.precision == torch.float32 else 1) * share
 
     def state(self) -> State:
         return {
@@ -288,7 +264,11 @@ class Run:
                 f"{config.data_root} on {platform.node()}: the clips are not those of the first process; give "
                 f"every machine the same recordings"
             )
-        self.config, self.files, self.trainer = config, RunFiles(config.checkpoint), Trainer(config, device)
+        self.config, self.files, self.trainer = (
+            config,
+            RunFiles(config.checkpoint),
+            Trainer(config, device, len(train_clips) * config.epoch),
+        )
         self.train_clips, self.valid_clips = train_clips, valid_clips
         self.history: list[dict[str, float]] = []  # a row per epoch
         self.best_loss = math.inf
@@ -341,17 +321,23 @@ class Run:
         self.history, self.best_loss = state["history"], state["best_loss"]
         self.saved = self.epoch
         if is_main():
-            self.write_history(self.history)  # a crash may have come between checkpoint and history
+            self.write_history()  # a crash may have come between checkpoint and history
 
     def fit(self) -> None:
-        """Train from the present epoch to the last. The files of an epoch are written while the next one is trained."""
+        """Train from the present epoch to the last; the files of an epoch are written at its end."""
         log = None
         if self.config.tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             log = SummaryWriter(str(self.files.tensorboard), purge_step=self.saved + 1)  # drops epochs after a crash
-        with self.stoppable(), ThreadPoolExecutor(1) as writer:
-            self.run_epochs(writer, log)
+        self.moment = time.monotonic()
+        with self.stoppable():
+            while self.epoch < self.config.epoch:
+                scores, is_best = self.run_epoch()
+                if is_main():
+                    self.save(scores, is_best)
+                    self.report(is_best, log)
+                distributed.barrier()  # the disk may be slow, and a process that ends earlier could end this one
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -362,21 +348,6 @@ class Run:
             how = f"; --resume continues after epoch {self.saved}" if self.saved else " before the first checkpoint"
             notice(f"stopped{how}")
             raise
-
-    def run_epochs(self, writer: ThreadPoolExecutor, log: Any) -> None:
-        writing: Future[None] | None = None
-        self.moment = time.monotonic()
-        while self.epoch < self.config.epoch:
-            scores, is_best = self.run_epoch()
-            if is_main():
-                read = copy_state(self.state(scores))
-                if writing:
-                    writing.result()  # or the error that it met
-                writing = writer.submit(self.write, read, is_best, log)
-            distributed.barrier()  # the disk may be slow
-        if writing:
-            writing.result()
-        distributed.barrier()  # a process that ends earlier could end this one while it writes
 
     def run_epoch(self) -> tuple[np.ndarray, bool]:
         """Train and validate once. Returns the scores of the validation clips, and whether their loss is the lowest."""
@@ -431,22 +402,20 @@ class Run:
                 print(f"embeddings of the clips: {best}", flush=True)
             distributed.barrier()  # as after the last epoch
 
-    def write(self, read: Callable[[], State], is_best: bool, log: Any) -> None:
-        """Write the checkpoints and `history.csv`, and report the epoch. Cut anywhere, `--resume` repeats at most this
-        epoch and the one begun since: the best weights come first, and serve where the last state is not there yet.
+    def save(self, scores: np.ndarray, is_best: bool) -> None:
+        """Write the checkpoints and `history.csv`. Cut anywhere, `--resume` repeats at most this epoch: the best
+        weights come first, and serve where the last state is not there yet.
         """
-        state = read()
-        paths = [self.files.best, self.files.last] if is_best else [self.files.last]
-        save_checkpoint(state, *paths)
-        self.write_history(state["history"])
-        self.saved = state["epoch"]
-        self.report(state["history"][-1], is_best, log)
+        save_checkpoint(self.state(scores), *([self.files.best] if is_best else []), self.files.last)
+        self.write_history()
+        self.saved = self.epoch
 
-    def write_history(self, history: list[dict[str, float]]) -> None:
-        utils.write_csv(self.files.history, pd.DataFrame(history))
+    def write_history(self) -> None:
+        utils.write_csv(self.files.history, pd.DataFrame(self.history))
 
-    def report(self, row: dict[str, float], is_best: bool, log: Any) -> None:
-        """Print a line about an epoch whose files are written, and log it to TensorBoard."""
+    def report(self, is_best: bool, log: Any) -> None:
+        """Print a line about the last epoch, whose files are written, and log it to TensorBoard."""
+        row = self.history[-1]
         tqdm.write(
             f"epoch {row['epoch']}/{self.config.epoch}  lr {row['lr']:.2e}  "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.3f}  "

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 import distributed
 
@@ -76,6 +75,7 @@ def report(error: BaseException) -> int:
 
 def describe(error: BaseException) -> str | None:
     """The message for an error that the user can put right, or that another process has caused; else None."""
+    error = getattr(error, "inner_exception", error)  # PyTorch wraps what is raised while it compiles
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
@@ -170,21 +170,6 @@ def keep_freed_memory() -> None:
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU; what is returned waits for the end of the copy and gives it."""
-    copied = tensor.to("cpu", copy=True, non_blocking=True)
-    if not tensor.is_cuda:
-        return lambda: copied
-    end = torch.cuda.Event()
-    end.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        end.synchronize()
-        return copied
-
-    return wait
 
 
 @functools.cache

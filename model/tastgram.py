@@ -53,7 +53,7 @@ class LogMel(nn.Module):
             spectrum = torch.stft(
                 waveform.float(), N_FFT, HOP_LENGTH, window=self.window, pad_mode="constant", return_complex=True
             )
-            squares = torch.view_as_real(spectrum.transpose(1, 2)).square_()  # (B, F, bins, 2)
+            squares = torch.view_as_real(spectrum.transpose(1, 2)).square()  # (B, F, bins, 2)
             power = squares[..., 0] + squares[..., 1]  # (B, F, bins)
             mel = torch.cat([power[..., bins] @ self.mel_weights[bins, mels] for bins, mels in self.bands], dim=2)
             return 10.0 * torch.log10(mel + POWER_FLOOR).transpose(1, 2).unsqueeze(1)

@@ -58,10 +58,10 @@ if options.reference:
 else:
     clips = load_clips(config, "train")
     if not options.double:
-        results["first_scores"], results["accuracy"] = trainer.validate(clips)
+        results["first_scores"], _, results["accuracy"] = trainer.validate(clips)
     results["losses"] = [trainer.train_epoch(clips, epoch)[0] for epoch in range(4)]
     if not options.double:
-        results["scores"], _ = trainer.validate(clips)
+        results["scores"] = trainer.validate(clips)[0]
 if is_main():
     values = {name: torch.from_numpy(np.asarray(value)) for name, value in results.items()}
     torch.save(values | {"state": trainer.network.state_dict()}, config.checkpoint)

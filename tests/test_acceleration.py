@@ -1,152 +1,190 @@
-"""Fallbacks of compiled and recorded functions; a recorded step on tensors that are kept. CUDA graphs are replaced by a
-stand-in that behaves like them, since they need a GPU: nothing is computed while recording.
-"""
+"""What is compiled, and what happens where the compiler fails: TorchInductor is replaced, but for the slow tests."""
 
-from functools import partial
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import reference
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-import acceleration
-from acceleration import WARM_UP, GraphedFunction, WithFallback, is_alone_on_gpu, is_to_compile
-from config import load_config
-from losses import Mix
-from trainer import Trainer
-from utils import UserError
+import distributed
+from acceleration import BREAK_EVEN, OPTIONS, compile_module, find_reason, is_to_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_what_is_compiled_and_recorded(monkeypatch):
-    assert [is_to_compile(switch, CPU) for switch in (True, False, "auto")] == [True, False, False]
-    assert not is_alone_on_gpu(CPU)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    assert is_to_compile("auto", GPU)
-    assert is_alone_on_gpu(GPU)
-    with monkeypatch.context() as several:
-        several.setattr("distributed.world_size", lambda: 2)
-        several.setattr("distributed.from_all", lambda has_tools: [has_tools, True])
-        assert is_to_compile("auto", GPU)
-        assert not is_alone_on_gpu(GPU)
-        several.setattr("distributed.from_all", lambda has_tools: [has_tools, False])
-        assert not is_to_compile("auto", GPU), "another machine lacks the tools"
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not is_to_compile("auto", GPU)
+def test_what_is_compiled():
+    assert [is_to_compile(switch, CPU, 1) for switch in (True, False, "auto")] == [True, False, False]
+    assert is_to_compile("auto", GPU, 1)
+    assert is_to_compile("auto", CPU, BREAK_EVEN)
+    assert not is_to_compile(False, GPU, BREAK_EVEN)
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_what_fails_in_a_first_call_is_given_up_with_a_notice(failing, capfd):
-    calls = []
+# ---- A compiler that fails ----
 
-    def fast(x: Tensor) -> Tensor:
-        calls.append(x)
-        if len(calls) == failing:
-            raise RuntimeError("no kernel image\nand a long explanation")
-        return x + 1
+PTXAS = """PTXAS error: Internal Triton PTX codegen error
+`ptxas` stderr:
+ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'
 
-    function = WithFallback("compile", fast, lambda x: x + 1, trials=3)
-    assert [function(torch.tensor(number)).item() for number in range(5)] == [1, 2, 3, 4, 5]
-    assert len(calls) == failing
-    said = "notice: compile: it does not work here, so the steps run without it (no kernel image)\n"
-    assert capfd.readouterr().err == said
+Repro command: /venv/triton/ptxas -v --gpu-name=sm_121a /tmp/error.ptx -o /tmp/error.ptx.o
+"""
+CXX = """C++ compile error
 
+Command:
+g++ /tmp/a.cpp -shared -fPIC
 
-def test_what_fails_later_is_an_error():
-    calls = []
+Output:
+/tmp/a.cpp:2:10: fatal error: Python.h: No such file or directory
+    2 | #include <Python.h>
+      |          ^~~~~~~~~~
+compilation terminated.
+"""
+LINKER = """C++ compile error
 
-    def breaking(x: Tensor) -> Tensor:
-        calls.append(x)
-        if len(calls) == 4:
-            raise RuntimeError("a lost GPU")
-        return x
+Output:
+/usr/bin/ld: cannot find -lgomp: No such file or directory
+collect2: error: ld returned 1 exit status
+"""
+WITH_HINT = """The device has too little memory
 
-    function = WithFallback("compile", breaking, lambda x: x, trials=3)
-    for _ in range(3):
-        function(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="a lost GPU"):
-        function(torch.zeros(1))
+Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this if you report an error to PyTorch).
+"""
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "message"),
+    ("message", "reason"),
     [
-        (RuntimeError("no kernel image\nand more"), UserError, r"^compile: .* \(no kernel image\); set it to false$"),
-        (torch.OutOfMemoryError("40 GiB"), torch.OutOfMemoryError, "40 GiB"),
+        (PTXAS, "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'"),
+        (CXX, "/tmp/a.cpp:2:10: fatal error: Python.h: No such file or directory"),
+        (LINKER, "/usr/bin/ld: cannot find -lgomp: No such file or directory"),
+        (WITH_HINT, "The device has too little memory"),
+        ("[Errno 28] No space left on device: '/tmp/c'", "[Errno 28] No space left on device: '/tmp/c'"),
+        ("", "RuntimeError"),
     ],
 )
-def test_with_several_processes_a_first_failure_is_an_error(error, expected, message, monkeypatch):
-    def fail(x: Tensor) -> Tensor:
-        raise error
-
-    monkeypatch.setattr("distributed.world_size", lambda: 2)
-    with pytest.raises(expected, match=message):
-        WithFallback("compile", fail, lambda x: x, trials=3)(torch.zeros(1))
-
-
-def record_like_a_gpu(function):
-    """Recording computes nothing; a replay computes with what the kept arguments hold then, into one result."""
-    results = []
-
-    def replay() -> Tensor:
-        value = function()
-        results.append(value) if not results else results[0].copy_(value)
-        return results[0]
-
-    return replay
+def test_the_reason_is_the_line_that_says_something(message, reason):
+    error = RuntimeError(message)
+    assert find_reason(error) == reason
+    wrapped = RuntimeError(f"backend='inductor' raised:\n{message}")
+    wrapped.inner_exception = error
+    assert find_reason(wrapped) == reason
 
 
-@pytest.fixture
-def without_gpu(monkeypatch):
-    monkeypatch.setattr(acceleration, "run_on_side_stream", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(acceleration, "record", record_like_a_gpu)
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, -1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).square().sum()
 
 
-def train_six_steps(is_recorded: bool) -> tuple[list[list[float]], dict[str, Tensor]]:
-    trainer = Trainer(load_config(device="cpu", batch_size=4), CPU)
-    trainer.network.load_state_dict(reference.parameters())
-    trainer.model.train()
-    if is_recorded:
-        step = partial(trainer.compute_step, trainer.model, 1.0)
-        trainer.full_step = WithFallback("cuda_graph", GraphedFunction(step), step, WARM_UP + 2)
-    results = []
-    for lam, partner in reference.mixing()[: WARM_UP + 3]:
-        mix = Mix(torch.tensor(lam, dtype=torch.float32), partner)
-        results.append(trainer.step(reference.samples(), reference.labels(), mix).tolist())
-        if len(results) == WARM_UP + 2:  # a shorter batch in between
-            shorter = Mix(torch.tensor(0.5), torch.tensor([2, 0, 1]))
-            trainer.step(reference.samples()[:3], reference.labels()[:3], shorter)
-    return results, trainer.network.state_dict()
+def run(module: nn.Module, x: Tensor) -> tuple[float, list[float]]:
+    """Value and gradient."""
+    module.weight.grad = None
+    value = module(x)
+    value.backward()
+    return value.item(), module.weight.grad.tolist()
 
 
-@pytest.fixture(scope="module")
-def unrecorded():
-    return train_six_steps(is_recorded=False)
+def compiled_square(is_required: bool = False) -> nn.Module:
+    torch._dynamo.reset()
+    module = Square()
+    compile_module(module, is_required)
+    return module
 
 
-def test_recorded_steps_are_the_same_bit_for_bit(without_gpu, unrecorded):
-    results, weights = train_six_steps(is_recorded=True)
-    expected, expected_weights = unrecorded
-    assert results == expected
-    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+def fail(*_, **__):
+    raise RuntimeError("no kernel image\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
 
 
-def test_where_a_step_cannot_be_recorded_it_is_the_same(without_gpu, unrecorded, monkeypatch, capfd):
-    def fail(function):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(acceleration, "record", fail)
-    results, weights = train_six_steps(is_recorded=True)
-    assert capfd.readouterr().err.count("cuda_graph: it does not work here") == 1
-    expected, expected_weights = unrecorded
-    assert results == expected
-    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+def compile_quickly(graph, inputs, options, backward=lambda graph, _: graph.forward):
+    """Divide into forward and backward pass as TorchInductor does, without making code of them."""
+    assert options == OPTIONS
+    return aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=backward)(graph, inputs)
 
 
-def test_a_recorded_function_copies_its_arguments(without_gpu):
-    function = GraphedFunction(lambda x, y: x * y)
-    for number in range(WARM_UP + 3):
-        x, y = torch.tensor([number, 2.0]), torch.tensor(3.0)
-        assert function(x, y).tolist() == [3.0 * number, 6.0]
+X, EXPECTED = torch.tensor([3.0, 1.0]), (37.0, [36.0, -2.0])
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, capfd):
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    module = compiled_square()
+    assert [run(module, X) for _ in range(3)] == [EXPECTED] * 3
+    said = capfd.readouterr().err
+    assert said.startswith("notice: compile: it fails on ")
+    assert said.endswith(": no kernel image; the steps run uncompiled, which is slower\n")
+    assert said.count("notice") == 1
+
+
+@pytest.mark.parametrize("is_failing", [True, False])
+def test_the_backward_pass_is_compiled_with_the_forward_pass(is_failing, monkeypatch, capfd):
+    """So that nothing has run yet when it turns out that it cannot be."""
+    calls = []
+
+    def compile_backward(graph, _):
+        calls.append("compiled")
+        return fail() if is_failing else graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile", lambda *a, **k: compile_quickly(*a, **k, backward=compile_backward))
+    module = compiled_square()
+    value = module(X)
+    assert calls == ["compiled"]
+    value.backward()
+    assert (value.item(), module.weight.grad.tolist()) == EXPECTED
+    assert ("no kernel image" in capfd.readouterr().err) == is_failing
+
+
+def test_where_another_process_fails_this_one_runs_uncompiled_too(monkeypatch, capfd):
+    compiled = []
+
+    def compile_and_note(*arguments, **options):
+        compiled.append(compile_quickly(*arguments, **options))
+        return fail
+
+    monkeypatch.setattr("torch._inductor.compile", compile_and_note)
+    monkeypatch.setattr(distributed, "from_all", lambda problem: [problem, "on other: nvcc: no space"])
+    assert run(compiled_square(), X) == EXPECTED
+    assert len(compiled) == 1
+    assert "notice: compile: it fails on other: nvcc: no space; the steps" in capfd.readouterr().err
+
+
+def test_what_has_to_be_compiled_is_an_error_that_names_the_key(monkeypatch, fails):
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    fails(
+        lambda: run(compiled_square(is_required=True), X),
+        match=r"^error: compile: true, but it fails on \S+: no kernel image; set it to auto or false$",
+    )
+
+
+def test_a_shape_that_is_not_to_be_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch._inductor.compile", lambda *a, **k: calls.append(a) or compile_quickly(*a, **k))
+    module = compiled_square()
+    assert run(module, X) == EXPECTED
+    with torch.compiler.set_stance("force_eager"):
+        assert run(module, X[:1].expand(2)) == (45.0, [36.0, -18.0])
+    assert run(module, X) == EXPECTED
+    assert len(calls) == 1
+
+
+@pytest.mark.slow  # TorchInductor and a C++ compiler that finds no headers
+def test_the_reason_of_a_compiler_without_headers(tmp_path, data_root):
+    (tmp_path / "cxx").write_text(
+        '#!/bin/sh\ncase "$*" in *" -c "*|*main*) echo "a.cpp:2:10: fatal error: Python.h: No such file"; '
+        'echo "compilation terminated."; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    (tmp_path / "cxx").chmod(0o755)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from test_acceleration import EXPECTED, X, compiled_square, run\n"
+        "assert run(compiled_square(), X) == EXPECTED\n"
+    )
+    root = Path(__file__).parent
+    environment = {"PATH": "/usr/bin:/bin", "CXX": str(tmp_path / "cxx"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(root), str(root.parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fatal error: Python.h: No such file; the steps run uncompiled" in done.stderr

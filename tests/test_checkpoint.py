@@ -15,7 +15,6 @@ from checkpoint import (
     build_network,
     check_configuration,
     clear_run,
-    copy_state,
     find_state,
     load_checkpoint,
     load_model,
@@ -46,23 +45,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
     )
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
-
-
-def test_a_copied_state_stays_as_it_was():
-    weight = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
-    tensors = {"weight": weight, "count": torch.tensor(3), "view": weight[1:]}
-    state = {"model": tensors, "history": [{"epoch": 1}], "job": "a"}
-    read = copy_state(state)
-    expected = weight.clone()
-    weight.zero_()
-    state["history"].append({"epoch": 2})
-    copied = read()
-    assert torch.equal(copied["model"]["weight"], expected)
-    assert torch.equal(copied["model"]["view"], expected[1:])
-    assert copied["model"]["weight"].stride() == weight.stride()
-    assert copied["model"]["weight"].untyped_storage().nbytes() == 24 * 4, "a storage of its own"
-    assert (copied["model"]["count"], copied["history"], copied["job"]) == (3, [{"epoch": 1}], "a")
-    assert read()["model"]["weight"] is not copied["model"]["weight"]
 
 
 # ---- Reading ----

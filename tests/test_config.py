@@ -95,7 +95,7 @@ def test_every_key_is_typed_on_the_command_line():
         "classes": "attributes", "window": "all", "hop": 2.5, "channel": 1,
         "init_from": "a/b.pth", "over_windows": "max", "data_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3, "epoch": 10, "batch_size": 8,
-        "lr": 5e-4, "weight_decay": 0.0, "compile": True, "cuda_graph": False,
+        "lr": 5e-4, "weight_decay": 0.0, "compile": True,
         "eval_precision": "bf16",
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "num_workers": 2, "tensorboard": False, "score_dtype": "float64",

@@ -185,6 +185,38 @@ def test_compiled_steps_of_two_processes_are_those_of_one(tmp_path, data_root):
     assert two["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
 
 
+# The compiler works in the first process alone.
+NOT_COMPILING = """
+import os
+import acceleration, torch, train_ddp, utils
+from test_acceleration import compile_quickly, fail
+
+acceleration.BREAK_EVEN = 0
+torch._inductor.compile = compile_quickly if os.environ["RANK"] == "0" else fail
+utils.run_script(train_ddp.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["auto", "true"])
+def test_where_one_process_cannot_compile(switch, tmp_path, data_root):
+    """All of them run uncompiled, or the job ends with an error that is said once."""
+    (tmp_path / "not_compiling.py").write_text(NOT_COMPILING)
+    options = arguments(tmp_path, data_root, input="[sgram]", split_ratio=0.7, compile=switch)
+    result = torchrun(2, *options, script=tmp_path / "not_compiling.py")
+    lines = [line for line in result.stderr.splitlines() if "no kernel image" in line]
+    assert len(lines) == 1, result.stderr
+    if switch == "auto":
+        assert result.returncode == 0, result.stderr
+        assert lines[0].startswith("notice: compile: it fails on ")
+        assert epochs(tmp_path) == ["1"]
+    else:
+        assert result.returncode == 1
+        assert errors(result) == lines
+        assert lines[0].startswith("error: compile: true, but it fails on ")
+        assert not (tmp_path / "run.pth").exists()
+
+
 # One process fails, where closing the connections waits for all processes, as it does under NCCL.
 FAULTY = """
 import os, signal, sys, time
