@@ -90,10 +90,14 @@ class ClipSet:
         """A random share of `int(ratio * n)` of the n recordings, for training, and the rest, for validation."""
         order, count = random_stream(seed, SPLIT).permutation(len(self.firsts)), int(ratio * len(self.firsts))
         is_training = np.isin(self.recording, order[:count])
-        training, validation = (
-            ClipSet(self.clips[chosen], self.num_workers, self.channel) for chosen in (is_training, ~is_training)
-        )
-        return training, validation
+        return self.select(is_training), self.select(~is_training)
+
+    def select(self, chosen: np.ndarray) -> "ClipSet":
+        """The clips for which `chosen` `(n,)` is true, with their samples where these are in memory."""
+        part = ClipSet(self.clips[chosen], self.num_workers, self.channel)
+        if self.samples is not None:
+            part.samples = self.samples[torch.from_numpy(np.flatnonzero(chosen)).to(self.samples.device)]
+        return part
 
     def fingerprint(self) -> str:
         """Which clips these are, in which order: a resumed run must see the same."""

@@ -273,7 +273,7 @@ class Run:
         self.history: list[dict[str, float]] = []  # a row per epoch
         self.best_loss = math.inf
         self.saved = 0  # epochs whose files are written
-        self.moment = 0.0  # at which the epoch before ended, or the run began
+        self.moment = time.monotonic()  # at which the epoch before ended, or the run began
 
     @property
     def epoch(self) -> int:
@@ -380,6 +380,11 @@ class Run:
             "versions": utils.versions(),
         }
 
+    def embed(self) -> State:
+        """The embeddings of the clips under the present weights."""
+        parts = {"bank": self.train_clips, "held_out": self.valid_clips}
+        return {name: pack_embeddings(self.trainer.embed(clips), clips.labels) for name, clips in parts.items()}
+
     def add_embeddings(self) -> None:
         """Put the embeddings of the clips under the best weights into their checkpoint, unless they are in it."""
         best = self.files.best
@@ -393,10 +398,7 @@ class Run:
             if weights is None:
                 return
             self.trainer.network.load_state_dict(weights)
-            parts = {"bank": self.train_clips, "held_out": self.valid_clips}
-            embeddings = {
-                name: pack_embeddings(self.trainer.embed(clips), clips.labels) for name, clips in parts.items()
-            }
+            embeddings = self.embed()
             if is_main():
                 save_checkpoint(load_checkpoint(best) | {"embeddings": embeddings}, best)
                 print(f"embeddings of the clips: {best}", flush=True)

@@ -1,111 +1,225 @@
-"""What a GPU makes of this project, in ten minutes: tests, speed, what bounds it, and what to set.
+"""Does everything work on this GPU, how fast is it, and what is to be changed?
 
-    python benchmarks/gpu.py                            # all sections
-    python benchmarks/gpu.py --only epochs profile      # some of them
+    python3 benchmarks/gpu.py --minutes 8 --output DIR
+    python3 benchmarks/gpu.py --only "step, default" tests       # some of the measurements
+    python3 benchmarks/gpu.py --reference                        # on a CPU: the losses to compare with, anew
 
-Without a GPU it runs in a small form, which shows that the sections themselves work; its figures mean nothing.
+DIR/gpu.md is the page, DIR/gpu.json has the same figures, DIR/gpu.log what the programs printed. All are written again
+after each figure, so that whatever ends this program costs the measurement that is running, and no more. Measurements
+run one after the other, what would be missed most first, each in a process of its own: one that fails is a row with its
+reason. Notices of the program are rows too. What does not fit into --minutes is left out.
 
-It prints a page of text and writes it to OUTPUT/gpu.txt, with all figures in OUTPUT/gpu.json. Each section runs in a
-process of its own; one that fails is reported, the others go on, and the exit status is 1 in the end. What does not fit
-into --minutes is left out, and said.
-
-    throughput   clips a second of front end, training step, validation and scoring: eager, compiled, as a CUDA graph
-    epochs       three epochs of the published recipe on as many random clips, with validation and saving
-    tests        the tests that need a GPU
-    profile      which operations of a step take longer than three times the time to move their bytes; which kernels the
-                 recorded step spends its time in; whether a step makes the host wait
-    variants     the step with one thing changed at a time: cudnn.benchmark, memory format, reformulated convolutions
-    interrupted  a run that starts on the CPU, is stopped by SIGTERM within an epoch, and goes on on the GPU and back
-    processes    a run under torchrun (NCCL), on all GPUs, that is stopped within its second epoch, and resumed
-    demo         the training of `make demo` on both devices, and the AUC of each
-
-Beside torch and torchaudio it takes numpy, pandas, scipy, PyYAML, tqdm, filelock, pydantic (with pydantic-core,
-annotated-types and typing-inspection), soundfile (with cffi and pycparser), and pytest for the tests; no librosa,
-matplotlib, tensorboard, scikit-learn, requests or Jinja2.
+It takes no data set: clips are random. Beside torch, torchaudio and what they bring: numpy, pandas, scipy, PyYAML,
+tqdm, pytest, filelock, pydantic (with pydantic-core, annotated-types, typing-inspection), soundfile (with cffi and
+pycparser). Without a GPU everything runs in a small form, to show that it works; its figures mean nothing.
 """
 
 import argparse
+import ast
+import contextlib
 import json
+import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.throughput import STAGES, WAYS, machine, random_clips, seconds
+import acceleration
+from acceleration import find_reason
+from benchmarks.processes import stop_and_resume
+from benchmarks.throughput import machine, random_clips, seconds
+from checkpoint import TrainedModel
 from config import load_config
 from dataloader import ClipSet
-from model.mobilefacenet import WholeMapConv2d
-from model.tastgram import N_SAMPLES, TgramNet
+from evaluation.scoring import anomaly_scores, run_model
+from model.tastgram import N_SAMPLES, SAMPLE_RATE
 from trainer import Run, Trainer
-from utils import OneLineParser, run_script, use_device
+from utils import OneLineParser, UserError, run_script, use_device, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(__file__).with_name("gpu_losses.json")  # of the first steps on a CPU, by batch size and precision
 OUTPUT = Path("check_points/gpu")
 RECIPE = (34_468, 1_815, 300)  # clips to train on, clips to validate, epochs
-AIM = 20.0  # minutes
-SLOW = 3.0  # times the time to move the bytes of an operation, from which on it is flagged
-DEMO_MACHINES = (
-    "{fan: [0, 2, 4], pump: [0, 2, 4], slider: [0, 2, 4], valve: [0, 2, 4], ToyCar: [1, 2, 3], ToyConveyor: [1, 2, 3]}"
-)
-LEAST_SHARE = 0.01  # of a step, below which an operation is not flagged
-
-# ---- Sections: each returns plain values for the JSON ----
-
-
-def throughput(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """Clips a second."""
-    ways = ("eager", "graph") if is_small else WAYS
-    precision = "fp32" if device.type == "cpu" else "bf16"
-    rates: dict[str, Any] = {}
-    for batch in (4,) if is_small else (64, 256):
-        for way in ways:
-            setting = f"{device.type},{precision},{way},{batch}"
-            words = ["benchmarks/throughput.py", "--worker", setting, "--repeats", "1" if is_small else "3"]
-            each = json.loads(call(*words).splitlines()[-1])
-            rates[setting] = {stage: 1 / each[stage] for stage in STAGES}
-    return rates
+AIM = 9900  # clips/s: 300 epochs in 20 minutes
+COMPARED = {4: 4, 64: 20, 256: 5}  # how many steps are compared, by batch size
+MARK = "ROW "  # of the lines in which a measurement reports
+# How far the losses of the first steps and the scores may be from those of a CPU in float32, as a fraction
+BOUNDS = {"fp32": 1e-2, "bf16": 0.1, "fp16": 0.1}
+GRAPHS = {"triton.cudagraphs": True}
+BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "short int": 2,
+         "c10::complex<float>": 8, "unsigned char": 1, "bool": 1}  # fmt: skip
 
 
-def epochs(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """Seconds of each epoch, everything included, and minutes of the whole recipe from them."""
-    n_train, n_valid, n_epochs = (48, 8, RECIPE[2]) if is_small else RECIPE
+class Place(NamedTuple):
+    """Where a measurement runs."""
+
+    device: torch.device
+    is_small: bool  # on a CPU
+    folder: Path  # for its files
+
+    @property
+    def batch(self) -> int:
+        return 4 if self.is_small else 64
+
+    def trainer(self, **keys: Any) -> Trainer:
+        """A trainer as it is by default on a GPU, but for some keys of the configuration."""
+        values = {"batch_size": self.batch, "compile": False if self.is_small else "auto"} | keys
+        return Trainer(load_config(device=self.device.type, **values), self.device)
+
+
+def emit(name: str, **values: Any) -> None:
+    """Report a figure, from the process of a measurement."""
+    print("\n" + MARK + json.dumps({"name": name} | values), flush=True)
+
+
+# ---- Measurements ----
+
+
+def describe_machine(place: Place) -> None:
+    emit("versions", **machine())
+    if place.is_small:
+        return
+    emit("libraries", cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), capability=str(
+        torch.cuda.get_device_capability()))  # fmt: skip
+    fields = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    emit("nvidia-smi", **dict(zip(fields.split(","), subprocess.check_output(command, text=True).split(", "),
+                                  strict=False)))  # fmt: skip
+    emit("copy", **{"GB/s": copy_speed(place) / 1e9})
+
+
+def copy_speed(place: Place) -> float:
+    """Bytes read and written a second, in a copy within the device."""
+    count = 2**22 if place.is_small else 2**29
+    source, target = (torch.zeros(count, device=place.device) for _ in range(2))
+    return 2 * 4 * count / seconds(lambda: target.copy_(source), place.device, 5)
+
+
+def measure_step(place: Place, precision: str = "bf16", options: dict[str, Any] | None = None, batch: int = 64) -> None:
+    """A compiled training step: the losses of the first ones beside those of a CPU, then its speed."""
+    batch = place.batch if place.is_small else batch
+    acceleration.OPTIONS = acceleration.OPTIONS if options is None else options
+    trainer = place.trainer(batch_size=batch, precision=precision)
+    start = time.perf_counter()
+    losses = first_losses(trainer, batch)
+    emit("compiled, and first steps", seconds=time.perf_counter() - start)
+    compare_losses(losses, batch, precision)
+    clips = random_clips(batch * (2 if place.is_small else 6400 // batch), place.device)
+    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 5) / len(clips)
+    emit("speed", **{"clips/s": 1 / each, "ms": 1000 * each * batch, "GB": reserved_memory(place)})
+
+
+def measure_uncompiled_step(place: Place) -> None:
+    """The same losses without a compiler, which differ least."""
+    for precision in ("fp32", "bf16"):
+        trainer = place.trainer(precision=precision, compile=False)
+        compare_losses(first_losses(trainer, place.batch), place.batch, precision)
+    clips = random_clips(place.batch * 2, place.device)
+    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 5) / len(clips)
+    emit("speed in bf16", **{"clips/s": 1 / each})
+
+
+def compare_losses(losses: list[float], batch: int, precision: str) -> None:
+    references = json.loads(REFERENCE.read_text()).get(str(batch), {})
+    for kind in dict.fromkeys(("fp32", precision)):
+        if kind in references:
+            compare(
+                f"{precision}: loss of {len(losses)} steps, and the CPU's in {kind}",
+                losses,
+                references[kind],
+                precision,
+            )
+
+
+def first_losses(trainer: Trainer, batch: int) -> list[float]:
+    """The losses of the first steps on random clips."""
+    clips = random_clips(batch * COMPARED[batch], trainer.device)
+    # From the usual scale, fp16 would pass over the first steps.
+    trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=256.0, enabled=trainer.scaler.is_enabled())
+    plan = trainer.plan(len(clips), 0)
+    trainer.model.train()
+    batches = zip(clips.batches(plan.shares, trainer.device), plan.mixes, strict=True)
+    return [trainer.step(samples, labels, mix)[0].item() for (samples, labels), mix in batches]
+
+
+def compare(name: str, values: Any, expected: Any, precision: str) -> None:
+    """The largest difference, as a fraction of the largest value."""
+    expected = np.asarray(expected, dtype=float)
+    largest = np.abs(np.asarray(values, dtype=float) - expected).max() / np.abs(expected).max()
+    emit(name, difference=float(largest) if np.isfinite(largest) else "not finite", bound=BOUNDS[precision])
+
+
+def reserved_memory(place: Place) -> float | None:
+    return None if place.is_small else torch.cuda.max_memory_reserved() / 1e9
+
+
+def run_tests(place: Place) -> None:
+    """The tests that need a GPU, each as it ends."""
+    import pytest
+
+    class Reporter:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = crash.message.splitlines()[0] if crash else str(report.longrepr or "")
+            if report.when == "call" or not report.passed:
+                result = {"problem": reason} if report.failed else {"result": report.outcome}
+                emit(report.nodeid.rpartition("::")[2], **result, seconds=report.duration)
+
+    os.chdir(ROOT)
+    files = ["tests/test_trainer.py", "tests/test_dataloader.py"]
+    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Reporter()])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest ended with status {int(status)}")
+
+
+def measure_recipe(place: Place) -> None:
+    """Three epochs of the published recipe on as many random clips, kept on the device."""
+    n_train, n_valid, n_epochs = (16, 8, RECIPE[2]) if place.is_small else RECIPE
     config = load_config(
-        device=device.type, save_path=str(folder / "epochs" / "run.pth"), epoch=n_epochs, tensorboard=False,
-        batch_size=8 if is_small else 64,
+        device=place.device.type, save_path=str(place.folder / "run.pth"), epoch=n_epochs, tensorboard=False,
+        batch_size=place.batch, compile=False if place.is_small else "auto",
     )  # fmt: skip
-    clips = [stand_ins(count, device) for count in (n_train, n_valid)]
-    run = Run(config.model_copy(update={"epoch": 3}), device, *clips)
+    run = Run(config, place.device, *(stand_ins(count, place.device) for count in (n_train, n_valid)))
+    run.config = config.model_copy(update={"epoch": 3})
+    spent: dict[str, float] = {}
+    for name, owner, method in (
+        ("training", run.trainer, "train_epoch"),
+        ("validation", run.trainer, "validate"),
+        ("saving", run, "save"),
+    ):
+        setattr(owner, method, partial(timed, getattr(owner, method), name, spent))
+    report = run.report
+
+    def report_and_emit(is_best: bool, log: Any) -> None:
+        report(is_best, log)
+        whole = sum(spent.values()) * RECIPE[2] / 60 * RECIPE[0] / n_train
+        speed = {"clips/s": n_train / spent["training"], "minutes of 300 epochs": whole, "GB": reserved_memory(place)}
+        emit(f"epoch {run.epoch}", **{f"{name}, s": value for name, value in spent.items()}, **speed)
+
+    run.report = report_and_emit  # type: ignore[method-assign]
     run.fit()
-    first, *rest = [row["seconds"] for row in run.history]
-    whole = first + sum(rest) / len(rest) * (RECIPE[2] - 1)
-    memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
-    return {
-        "seconds": [first, *rest],
-        "training clips": n_train,
-        "clips/s": n_train / rest[-1],
-        "minutes of the recipe": whole / 60 * RECIPE[0] / n_train,
-        "GPU memory, GB": memory,
-    }
+
+
+def timed(function: Callable[..., Any], name: str, spent: dict[str, float], *arguments: Any) -> Any:
+    start = time.perf_counter()
+    result = function(*arguments)  # each of them ends with a value that the host waits for
+    spent[name] = time.perf_counter() - start
+    return result
 
 
 def stand_ins(count: int, device: torch.device) -> ClipSet:
@@ -118,379 +232,307 @@ def stand_ins(count: int, device: torch.device) -> ClipSet:
     return clips
 
 
-def tests(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """The last lines of pytest."""
-    files = ["tests/test_trainer.py", "tests/test_dataloader.py"]
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    lines = [
-        line for line in done.stdout.splitlines() if re.match(r"FAILED|ERROR|E  |.* (passed|failed|skipped)", line)
-    ]
-    if done.returncode:
-        raise RuntimeError("\n".join(lines[-40:]) or done.stderr[-2000:])
-    return {"result": lines[-1]}
+def measure_scoring(place: Place) -> None:
+    """Scores of the network as it is initialised, beside those of the CPU."""
+    n_compared, n_clips = (4, 8) if place.is_small else (64, 6400)
+    few = random_clips(n_compared, torch.device("cpu"))
+    trainer = Trainer(load_config(device="cpu", compile=False), torch.device("cpu"))
+
+    def score(device: torch.device, clips: ClipSet, precision: str) -> tuple[np.ndarray, np.ndarray]:
+        config = load_config(eval_precision=precision)
+        trained = TrainedModel(Path("random.pth"), trainer.network, config, {})
+        outputs = run_model(trained, clips, device)
+        return anomaly_scores(trained, outputs, clips.labels), outputs.embedding.numpy()
+
+    expected = score(torch.device("cpu"), few, "fp32")
+    for precision in ("fp32", "bf16"):
+        found = score(place.device, random_clips(n_compared, place.device), precision)
+        for name, *pair in zip(("scores", "embeddings"), found, expected, strict=True):
+            compare(f"{precision}: {name} and the CPU's in fp32", *pair, precision)
+        many = random_clips(n_clips, place.device)
+        each = seconds(partial(score, place.device, many, precision), place.device, 1 if place.is_small else 3)
+        emit(f"{precision}: speed", **{"clips/s": n_clips / each})
 
 
-def profiled(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """Operations by time and bytes, kernels of the step as it runs by default, and whether a step waits."""
-    steps, batch = (1, 4) if is_small else (20, 64)
-    clips, warm_up = random_clips(batch * steps, device), random_clips(batch * 6, device)
-    speed = copy_speed(device, 2**22 if is_small else 2**29)
-    results: dict[str, Any] = {"bytes/s": speed}
-    for name, switch in (("eager", False), ("default", "auto")):
-        trainer = Trainer(
-            load_config(device=device.type, batch_size=batch, compile=switch, cuda_graph=bool(switch)), device
-        )
-        trainer.train_epoch(warm_up, 0)
-        results[f"{name}: waits"] = find_wait(trainer, clips)
-        results[f"{name}: kernels"] = kernels(recorded_epoch(trainer, clips), steps)
-        if name == "eager":
-            with CountedBytes() as counted:
-                recording = recorded_epoch(trainer, clips)
-            results["operations"] = operations(recording, counted.operations, device, steps, speed)
-    return results
-
-
-def recorded_epoch(trainer: Trainer, clips: ClipSet) -> profile:
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if trainer.device.type == "cuda" else [])
-    with profile(activities=kinds, acc_events=True) as recording:
-        trainer.train_epoch(clips, 0)
-    return recording
-
-
-def copy_speed(device: torch.device, count: int) -> float:
-    """Bytes read and written a second, in a copy within the device."""
-    source, target = torch.zeros(count, device=device), torch.zeros(count, device=device)
-    return 2 * 4 * count / seconds(lambda: target.copy_(source), device, 5)
-
-
-class CountedBytes(TorchDispatchMode):
-    """Numbers the operations in a profile; `operations` has the name of each and the bytes of its tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        number = len(self.operations)
-        self.operations.append((func.overloadpacket.__name__, 0))
-        with record_function(f"operation {number}"):
-            result = func(*args, **(kwargs or {}))
-        read, written = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (args, result))
-        count = 0 if func.is_view else sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
-        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in read[:2])
-        self.operations[number] = (f"{func.overloadpacket.__name__}({shapes})", count)
-        return result
-
-
-def operations(
-    recording: profile, counted: list[tuple[str, int]], device: torch.device, steps: int, speed: float
-) -> list[dict[str, Any]]:
-    """What takes the most time in a step, with its bytes, and its time as a multiple of that of moving them."""
-    time_of: dict[tuple[str, int], float] = defaultdict(float)  # seconds of all steps
-    calls: dict[tuple[str, int], int] = defaultdict(int)
-    for event in recording.events():
-        if event.device_type == DeviceType.CPU and (match := re.fullmatch(r"operation (\d+)", event.name)):
-            operation = counted[int(match[1])]
-            time_of[operation] += (event.device_time_total if device.type == "cuda" else event.cpu_time_total) / 1e6
-            calls[operation] += 1
-    whole = sum(time_of.values())
-    rows = []
-    for operation in sorted(time_of, key=time_of.__getitem__, reverse=True)[:40]:
-        multiple = time_of[operation] / (calls[operation] * operation[1] / speed) if operation[1] else None
-        share = time_of[operation] / whole
-        is_slow = share >= LEAST_SHARE and multiple is not None and multiple > SLOW
-        rows.append({"operation": operation[0], "calls": calls[operation] / steps, "MB": operation[1] / 1e6,
-                     "ms": 1000 * time_of[operation] / steps, "share": share, "multiple": multiple,
-                     "slow": is_slow})  # fmt: skip
-    return rows
-
-
-def kernels(recording: profile, steps: int) -> list[dict[str, Any]]:
-    """What takes the most time on the device by itself."""
-    averages = recording.key_averages()
-    on_device = [event for event in averages if event.device_type != DeviceType.CPU]
-    times = {event.key: event.self_device_time_total for event in on_device} or {
-        event.key: event.self_cpu_time_total for event in averages
-    }
-    names = sorted(times, key=times.__getitem__, reverse=True)[:25]
-    return [{"kernel": name, "ms": times[name] / 1000 / steps} for name in names]
-
-
-def find_wait(trainer: Trainer, clips: ClipSet) -> str:
-    """What makes the host wait for the device between the first and the last step of an epoch, if anything does."""
-    batch, device = trainer.config.batch_size, trainer.device
-    if device.type != "cuda":
-        return "nothing"
-    shares, mixes = trainer.divide(0, [np.arange(batch)] * 3)
-    steps = list(zip(clips.batches(shares, device), mixes, strict=True))
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        for (samples, labels), mix in steps:
-            trainer.step(samples, labels, mix)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "nothing"
-
-
-def variants(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """Milliseconds of an uncompiled step, as it is and with one thing changed at a time."""
-    steps, batch = (1, 4) if is_small else (50, 64)
-    clips = random_clips(batch * steps, device)
-
-    def as_published(network: TgramNet, waveform: Tensor) -> Tensor:
-        return network.conv_encoder(network.conv_extrctor(waveform.unsqueeze(1)))
-
-    changes: dict[str, Callable[[Trainer], Any]] = {
-        "as it is": lambda trainer: nullcontext(),
-        "without cudnn.benchmark": lambda trainer: torch.backends.cudnn.flags(True, False, allow_tf32=False),
-        "contiguous": lambda trainer: nullcontext(trainer.network.to(memory_format=torch.contiguous_format)),
-        "linear7 as a convolution": lambda trainer: mock.patch.object(WholeMapConv2d, "forward", nn.Conv2d.forward),
-        "Tgram as a convolution": lambda trainer: mock.patch.object(TgramNet, "forward", as_published),
-    }
-    times = {}
-    for name, change in changes.items():
-        trainer = Trainer(load_config(device=device.type, batch_size=batch, compile=False), device)
-        with change(trainer):
-            trainer.train_epoch(random_clips(batch * 6, device), 0)  # warms up and records
-            times[name] = 1000 / steps * seconds(partial(trainer.train_epoch, clips, 0), device, 1 if is_small else 3)
-    return times
-
-
-def interrupted(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """After which epoch a run was stopped on each device, and the losses of all its epochs."""
-    weights = folder / "interrupted" / "run.pth"
-    options = training_options(demo_data(folder, is_small), weights, is_small, epoch=8)
-    stopped = {}
-    for name in ("cpu", device.type):
-        process = train_one_epoch([sys.executable, "train.py", *options, "--device", name, "--resume"])
-        time.sleep(0.05)  # into the next epoch
-        process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate()
-        said = re.search(r"stopped; --resume continues after epoch (\d)", errors)
-        if process.returncode != 143 or not said:
-            raise RuntimeError(f"on {name}, status {process.returncode}: {output[-500:]} {errors[-1500:]}")
-        stopped[f"{name}, stopped after epoch"] = int(said[1])
-    call("train.py", *options, "--device", "cpu", "--resume")
-    return stopped | {"train_loss": train_losses(weights, 8)}
-
-
-def processes(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    return stop_and_resume(device.type, 2 if is_small else torch.cuda.device_count(), folder / "processes", is_small)
-
-
-def stop_and_resume(device: str, processes: int, folder: Path, is_small: bool) -> dict[str, Any]:
-    """Train with the last of the processes stopped in the second epoch, then resume. Raises where the job does not fail
-    with one error, or where the resumed run is not whole.
+def measure_kernels(place: Place) -> None:
+    """The ten kernels of a compiled step that cost most, with the bytes of what they read and write, and how near they
+    come to the speed of a copy.
     """
-    weights = folder / "run.pth"
-    options = training_options(demo_data(folder, is_small), weights, is_small, epoch=8)
-    command = torchrun(processes, "train_ddp.py", *options, "--device", device)
-    job = train_one_epoch(command)
-    os.kill(children(job.pid)[-1], signal.SIGTERM)
-    start = time.monotonic()
-    _, errors = job.communicate()
-    ended = time.monotonic() - start
-    said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    if job.returncode == 0 or len(said) != 1:
-        raise RuntimeError(f"status {job.returncode}: {errors[-3000:]}")
-    call(*command[1:], "--resume")
-    losses = train_losses(weights, 8)
-    return {f"a process of {processes} stopped": said[0], "seconds to the end": round(ended, 1), "train_loss": losses}
+    steps = 2 if place.is_small else 10
+    speed = copy_speed(place)
+    trainer = place.trainer()
+    clips = random_clips(place.batch * steps, place.device)
+    trainer.train_epoch(clips, 0)
+    kinds = [ProfilerActivity.CPU] + ([] if place.is_small else [ProfilerActivity.CUDA])
+    with profile(activities=kinds, record_shapes=True) as recording:
+        trainer.train_epoch(clips, 0)
+    trace = place.folder / "trace.json"
+    recording.export_chrome_trace(str(trace))
+    table = sum_kernels(json.loads(trace.read_text())["traceEvents"], steps)
+    whole = sum(row["ms"] for row in table)
+    emit("all", **{"ms a step": whole, "kernels a step": sum(row["calls"] for row in table),
+                   "GB a step": sum(row["GB"] or 0 for row in table), "copy, GB/s": speed / 1e9})  # fmt: skip
+    for row in sorted(table, key=lambda row: row["ms"], reverse=True)[:10]:
+        share = row["GB"] * 1e9 / (row["ms"] / 1e3) / speed if row["GB"] and row["ms"] else None
+        emit(row["kernel"], **{name: row[name] for name in ("ms", "calls", "GB")}, **{
+            "of the step": row["ms"] / whole, "of copy speed": share})  # fmt: skip
 
 
-def torchrun(processes: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, *words]
+def sum_kernels(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds, calls and bytes of a step, for each kernel in a trace of the profiler. Where there are none, as on
+    a CPU, the operations stand for them.
+    """
+    operations = {event["args"]["External id"]: event for event in events if event.get("cat") == "cpu_op"}
+    convolutions = [event for event in operations.values() if event["name"].startswith("aten::convolution")]
+    kernels = [event for event in events if event.get("cat") == "kernel"] or list(operations.values())
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"ms": 0.0, "calls": 0.0, "GB": 0.0})
+    for kernel in kernels:
+        operation = operations.get(kernel["args"].get("External id"))
+        row = rows[kernel["name"]]
+        row["ms"] += kernel["dur"] / 1e3 / steps
+        row["calls"] += 1 / steps
+        row["GB"] += count_bytes(enclosing(operation, convolutions)) / 1e9 / steps if operation else math.nan
+    return [{"kernel": name, **row, "GB": row["GB"] if row["GB"] > 0 else None} for name, row in rows.items()]
 
 
-def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def enclosing(operation: dict[str, Any], convolutions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The convolution that an operation is a part of, which says its parameters; else the operation itself."""
+    for outer in convolutions:
+        is_within = outer["ts"] <= operation["ts"] and operation["ts"] + operation["dur"] <= outer["ts"] + outer["dur"]
+        if is_within and outer["tid"] == operation["tid"]:
+            return outer
+    return operation
 
 
-def train_one_epoch(command: list[str]) -> subprocess.Popen[str]:
-    """Start a training, and wait for the line of its first epoch: it is in a later one then."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    while (line := process.stdout.readline()) and not line.startswith("epoch "):
-        pass
-    return process
+def count_bytes(operation: dict[str, Any]) -> int:
+    """Bytes of the tensors that an operation takes, each once, and of those that a convolution returns. A kernel that
+    the compiler makes takes what it writes, too.
+    """
+    arguments = operation["args"]
+    shapes, kinds = arguments.get("Input Dims", []), arguments.get("Input type", [])
+    counted = [
+        math.prod(shape) * BYTES.get(kind, 0) if shape else 0 for shape, kind in zip(shapes, kinds, strict=False)
+    ]
+    if operation["name"] == "aten::convolution_backward":
+        return sum(counted) + counted[1] + counted[2]  # the gradients of input and weight
+    if operation["name"] == "aten::convolution":
+        inputs = [torch.empty(shape, device="meta") for shape in shapes[:2]]
+        parameters = [ast.literal_eval(text.title()) for text in arguments["Concrete Inputs"][3:]]
+        output = torch.ops.aten.convolution(*inputs, None, *parameters)
+        return sum(counted) + output.numel() * BYTES.get(kinds[0], 0)
+    return sum(counted)
 
 
-def train_losses(weights: Path, epochs: int) -> list[float]:
-    """Of a run that must have each of its epochs once."""
-    history = pd.read_csv(weights.with_suffix("") / "history.csv")
-    if history["epoch"].tolist() != [*range(1, epochs + 1)]:
-        raise RuntimeError(f"the epochs of history.csv are {history['epoch'].tolist()}")
-    return history["train_loss"].tolist()
+def measure_files(place: Place) -> None:
+    """An epoch whose recordings are read from files by 16 threads."""
+    import soundfile
+
+    n_files, n_clips, n_threads = (8, 8, 2) if place.is_small else (1024, 6400, 16)
+    rng = np.random.default_rng(0)
+    paths = [place.folder / f"{number}.wav" for number in range(n_files)]
+    for path in paths:
+        soundfile.write(path, rng.integers(-300, 300, N_SAMPLES, dtype=np.int16), SAMPLE_RATE)
+    table = pd.DataFrame({"path": np.resize(paths, n_clips), "label": np.arange(n_clips) % 41})
+    clips = ClipSet(table, n_threads)
+    trainer = place.trainer()
+    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 3) / n_clips
+    emit("training", **{"clips/s": 1 / each, "threads": n_threads})
+    plan = trainer.plan(n_clips, 0).shares
+    each = seconds(lambda: [None for _ in clips.batches(plan, place.device)], place.device, 1) / n_clips
+    emit("reading alone", **{"clips/s": 1 / each, "threads": n_threads})
 
 
-def demo(device: torch.device, is_small: bool, folder: Path) -> dict[str, Any]:
-    """Mean AUC over machine IDs and types, and seconds of training, on each device."""
-    data, results = demo_data(folder, is_small), {}
-    for name in dict.fromkeys((device.type, "cpu")):
-        weights = folder / f"demo_{name}.pth"
-        options = [*training_options(data, weights, is_small, epoch=1 if is_small else 8), "--device", name]
-        start = time.perf_counter()
-        call("train.py", *options, "--overwrite")
-        spent = time.perf_counter() - start
-        call("eval.py", str(weights), "--data_root", str(data), "--device", name)
-        metrics = json.loads((weights.with_suffix("") / "test" / "metrics.json").read_text())["metrics"]
-        results[name] = {"mean AUC": metrics["average"]["mean"]["AUC"], "seconds": spent}
-    return results
+def measure_processes(place: Place) -> None:
+    """A run under torchrun, on all GPUs, one process of which is stopped; and the run resumed."""
+    count = 2 if place.is_small else torch.cuda.device_count()
+    emit(f"{count} processes", **stop_and_resume(place.device.type, count, place.folder))
 
 
-def demo_data(folder: Path, is_small: bool) -> Path:
-    data = folder / "demo"
-    call("datasets/synthesize.py", "--output", str(data), *(["--train", "3", "--test", "1"] if is_small else []))
-    return data
+class Measurement(NamedTuple):
+    function: Callable[[Place], None]
+    limit: float  # seconds
 
 
-def training_options(data: Path, weights: Path, is_small: bool, epoch: int) -> list[str]:
-    """As in `make demo`, but for the compilation, which would take longer than the training."""
-    machines, batch = ("{fan: [0, 2]}", 4) if is_small else (DEMO_MACHINES, 16)
-    values = {"data_root": data, "machines": machines, "save_path": weights, "epoch": epoch, "lr": "1e-3",
-              "batch_size": batch, "split_ratio": 0.8, "compile": "false", "tensorboard": "false"}  # fmt: skip
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
-
-
-def call(*words: str) -> str:
-    """Run one of the project's scripts; its standard output."""
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words[:2])}: {done.stderr[-2000:]}")
-    return done.stdout
-
-
-SECTIONS = {
-    "throughput": throughput,
-    "epochs": epochs,
-    "tests": tests,
-    "profile": profiled,
-    "variants": variants,
-    "interrupted": interrupted,
-    "processes": processes,
-    "demo": demo,
+MEASUREMENTS = {  # what would be missed most comes first
+    "machine": Measurement(describe_machine, 40),
+    "step, default": Measurement(measure_step, 130),
+    "step, threshold 4": Measurement(partial(measure_step, options={}), 110),
+    "step, graphs of the compiler": Measurement(partial(measure_step, options=acceleration.OPTIONS | GRAPHS), 110),
+    "step, uncompiled": Measurement(measure_uncompiled_step, 60),
+    "tests": Measurement(run_tests, 130),
+    "recipe": Measurement(measure_recipe, 100),
+    "scoring": Measurement(measure_scoring, 60),
+    "kernels": Measurement(measure_kernels, 80),
+    "step, fp32": Measurement(partial(measure_step, precision="fp32"), 110),
+    "step, batch 256": Measurement(partial(measure_step, batch=256), 110),
+    "step, fp16": Measurement(partial(measure_step, precision="fp16"), 110),
+    "files": Measurement(measure_files, 80),
+    "processes": Measurement(measure_processes, 120),
 }
+
 
 # ---- The page ----
 
 
-def describe(name: str, values: dict[str, Any]) -> Iterator[str]:
-    """The lines of a section."""
-    if name == "throughput":
-        yield f"{'clips/s':28}" + "".join(f"{stage:>15}" for stage in STAGES)
-        for setting, rates in values.items():
-            yield f"{setting:28}" + "".join(f"{rates[stage]:15,.0f}" for stage in STAGES)
-    elif name == "profile":
-        yield f"a copy moves {values['bytes/s'] / 1e9:,.0f} GB/s, read and written"
-        for way in ("eager", "default"):
-            yield f"{way}: the host waits for {values[f'{way}: waits']}"
-        yield f"{'operation, eager':70} {'calls':>6} {'MB':>8} {'ms/step':>8} {'share':>6} {'x bytes':>8}"
-        for row in values["operations"]:
-            multiple = "-" if row["multiple"] is None else f"{row['multiple']:.1f}"
-            yield (
-                f"{row['operation'][:70]:70} {row['calls']:6.0f} {row['MB']:8.1f} {row['ms']:8.3f} {row['share']:6.1%} "
-                f"{multiple:>8}{'  slow' if row['slow'] else ''}"
+class Page:
+    """All figures so far, in files that are replaced after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.start = folder, time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = (folder / "gpu.log").open("w", buffering=1)
+
+    def add(self, measurement: str, **row: Any) -> None:
+        self.rows.append({"measurement": measurement, "at": round(time.monotonic() - self.start, 1), **row})
+        write_text(self.folder / "gpu.json", json.dumps({"rows": self.rows}, indent=1) + "\n")
+        write_text(self.folder / "gpu.md", self.text())
+
+    def take(self, measurement: str, line: str) -> None:
+        """A line that a measurement has printed."""
+        if line.startswith(MARK):
+            self.add(measurement, **json.loads(line.removeprefix(MARK)))
+            return
+        self.log.write(line)
+        if line.startswith("notice: "):
+            self.add(measurement, name="notice", notice=line.removeprefix("notice: ").strip())
+
+    def text(self) -> str:
+        lines = ["# What a GPU makes of it", "", *summary(self.rows), "", "| at, s | measurement | what | result |",
+                 "| ---: | --- | --- | --- |"]  # fmt: skip
+        for row in self.rows:
+            values = {name: value for name, value in row.items() if name not in ("measurement", "at", "name")}
+            cells = (row["at"], row["measurement"], row["name"], show(values))
+            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def show(values: dict[str, Any]) -> str:
+    words = {name: f"{value:,.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name} {word}" for name, word in words.items())
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The fastest setting, whether it is the default, what is far from the CPU, and what failed."""
+    lines, speeds = [], {
+        row["measurement"]: row["clips/s"] for row in rows if row["measurement"] in SETTINGS and row["name"] == "speed"
+    }  # fmt: skip
+    if speeds:
+        best = max(speeds, key=speeds.__getitem__)
+        lines.append(f"- Fastest step of batch 64: {best}, {speeds[best]:,.0f} clips/s; the aim is {AIM:,}.")
+        default = speeds.get("step, default")
+        if best == "step, default":
+            lines.append("- That is the default.")
+        elif default:
+            lines.append(f"- Not the default, which makes {default:,.0f} clips/s: {SETTINGS[best]}.")
+    for row in rows:
+        where = f"{row['measurement']}, {row['name']}"
+        if "difference" in row and not (isinstance(row["difference"], float) and row["difference"] <= row["bound"]):
+            lines.append(
+                f"- Differs from the CPU by more than its bound: {where}, {row['difference']} > {row['bound']}."
             )
-        yield f"{'kernel, default':100} {'ms/step':>8}"
-        for row in values["default: kernels"]:
-            yield f"{row['kernel'][:100]:100} {row['ms']:8.3f}"
-    elif name == "variants":
-        for change, each in values.items():
-            yield f"{change:28} {each:8.2f} ms/step, {each / values['as it is']:.2f} of the step as it is"
-    else:
-        for key, value in values.items():
-            yield f"{key:28} {show(value)}"
+        lines += [f"- {kind.capitalize()}: {where}: {row[kind]}" for kind in ("problem", "notice") if kind in row]
+    return lines
 
 
-def show(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {show(part)}" for key, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(show, value))
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+SETTINGS = {  # of a step of batch 64 in bf16: what they differ in from the default
+    "step, default": "",
+    "step, threshold 4": "acceleration.OPTIONS without realize_reads_threshold",
+    "step, graphs of the compiler": f"acceleration.OPTIONS with {GRAPHS}",
+}
 
 
-def recommend(results: dict[str, Any]) -> Iterator[str]:
-    """What to set, or to look at, by these figures."""
-    rates = {setting: stages["training step"] for setting, stages in results.get("throughput", {}).items()}
-    for batch in dict.fromkeys(setting.rpartition(",")[2] for setting in rates):
-        of_batch = {setting: rate for setting, rate in rates.items() if setting.endswith(f",{batch}")}
-        best = max(of_batch, key=of_batch.__getitem__)
-        way = best.split(",")[2]
-        switches = f"compile: {str(way != 'eager').lower()}, cuda_graph: {str(way == 'graph').lower()}"
-        yield f"batch_size {batch}: {way} is the fastest, {of_batch[best]:,.0f} clips/s ({switches})"
-    for change, each in results.get("variants", {}).items():
-        if each < 0.97 * results["variants"]["as it is"]:
-            yield f"{change}: {results['variants']['as it is'] / each:.2f} times as fast; make it the default"
-    if "epochs" in results:
-        minutes = results["epochs"]["minutes of the recipe"]
-        yield f"the recipe takes {minutes:.1f} minutes; the aim of {AIM:.0f} is {'met' if minutes <= AIM else 'missed'}"
-    slow = [row for row in results.get("profile", {}).get("operations", []) if row["slow"]]
-    for row in slow[:5]:
-        yield f"slow: {row['operation']}, {row['share']:.0%} of an eager step, {row['multiple']:.1f} times its bytes"
-    for way in ("eager", "default"):
-        if (wait := results.get("profile", {}).get(f"{way}: waits", "nothing")) != "nothing":
-            yield f"the {way} step makes the host wait: {wait}"
+# ---- Running ----
+
+
+def run_measurement(name: str, limit: float, page: Page, words: list[str]) -> None:
+    """Run a measurement in a process of its own, which is ended with all that it has started after `limit` seconds."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, *words, "--measurement", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    lines = process.stdout
+    reader = threading.Thread(target=lambda: [page.take(name, line) for line in lines], daemon=True)
+    reader.start()
+    status: int | None = None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(limit)
+    finally:
+        kill_group(process.pid)
+    reader.join(5)  # what it has printed
+    if status is None:
+        page.add(name, name="not finished", problem=f"ended after {limit:.0f} s")
+    elif status < 0:
+        page.add(name, name="not finished", problem=f"killed by signal {-status}")
+
+
+def kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end_with_parent() -> None:
+    """End this process and all that it has started when the one that started it is gone, however it ended."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        kill_group(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def measure(name: str, device_name: str) -> None:
+    """One measurement, in its own process."""
+    end_with_parent()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            device = use_device(device_name)
+            MEASUREMENTS[name].function(Place(device, device.type == "cpu", Path(folder)))
+        except Exception as error:
+            traceback.print_exception(error)
+            emit("failed", problem=find_reason(error))
+
+
+def write_reference() -> None:
+    """The losses of the first steps on a CPU."""
+    losses: dict[int, dict[str, list[float]]] = {}
+    for batch in (4, 64):
+        place = Place(torch.device("cpu"), is_small=True, folder=OUTPUT)
+        losses[batch] = {
+            precision: first_losses(place.trainer(batch_size=batch, precision=precision), batch)
+            for precision in ("fp32", "bf16")
+        }
+        write_text(REFERENCE, json.dumps(losses, indent=1) + "\n")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--device", default="auto", help="cuda, cuda:N, or cpu for the small form (default: auto)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which no section runs (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, help=f"folder for gpu.json and gpu.txt (default: {OUTPUT})"
-    )
-    parser.add_argument("--section", nargs=2, help=argparse.SUPPRESS)  # its name and a folder for its files
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="MEASUREMENT")
+    parser.add_argument("--minutes", type=float, default=8, help="for all of it (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder of the page (default: {OUTPUT})")
+    parser.add_argument("--reference", action="store_true", help=f"write {REFERENCE.name} anew, on the CPU")
+    parser.add_argument("--measurement", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = use_device(options.device)
-    if options.section:
-        name, folder = options.section
-        print(json.dumps(SECTIONS[name](device, device.type == "cpu", Path(folder))))
+    if options.reference:
+        write_reference()
         return
-    results, problems, spent = run_sections(options)
-    page = [", ".join(f"{name} {value}" for name, value in machine().items())]
-    for name, values in results.items():
-        page += ["", f"{name} ({spent[name]:.0f} s)", *(f"  {line}" for line in describe(name, values))]
-    page += ["", "recommendations", *(f"  {line}" for line in recommend(results))]
-    page += [f"\n{name} FAILED\n  {problem}" for name, problem in problems.items()]
-    text = "\n".join(page) + "\n"
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "gpu.txt").write_text(text)
-    content = {"machine": machine(), "results": results, "problems": problems, "seconds": spent}
-    (options.output / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
-    sys.exit(1 if problems else 0)
-
-
-def run_sections(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str], dict[str, float]]:
-    """What each section gives, what went wrong, and seconds."""
-    end = time.monotonic() + 60 * options.minutes
-    results, problems, spent = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            words = [sys.executable, __file__, "--device", options.device, "--section", name, folder]
-            start = time.monotonic()
-            process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-            )
-            try:
-                output, errors = process.communicate(timeout=max(end - start, 0.1))
-                if process.returncode:
-                    problems[name] = errors[-3000:]
-                else:
-                    results[name] = json.loads(output.splitlines()[-1])
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                problems[name] = f"not done within {options.minutes:g} minutes"
-            spent[name] = time.monotonic() - start
-    return results, problems, spent
+    if options.measurement:
+        measure(options.measurement, options.device)
+        return
+    page = Page(options.output)
+    for name in options.only:
+        left = 60 * options.minutes - (time.monotonic() - page.start)
+        if left < 10:
+            page.add(name, name="not begun", problem=f"no time left of {options.minutes:g} minutes")
+            continue
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        run_measurement(name, min(left, MEASUREMENTS[name].limit), page, ["--device", options.device])
+    print(page.text())
+    if any("problem" in row for row in page.rows):
+        raise UserError(f"not everything went well; {options.output / 'gpu.md'} says what, gpu.log why")
 
 
 if __name__ == "__main__":

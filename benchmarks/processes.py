@@ -14,21 +14,28 @@ process that waits for the stopped one on its GPU; the history of the resumed ru
 
 import argparse
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.gpu import stop_and_resume, torchrun
 from benchmarks.throughput import machine, random_clips, run_worker, seconds
 from config import load_config
 from distributed import is_main, join, leave
 from trainer import Trainer
 from utils import OneLineParser, run_script, use_device
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 8  # of the run that is stopped in its second one
 
 
 def main() -> None:
@@ -49,7 +56,7 @@ def main() -> None:
     processes = options.processes or (torch.cuda.device_count() if device == "cuda" else 2)
     print(compare(device, processes, options.rounds), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in stop_and_resume(device, processes, Path(folder), is_small=device == "cpu").items():
+        for name, value in stop_and_resume(device, processes, Path(folder)).items():
             print(f"{name}: {value}")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
@@ -71,13 +78,54 @@ def compare(device: str, processes: int, rounds: int) -> str:
     )
 
 
+def torchrun(processes: int, *words: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *words]
+
+
+def stop_and_resume(device: str, processes: int, folder: Path) -> dict[str, Any]:
+    """Train with the last of the processes stopped in the second epoch, then resume. Raises `RuntimeError` where the
+    job does not fail with one error, or where the resumed run is not whole.
+    """
+    data, weights = folder / "data", folder / "run.pth"
+    call("datasets/synthesize.py", "--output", str(data), "--test", "1")
+    values = {"data_root": data, "machines": "{fan: [0, 2]}", "save_path": weights, "epoch": EPOCHS, "batch_size": 8,
+              "compile": "false", "tensorboard": "false", "device": device}  # fmt: skip
+    command = torchrun(processes, "train_ddp.py", *(f"--{key}={value}" for key, value in values.items()))
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout
+    while (line := job.stdout.readline()) and not line.startswith("epoch "):
+        pass
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    start = time.monotonic()
+    _, errors = job.communicate()
+    ended = time.monotonic() - start
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    if job.returncode == 0 or len(said) != 1:
+        raise RuntimeError(f"status {job.returncode}: {errors[-3000:]}")
+    call(*command[1:], "--resume")
+    history = pd.read_csv(weights.with_suffix("") / "history.csv")
+    if history["epoch"].tolist() != [*range(1, EPOCHS + 1)]:
+        raise RuntimeError(f"the epochs of history.csv are {history['epoch'].tolist()}")
+    losses = ", ".join(f"{loss:.4g}" for loss in history["train_loss"])
+    return {"the last one stopped": said[0], "seconds to the end": round(ended, 1), "train_loss": losses}
+
+
+def call(*words: str) -> None:
+    """Run one of the project's scripts."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words[:2])}: {done.stderr[-2000:]}")
+
+
 def work(options: argparse.Namespace) -> None:
     """What each process does: epochs on the same random clips, the first to warm up."""
     device = use_device(options.device)
     join(device)
     config = load_config(
         device=device.type, batch_size=options.batch_size, precision=options.precision, lr=1e-5,
-        compile=options.compile == "true", cuda_graph=False,
+        compile=options.compile == "true",
     )  # fmt: skip
     trainer, clips, losses = Trainer(config, device), random_clips(options.batch_size * options.steps, device), []
     each = seconds(lambda: losses.append(trainer.train_epoch(clips, len(losses))[0]), device, repeats=5)

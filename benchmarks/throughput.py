@@ -2,12 +2,12 @@
 
     python benchmarks/throughput.py                                     # on the CPU or, where there is one, the GPU
     python benchmarks/throughput.py --settings cpu,fp32,eager,16        # device, precision, way, batch size
-    python benchmarks/throughput.py --settings cuda,bf16,graph,64 cuda,bf16,graph,256 --output throughput.json
+    python benchmarks/throughput.py --settings cuda,bf16,compiled,64 cuda,bf16,compiled,256 --output throughput.json
 
-A training step runs `eager`, `compiled`, or compiled and recorded as a CUDA `graph`. Each setting runs in a process of
-its own, on random samples in memory, as trainer.py and eval.py run it. `plain` is a first implementation on the same
-device: the log-mel of each clip by itself, eager float32 in the contiguous memory format, scoring one clip at a time.
-`plain, memory kept` is the same with `keep_freed_memory`, to tell that part apart.
+A training step runs `eager` or `compiled`. Each setting runs in a process of its own, on random samples in memory, as
+trainer.py and eval.py run it. `plain` is a first implementation on the same device: the log-mel of each clip by itself,
+eager float32 in the contiguous memory format, scoring one clip at a time. `plain, memory kept` is the same with
+`keep_freed_memory`, to tell that part apart.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_u
 
 STAGES = ("front end", "training step", "validation", "scoring")
 CLASSES = 41
-WAYS = ("eager", "compiled", "graph")
+WAYS = ("eager", "compiled")
 PRECISIONS = ("fp32", "bf16", "fp16", "plain", "plain-kept")
 
 
@@ -116,8 +116,7 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
             keep_freed_memory()
         stages = plain_stages(trained_on, clips, device, batch)
     else:
-        switches = {"compile": way != "eager", "cuda_graph": way == "graph"}
-        config = load_config(device=device_name, precision=precision, batch_size=batch, **switches)
+        config = load_config(device=device_name, precision=precision, batch_size=batch, compile=way == "compiled")
         trainer = Trainer(config, device)
         trained = TrainedModel(Path("random.pth"), trainer.network, config, {})
 
