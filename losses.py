@@ -56,11 +56,12 @@ def divide_mix(mix: Mix, part: int, parts: int) -> tuple[np.ndarray, Mix]:
     are several parts two rows are always added, so that all parts of a size have the same shapes.
     """
     partner = mix.partner.numpy()
-    own = np.array_split(cycles(partner), parts)[part]
-    lacking = np.setdiff1d(partner[own], own)
-    rows = np.concatenate([own, np.resize(lacking, 2 if parts > 1 else 0)])
-    places = (rows == partner[own][:, None]).argmax(axis=1)
-    return rows, Mix(mix.lam, torch.from_numpy(places))
+    rows = own = np.array_split(cycles(partner), parts)[part]
+    if parts > 1:
+        rows = np.concatenate([own, np.resize(np.setdiff1d(partner[own], own), 2)])
+    place = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
+    place[rows[::-1]] = np.arange(len(rows))[::-1]
+    return rows, Mix(mix.lam, torch.from_numpy(place[partner[own]]))
 
 
 def cycles(permutation: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import acceleration
 from acceleration import find_reason
 from benchmarks.processes import stop_and_resume
-from benchmarks.throughput import machine, random_clips, seconds
+from benchmarks.throughput import machine, random_clips, seconds, train_epochs
 from checkpoint import TrainedModel
 from config import load_config
 from dataloader import ClipSet
@@ -62,7 +62,7 @@ MARK = "ROW "  # of the lines in which a measurement reports
 BOUNDS = {"fp32": 1e-2, "bf16": 0.1, "fp16": 0.1}
 GRAPHS = {"triton.cudagraphs": True}
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "short int": 2,
-         "c10::complex<float>": 8, "unsigned char": 1, "bool": 1}  # fmt: skip
+         "c10::complex<float>": 8, "unsigned char": 1, "bool": 1, "TensorList": 4}  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -96,10 +96,10 @@ def describe_machine(place: Place) -> None:
         return
     emit("libraries", cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), capability=str(
         torch.cuda.get_device_capability()))  # fmt: skip
-    fields = "name,driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    fields = "driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    emit("nvidia-smi", **dict(zip(fields.split(","), subprocess.check_output(command, text=True).split(", "),
-                                  strict=False)))  # fmt: skip
+    values = subprocess.check_output(command, text=True).splitlines()[place.device.index or 0].split(", ")
+    emit("nvidia-smi", **dict(zip(fields.split(","), values, strict=True)))
     emit("copy", **{"GB/s": copy_speed(place) / 1e9})
 
 
@@ -117,10 +117,11 @@ def measure_step(place: Place, precision: str = "bf16", options: dict[str, Any] 
     trainer = place.trainer(batch_size=batch, precision=precision)
     start = time.perf_counter()
     losses = first_losses(trainer, batch)
-    emit("compiled, and first steps", seconds=time.perf_counter() - start)
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # for which the compiler makes no graph
+    emit("compiled, and first steps", seconds=time.perf_counter() - start, **({"skips": skips} if options else {}))
     compare_losses(losses, batch, precision)
     clips = random_clips(batch * (2 if place.is_small else 6400 // batch), place.device)
-    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 5) / len(clips)
+    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 5) / len(clips)
     emit("speed", **{"clips/s": 1 / each, "ms": 1000 * each * batch, "GB": reserved_memory(place)})
 
 
@@ -130,12 +131,13 @@ def measure_uncompiled_step(place: Place) -> None:
         trainer = place.trainer(precision=precision, compile=False)
         compare_losses(first_losses(trainer, place.batch), place.batch, precision)
     clips = random_clips(place.batch * 2, place.device)
-    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 5) / len(clips)
+    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 5) / len(clips)
     emit("speed in bf16", **{"clips/s": 1 / each})
 
 
 def compare_losses(losses: list[float], batch: int, precision: str) -> None:
     references = json.loads(REFERENCE.read_text()).get(str(batch), {})
+    emit(f"{precision}: loss", first=losses[0], last=losses[-1], steps=len(losses))
     for kind in dict.fromkeys(("fp32", precision)):
         if kind in references:
             compare(
@@ -181,7 +183,7 @@ def run_tests(place: Place) -> None:
                 emit(report.nodeid.rpartition("::")[2], **result, seconds=report.duration)
 
     os.chdir(ROOT)
-    files = ["tests/test_trainer.py", "tests/test_dataloader.py"]
+    files = ["tests/test_dataloader.py", "tests/test_trainer.py"]
     status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Reporter()])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with status {int(status)}")
@@ -262,10 +264,11 @@ def measure_kernels(place: Place) -> None:
     speed = copy_speed(place)
     trainer = place.trainer()
     clips = random_clips(place.batch * steps, place.device)
-    trainer.train_epoch(clips, 0)
+    train_epoch = train_epochs(trainer, clips)
+    train_epoch()
     kinds = [ProfilerActivity.CPU] + ([] if place.is_small else [ProfilerActivity.CUDA])
     with profile(activities=kinds, record_shapes=True) as recording:
-        trainer.train_epoch(clips, 0)
+        train_epoch()
     trace = place.folder / "trace.json"
     recording.export_chrome_trace(str(trace))
     table = sum_kernels(json.loads(trace.read_text())["traceEvents"], steps)
@@ -285,14 +288,19 @@ def sum_kernels(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]
     operations = {event["args"]["External id"]: event for event in events if event.get("cat") == "cpu_op"}
     convolutions = [event for event in operations.values() if event["name"].startswith("aten::convolution")]
     kernels = [event for event in events if event.get("cat") == "kernel"] or list(operations.values())
+    launched = Counter(
+        kernel["args"].get("External id") for kernel in kernels
+    )  # by each operation, which share its bytes
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"ms": 0.0, "calls": 0.0, "GB": 0.0})
     for kernel in kernels:
         operation = operations.get(kernel["args"].get("External id"))
         row = rows[kernel["name"]]
         row["ms"] += kernel["dur"] / 1e3 / steps
         row["calls"] += 1 / steps
-        row["GB"] += count_bytes(enclosing(operation, convolutions)) / 1e9 / steps if operation else math.nan
-    return [{"kernel": name, **row, "GB": row["GB"] if row["GB"] > 0 else None} for name, row in rows.items()]
+        if operation:
+            share = count_bytes(enclosing(operation, convolutions)) / launched[operation["args"]["External id"]]
+            row["GB"] += share / 1e9 / steps
+    return [{"kernel": name, **row, "GB": row["GB"] or None} for name, row in rows.items()]
 
 
 def enclosing(operation: dict[str, Any], convolutions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -310,9 +318,7 @@ def count_bytes(operation: dict[str, Any]) -> int:
     """
     arguments = operation["args"]
     shapes, kinds = arguments.get("Input Dims", []), arguments.get("Input type", [])
-    counted = [
-        math.prod(shape) * BYTES.get(kind, 0) if shape else 0 for shape, kind in zip(shapes, kinds, strict=False)
-    ]
+    counted = [count_elements(shape) * BYTES.get(kind, 0) for shape, kind in zip(shapes, kinds, strict=False)]
     if operation["name"] == "aten::convolution_backward":
         return sum(counted) + counted[1] + counted[2]  # the gradients of input and weight
     if operation["name"] == "aten::convolution":
@@ -321,6 +327,13 @@ def count_bytes(operation: dict[str, Any]) -> int:
         output = torch.ops.aten.convolution(*inputs, None, *parameters)
         return sum(counted) + output.numel() * BYTES.get(kinds[0], 0)
     return sum(counted)
+
+
+def count_elements(shape: list[Any]) -> int:
+    """Of a tensor, or of a list of them; 0 for a number."""
+    if shape and isinstance(shape[0], list):
+        return sum(map(count_elements, shape))
+    return math.prod(shape) if shape else 0
 
 
 def measure_files(place: Place) -> None:
@@ -335,7 +348,7 @@ def measure_files(place: Place) -> None:
     table = pd.DataFrame({"path": np.resize(paths, n_clips), "label": np.arange(n_clips) % 41})
     clips = ClipSet(table, n_threads)
     trainer = place.trainer()
-    each = seconds(lambda: trainer.train_epoch(clips, 0), place.device, 1 if place.is_small else 3) / n_clips
+    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 3) / n_clips
     emit("training", **{"clips/s": 1 / each, "threads": n_threads})
     plan = trainer.plan(n_clips, 0).shares
     each = seconds(lambda: [None for _ in clips.batches(plan, place.device)], place.device, 1) / n_clips

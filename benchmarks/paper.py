@@ -149,7 +149,7 @@ def say_what_it_takes(runs: Sequence[Config], counts: Mapping[str, int], output:
     left = len(runs) * config.epoch - sum(epochs_done(run) for run in begun)
     n_train = math.ceil(counts["train"] * config.split_ratio)
     print(f"{len(runs)} runs of {config.epoch} epochs, with {counts['train']} clips, and {counts['test']} to test on")
-    device, training, validation = measure_apart(config)
+    device, training, validation = measure_apart(config, n_train * config.epoch)
     epoch = n_train * training + (counts["train"] - n_train) * validation
     total = left * epoch + len(runs) * (counts["train"] + counts["test"]) * validation  # embeddings and evaluation
     needed, free = (len(runs) - len(begun)) * RUN_BYTES, shutil.disk_usage(output).free
@@ -167,20 +167,22 @@ def epochs_done(run: Config) -> int:
     return state.get("epoch", 0)
 
 
-def measure_apart(config: Config) -> tuple[str, float, float]:
+def measure_apart(config: Config, n_clips: int) -> tuple[str, float, float]:
     """`measure` in a process of its own, which leaves nothing on the GPU."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         try:
-            return process.submit(measure, config).result()
+            return process.submit(measure, config, n_clips).result()
         except BrokenProcessPool:
             raise UserError("the measurement was killed, perhaps for want of memory: lower batch_size") from None
 
 
-def measure(config: Config) -> tuple[str, float, float]:
-    """The name of the device, and seconds per clip of a training step and of validation, with random clips."""
+def measure(config: Config, n_clips: int) -> tuple[str, float, float]:
+    """The name of the device, and seconds per clip of a training step and of validation, with random clips. `n_clips`
+    is the number of clips that a run trains on in all epochs, on which it depends whether steps are compiled.
+    """
     device = use_device(config.device)
     machines = {"random": list(range(CLASSES))}  # random clips have labels of as many
-    trainer = Trainer(config.model_copy(update={"machines": machines}), device)
+    trainer = Trainer(config.model_copy(update={"machines": machines}), device, n_clips)
     n_steps = 1 if device.type == "cpu" else max(1, 3200 // config.batch_size)
     clips = random_clips(config.batch_size * n_steps, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -11,6 +11,7 @@ eager float32 in the contiguous memory format, scoring one clip at a time. `plai
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -126,12 +127,18 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
 
         stages = {
             "front end": front_end,
-            "training step": lambda: trainer.train_epoch(trained_on, epoch=0),
+            "training step": train_epochs(trainer, trained_on),
             "validation": lambda: trainer.validate(clips),
             "scoring": lambda: run_model(trained, clips, device),
         }
     counts = dict.fromkeys(STAGES, len(clips)) | {"training step": len(trained_on)}
     return {name: seconds(action, device, repeats) / counts[name] for name, action in stages.items()}
+
+
+def train_epochs(trainer: Trainer, clips: ClipSet) -> Callable[[], Any]:
+    """An action that trains the next epoch at each call: the plan of an epoch is drawn during the one before it."""
+    epochs = itertools.count()
+    return lambda: trainer.train_epoch(clips, next(epochs))
 
 
 def random_clips(count: int, device: torch.device) -> ClipSet:

@@ -31,7 +31,7 @@ def torchrun(
     launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
     return subprocess.run(
-        [*launcher, script, *map(str, words)], capture_output=True, text=True, env=environment, timeout=300
+        [*launcher, script, *map(str, words)], capture_output=True, text=True, env=environment, timeout=600
     )
 
 

@@ -130,17 +130,23 @@ def test_bytes_of_kernels():
     parameters = ["[2, 2]", "[1, 1]", "[1, 1]", "False", "[0, 0]", "1"]
     output = 2 * 4 * 4 * 4
     names = {"Input type": [half, half, ""], "Input Dims": [image, weight, []]}
+    pointwise = {"Input type": ["float", half, "Scalar"], "Input Dims": [[10, 10], [10], []]}
     events = [
-        event("cpu_op", "triton_poi_fused_add_0", 1, 0, 5, **{
-            "Input type": ["float", half, "Scalar"], "Input Dims": [[10, 10], [10], []]}),
+        event("cpu_op", "triton_poi_fused_add_0", 1, 0, 5, **pointwise),
         event("kernel", "triton_poi_fused_add_0", 1, 100, 50.0),
-        event("kernel", "triton_poi_fused_add_0", 1, 200, 70.0),
+        event("cpu_op", "triton_poi_fused_add_0", 6, 5, 5, **pointwise),
+        event("kernel", "triton_poi_fused_add_0", 6, 200, 70.0),
         event("cpu_op", "aten::convolution", 2, 10, 9, **names, **{"Concrete Inputs": ["", "", "", *parameters]}),
         event("cpu_op", "aten::cudnn_convolution", 3, 11, 5, **names),
         event("kernel", "sm90_fprop", 3, 300, 400.0),
         event("cpu_op", "aten::convolution_backward", 4, 30, 9, **{
             "Input type": [half] * 3, "Input Dims": [[2, 4, 4, 4], image, weight]}),
-        event("kernel", "sm90_dgrad", 4, 700, 100.0),
+        event("kernel", "sm90_dgrad", 4, 700, 60.0),
+        event("kernel", "sm90_wgrad", 4, 800, 100.0),
+        event("cpu_op", "aten::_fused_adamw_", 5, 50, 9, **{
+            "Input type": ["TensorList", "double"], "Input Dims": [[[4, 3], [5]], []]}),
+        event("kernel", "adamw", 5, 900, 20.0),
+        event("kernel", "memset", 99, 950, 2.0),
         {"ph": "f", "name": "ac2g"},
     ]  # fmt: skip
     rows = {row.pop("kernel"): row for row in gpu.sum_kernels(events, steps=2)}
@@ -148,7 +154,10 @@ def test_bytes_of_kernels():
     expected = {
         "triton_poi_fused_add_0": {"ms": 0.06, "calls": 1.0, "GB": 420e-9},
         "sm90_fprop": {"ms": 0.2, "calls": 0.5, "GB": 2 * (count + output) / 2e9},
-        "sm90_dgrad": {"ms": 0.05, "calls": 0.5, "GB": 2 * (2 * count + output) / 2e9},
+        "sm90_dgrad": {"ms": 0.03, "calls": 0.5, "GB": (2 * count + output) / 2e9},
+        "sm90_wgrad": {"ms": 0.05, "calls": 0.5, "GB": (2 * count + output) / 2e9},
+        "adamw": {"ms": 0.01, "calls": 0.5, "GB": 17 * 4 / 2e9},
+        "memset": {"ms": 0.001, "calls": 0.5, "GB": None},
     }
     assert rows == {name: pytest.approx(row) for name, row in expected.items()}
 

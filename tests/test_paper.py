@@ -54,7 +54,7 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     calls = []
     monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
     monkeypatch.setattr(paper, "is_to_download", lambda config: True)
-    monkeypatch.setattr(paper, "measure_apart", lambda config: ("cpu", 0.1, 0.1))
+    monkeypatch.setattr(paper, "measure_apart", lambda *_: ("cpu", 0.1, 0.1))
     options = ["--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2]
     status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
     assert status == 0
@@ -126,7 +126,7 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     fails(paper.main, *options, match=had_another)
     (tmp_path / "arcmix_1.pth").unlink()
     monkeypatch.setattr(paper, "RUN_BYTES", 10**15)
-    monkeypatch.setattr(paper, "measure_apart", lambda config: ("cpu", 0.1, 0.1))
+    monkeypatch.setattr(paper, "measure_apart", lambda *_: ("cpu", 0.1, 0.1))
     fails(paper.main, *options, match="the disk is too small")
 
 
@@ -152,11 +152,11 @@ def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_the_measurement_and_its_errors_come_from_a_process_of_its_own():
-    device, training, validation = paper.measure_apart(load_config(device="cpu", batch_size=2))
+    device, training, validation = paper.measure_apart(load_config(device="cpu", batch_size=2), n_clips=1)
     assert device == "cpu"
     assert 0 < validation < training < 10
     with pytest.raises(paper.UserError, match="device: cuda:77"):
-        paper.measure_apart(load_config(device="cuda:77"))
+        paper.measure_apart(load_config(device="cuda:77"), n_clips=1)
 
 
 @pytest.mark.slow

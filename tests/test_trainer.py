@@ -229,9 +229,11 @@ def test_a_step_on_the_gpu_does_not_wait_for_it(is_compiled, data_root):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("is_compiled", [True, False])
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-2), ("bf16", 0.1), ("fp16", 0.1)])
-def test_eight_steps_on_the_gpu_match_the_reference(precision, bound, is_compiled, capfd):
+@pytest.mark.parametrize(
+    ("precision", "is_compiled", "bound"),
+    [("fp32", False, 1e-2), ("bf16", False, 0.1), ("fp16", False, 0.1), ("bf16", True, 0.1)],
+)
+def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, bound, capfd):
     device = torch.device("cuda", 0)
     trainer = Trainer(load_config(precision=precision, compile=is_compiled, batch_size=4), device)
     trainer.network.load_state_dict(reference.parameters())
