@@ -8,7 +8,7 @@ as train.py does, but writes no checkpoints; the weights of the lowest validatio
 OUTPUT/seeds.csv gets a row after each run: mode, seed, epoch of the weights, validation loss, and AUC and pAUC of each
 machine ID for the three scores, as fractions. OUTPUT/seeds.md has means, and differences between the modes, whose
 intervals allow for other seeds but not for other test clips. Started again, it goes on with the runs that are missing.
-A run of the 285 recordings of docs/real_recordings.md takes seconds on a GPU and minutes on a CPU.
+A run of the 285 recordings of docs/real_recordings.md takes a quarter of an hour on two cores.
 
 Where the recordings have to be brought to another machine in parts:
 
