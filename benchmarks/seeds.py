@@ -154,11 +154,15 @@ def summarise(table: pd.DataFrame) -> Iterator[str]:
         yield from ("", f"## {score}: mean AUC of the machine IDs, in percent", "", *markdown_header("mode", types))
         for mode in modes:
             runs = [each[score, machine_type, mode] for machine_type in types]
-            yield markdown_row(f"{mode} (n = {len(runs[0])})", [f"{x.mean():.2f} ± {x.std():.2f}" for x in runs])
+            yield markdown_row(f"{mode} (n = {len(runs[0])})", [spread(x) for x in runs])
         yield from ("", *markdown_header(f"difference ({COVERAGE:.0%} interval)", types))
         for one, other in itertools.combinations(modes, 2):
             pairs = [(each[score, name, one] - each[score, name, other]).dropna() for name in types]
             yield markdown_row(f"{one} minus {other}", [interval(differences) for differences in pairs])
+
+
+def spread(values: pd.Series) -> str:
+    return f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
 
 
 def interval(differences: pd.Series) -> str:
