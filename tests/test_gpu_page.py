@@ -167,3 +167,4 @@ def test_the_losses_to_compare_with_are_those_of_this_code():
     losses = gpu.first_losses(place.trainer(precision="fp32"), 4)
     reference = json.loads(gpu.REFERENCE.read_text())
     assert losses == pytest.approx(reference["4"]["fp32"], rel=1e-2)
+    assert [len(reference[batch][kind]) for batch in ("4", "64") for kind in ("fp32", "bf16")] == [4, 4, 20, 20]
