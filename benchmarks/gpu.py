@@ -58,8 +58,9 @@ RECIPE = (34_468, 1_815, 300)  # clips to train on, clips to validate, epochs
 AIM = 9900  # clips/s: 300 epochs in 20 minutes
 COMPARED = {4: 4, 64: 20, 256: 5}  # how many steps are compared, by batch size
 MARK = "ROW "  # of the lines in which a measurement reports
-# How far the losses of the first steps and the scores may be from those of a CPU in float32, as a fraction
-BOUNDS = {"fp32": 1e-2, "bf16": 0.1, "fp16": 0.1}
+# How far losses of the first steps and scores may be from those of a CPU, as a fraction of the largest. On a CPU, bf16
+# is off fp32 by 0.003 in the losses and 0.011 in the embeddings.
+BOUNDS = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
 GRAPHS = {"triton.cudagraphs": True}
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "short int": 2,
          "c10::complex<float>": 8, "unsigned char": 1, "bool": 1, "TensorList": 4}  # fmt: skip
