@@ -74,7 +74,7 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(ending, pr
     assert "dots..." in (tmp_path / "gpu.log").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--only", "machine", "recipe"]
     process = subprocess.Popen([*command, "--output", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -88,6 +88,7 @@ def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     assert [(row["measurement"], row["name"]) for row in page_of(tmp_path)] == [("machine", "versions")]
 
 
+@pytest.mark.slow  # it starts two processes
 def test_what_does_not_work_is_a_row(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cuda:77", "--only", "machine", "--output", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
