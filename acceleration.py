@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import distributed
 from utils import UserError, notice
 
-BREAK_EVEN = (
-    8000  # clips to train on in all epochs: below, compiling on a CPU takes longer than it saves (docs/speed.md)
-)
+# Clips to train on in all epochs, below which compiling on a CPU takes longer than it saves (docs/speed.md).
+BREAK_EVEN = 8000
 # Of TorchInductor. A batch norm's output has more reads than the default threshold of 4; with this one it is computed
 # again where it is read, instead of written to memory and read back.
 OPTIONS: dict[str, Any] = {"realize_reads_threshold": 12}

@@ -264,11 +264,8 @@ class Run:
                 f"{config.data_root} on {platform.node()}: the clips are not those of the first process; give "
                 f"every machine the same recordings"
             )
-        self.config, self.files, self.trainer = (
-            config,
-            RunFiles(config.checkpoint),
-            Trainer(config, device, len(train_clips) * config.epoch),
-        )
+        self.config, self.files = config, RunFiles(config.checkpoint)
+        self.trainer = Trainer(config, device, len(train_clips) * config.epoch)
         self.train_clips, self.valid_clips = train_clips, valid_clips
         self.history: list[dict[str, float]] = []  # a row per epoch
         self.best_loss = math.inf

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import acceleration
 from acceleration import find_reason
 from benchmarks.processes import stop_and_resume
-from benchmarks.throughput import machine, random_clips, seconds, train_epochs
+from benchmarks.throughput import CLASSES, machine, random_clips, seconds, train_epochs
 from checkpoint import TrainedModel
 from config import load_config
 from dataloader import ClipSet
@@ -226,7 +226,7 @@ def timed(function: Callable[..., Any], name: str, spent: dict[str, float], *arg
 def stand_ins(count: int, device: torch.device) -> ClipSet:
     """Random clips in the memory of the device."""
     rows = {"path": [Path(f"{i}.wav") for i in range(count)], "machine_type": "fan", "machine_id": "00"}
-    clips = ClipSet(pd.DataFrame(rows | {"label": np.arange(count) % 41, "condition": "normal"}), num_workers=1)
+    clips = ClipSet(pd.DataFrame(rows | {"label": np.arange(count) % CLASSES, "condition": "normal"}), num_workers=1)
     clips.samples = torch.empty((count, N_SAMPLES), dtype=torch.int16, device=device)
     for part in clips.samples.split(256):
         part.random_(-300, 300)
@@ -287,9 +287,8 @@ def sum_kernels(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]
     operations = {event["args"]["External id"]: event for event in events if event.get("cat") == "cpu_op"}
     convolutions = [event for event in operations.values() if event["name"].startswith("aten::convolution")]
     kernels = [event for event in events if event.get("cat") == "kernel"] or list(operations.values())
-    launched = Counter(
-        kernel["args"].get("External id") for kernel in kernels
-    )  # by each operation, which share its bytes
+    # Kernels that the same operation has launched share its bytes.
+    launched = Counter(kernel["args"].get("External id") for kernel in kernels)
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"ms": 0.0, "calls": 0.0, "GB": 0.0})
     for kernel in kernels:
         operation = operations.get(kernel["args"].get("External id"))
@@ -344,7 +343,7 @@ def measure_files(place: Place) -> None:
     paths = [place.folder / f"{number}.wav" for number in range(n_files)]
     for path in paths:
         soundfile.write(path, rng.integers(-300, 300, N_SAMPLES, dtype=np.int16), SAMPLE_RATE)
-    table = pd.DataFrame({"path": np.resize(paths, n_clips), "label": np.arange(n_clips) % 41})
+    table = pd.DataFrame({"path": np.resize(paths, n_clips), "label": np.arange(n_clips) % CLASSES})
     clips = ClipSet(table, n_threads)
     trainer = place.trainer()
     each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 3) / n_clips
@@ -476,8 +475,9 @@ def run_measurement(name: str, limit: float, page: Page, words: list[str]) -> No
     reader.join(5)  # what it has printed
     if status is None:
         page.add(name, name="not finished", problem=f"ended after {limit:.0f} s")
-    elif status < 0:
-        page.add(name, name="not finished", problem=f"killed by signal {-status}")
+    elif status:
+        how = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        page.add(name, name="not finished", problem=how)
 
 
 def kill_group(leader: int) -> None:

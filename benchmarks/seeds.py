@@ -48,7 +48,7 @@ from checkpoint import State, TrainedModel, check_configuration
 from config import SCORINGS, Config, parse_command_line
 from corpus import settle_classes
 from dataloader import ClipSet, fingerprint, load_clips
-from evaluation.metrics import SUMMARY_ROWS
+from evaluation.metrics import COVERAGE, SUMMARY_ROWS
 from evaluation.result import evaluate
 from evaluation.tables import markdown_header, markdown_row
 from losses import MODES
@@ -56,7 +56,6 @@ from trainer import Run
 from utils import OneLineParser, UserError, check_writable, run_script, use_device, write_csv, write_text
 
 METRICS = ("AUC", "pAUC")
-COVERAGE = 0.95  # of the intervals
 
 
 def main() -> None:

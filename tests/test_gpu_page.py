@@ -52,6 +52,7 @@ print('ROW {"name": "child", "pid": %d}' % child.pid, flush=True)
     [
         ("time.sleep(600)", "ended after 5 s"),
         ("import os; os.kill(os.getpid(), 11)", "killed by signal 11"),
+        ("sys.exit(3)", "ended with status 3"),
         ("", None),
     ],
 )
