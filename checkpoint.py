@@ -18,7 +18,6 @@ from config import (
     AUTO,
     BY_ATTRIBUTES,
     COMPUTATION_KEYS,
-    FORMER_VALUES,
     KEYS,
     MODEL_KEYS,
     RECORDING_KEYS,
@@ -166,7 +165,7 @@ def check_configuration(config: Config, state: State, path: Path, remedy: str) -
 
 
 def load_checkpoint(path: Path) -> State:
-    """Read a checkpoint of this project, or a bare state dict, onto the CPU.
+    """Read a checkpoint, or a bare state dict, onto the CPU.
 
     A bare state dict comes back as `{"model": state_dict}`. Raises `UserError` for a file that is missing, is not
     a checkpoint, or holds more than tensors and plain values (such a pickle could run code).
@@ -177,10 +176,9 @@ def load_checkpoint(path: Path) -> State:
     if is_state_dict(state):
         return {"model": state}
     config = state.get("config") if isinstance(state, dict) else None
-    config = FORMER_VALUES | config if isinstance(config, dict) else {}
-    if not set(MODEL_KEYS) <= set(config) or not is_state_dict(state.get("model")):
-        raise UserError(f"{path}: neither a checkpoint of this project nor a state dict of weights")
-    return state | {"config": config}
+    if not isinstance(config, dict) or set(config) != set(KEYS) or not is_state_dict(state.get("model")):
+        raise UserError(f"{path}: neither a checkpoint of this version nor a state dict of weights")
+    return state
 
 
 def load_file(path: Path) -> Any:

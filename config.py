@@ -173,8 +173,6 @@ COMPUTATION_KEYS = (
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
 # What the model has heard of a recording: eval.py takes it from the checkpoint too, but the command line may differ.
 RECORDING_KEYS = ("window", "channel")
-# What checkpoints from before there were these keys were trained with.
-FORMER_VALUES = {"classes": "section", "window": "first", "hop": "auto", "channel": 0, "init_from": ""}
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:

@@ -148,8 +148,7 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
         "clips": trained.state.get("clips"),
         "windows": [config.hop_of("train"), config.channel],
     }
-    former = {"classes": '"section"', "windows": [None, 0]}  # of older ones, which do not say it
-    kept: State = former | read_embeddings(path) if path.exists() else {}
+    kept: State = read_embeddings(path) if path.exists() else {}
     if any(kept.get(name) != value for name, value in made_of.items()):
         check_writable(path, "copy the checkpoint to a folder of your own, under a name that ends in .pth")
         try:

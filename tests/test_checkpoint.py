@@ -13,7 +13,6 @@ from conftest import MACHINES
 from checkpoint import (
     RunFiles,
     build_network,
-    check_configuration,
     clear_run,
     find_state,
     load_checkpoint,
@@ -23,8 +22,7 @@ from checkpoint import (
     save_checkpoint,
     take_weights,
 )
-from config import FORMER_VALUES, load_config, make_config
-from evaluation.scoring import with_embeddings
+from config import load_config, make_config
 from utils import UserError
 
 # ---- Writing ----
@@ -64,7 +62,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"weights": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "a.pth")
     torch.save({"model": {"a": torch.zeros(1)}, "config": {"n_layer": 1}}, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(UserError, match="neither a checkpoint of this project nor a state dict"):
+        with pytest.raises(UserError, match="neither a checkpoint of this version nor a state dict"):
             load_checkpoint(tmp_path / name)
 
 
@@ -113,26 +111,6 @@ def test_windows_and_channel_are_those_of_the_training_unless_given(trained_copy
     assert (config.window, config.channel, config.hop) == ("all", 1, "auto")
     config = load_model(path, load_config(channel=0), {"channel": 0}).config
     assert (config.window, config.channel) == ("all", 0)
-
-
-def test_checkpoints_from_before_there_were_windows_have_the_first_ones(trained_copy, data_root):
-    """They are read, compared, resumed and given their embeddings as ever."""
-    path = trained_copy / "run.pth"
-    state = load_checkpoint(path)
-    before = dict(state["config"])
-    for key in FORMER_VALUES:
-        del state["config"][key]
-    save_checkpoint({name: value for name, value in state.items() if name != "embeddings"}, path)
-    assert load_checkpoint(path)["config"] == before
-    config = load_config(window="all", channel=2, data_root=str(data_root))
-    model = load_model(path, config, {"data_root": str(data_root)})
-    assert (model.config.window, model.config.channel) == ("first", 0)
-    again = with_embeddings(load_model(path, config, {"window": "all", "channel": 2}), ["nearest"], torch.device("cpu"))
-    assert len(again.state["embeddings"]["bank"]["label"]) == 11
-    check_configuration(load_config(**before), load_checkpoint(path), path, "")
-    for key, value in {"window": "all", "channel": 1}.items():
-        with pytest.raises(UserError, match=f"had another configuration: {key} "):
-            check_configuration(load_config(**before | {key: value}), load_checkpoint(path), path, "")
 
 
 def test_any_table_of_a_checkpoint_is_what_the_folders_had(trained):
