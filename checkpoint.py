@@ -50,7 +50,6 @@ class RunFiles:
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
-        self.embeddings = self.folder / "embeddings.pth"  # what eval.py makes where the checkpoint has none
         self.timelines = self.folder / "timelines"  # pictures of single recordings, which eval.py draws
 
     def results(self, split: str) -> Path:
@@ -81,7 +80,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
 
 def clear_run(files: RunFiles) -> None:
     """Remove what an earlier run under this name has written, and nothing else."""
-    for file in (files.best, files.last, files.history, files.embeddings):
+    for file in (files.best, files.last, files.history):
         file.unlink(missing_ok=True)
     clear(files.tensorboard, ["events.out.tfevents.*"])
     clear(files.timelines, ["*.png"])

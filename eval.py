@@ -23,8 +23,8 @@ Where clips have domains, the metrics are those of each domain too, and the offi
 --score_files computes all metrics from files of scores alone, and writes them into FOLDER/metrics.
 
 Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
-training clips. Training leaves them in the checkpoint; for weights without them they are made from the training clips
-in data_root, once, and kept as NAME/embeddings.pth.
+training clips. Training leaves them in the checkpoint; for other weights they are computed from the training clips in
+data_root, each time.
 
 --score takes files and folders of recordings, scores each from its beginning to its end against the machine ID given,
 or against that ID of the machine type that it fits best, and prints a line for each: file, machine, score, threshold,

@@ -7,12 +7,9 @@
 Where an ID has several classes, the own one is the one with the lowest score.
 """
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import RunFiles, State, TrainedModel, hash_weights, load_file, save_checkpoint
+from checkpoint import State, TrainedModel
 from config import Config
 from corpus import MACHINE, alternatives, machines_of_classes
 from dataloader import ClipSet, fingerprint, load_clips
 from inference import Outputs, pack_embeddings, run_network, score_classes
 from losses import Objective
 from model import FrontEnd, TASTgramMFN
-from utils import UserError, check_writable, choose_precision, keep_freed_memory, notice, set_up_numerics
+from utils import UserError, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 
 def run_model(trained: TrainedModel, clips: ClipSet, device: torch.device, title: str = "scoring") -> Outputs:
@@ -126,53 +123,21 @@ def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
     return table.assign(score=scores)[np.isfinite(scores)]  # nothing is near a clip of an ID that has no others
 
 
-# ---- The embeddings of the clips of the training folder ----
+# ---- The embeddings of the training clips ----
 
 
 def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.device) -> TrainedModel:
-    """The model with what these kinds of score need: for nearest the embeddings of the training clips, for the
-    thresholds of nearest and angle those of the clips that were held out.
+    """The model with what the score nearest compares with, if it is among these kinds: the bank, and the embeddings of
+    the held-out clips for its thresholds.
 
-    Training leaves them in the checkpoint. For weights without them they are made from the training folder, once, and
-    kept beside the results.
+    A finished training has left them in the checkpoint. For other weights they are computed from data_root. Raises
+    `UserError` where there are no training clips, or others than those of the run.
     """
-    has_thresholds = "clips" in trained.state
-    if "embeddings" in trained.state or not ("nearest" in kinds or (has_thresholds and "angle" in kinds)):
+    if "nearest" not in kinds or "embeddings" in trained.state:
         return trained
-    path, config = RunFiles(trained.path).embeddings, training_config(trained)
-    made_of = {
-        "weights": hash_weights(trained.network),
-        "input": config.input,
-        "machines": json.dumps(config.machines),  # as text, since their order counts
-        "classes": json.dumps(config.classes),
-        "clips": trained.state.get("clips"),
-        "windows": [config.hop_of("train"), config.channel],
-    }
-    kept: State = read_embeddings(path) if path.exists() else {}
-    if any(kept.get(name) != value for name, value in made_of.items()):
-        check_writable(path, "copy the checkpoint to a folder of your own, under a name that ends in .pth")
-        try:
-            embeddings = embed_training_clips(trained, device)
-        except UserError as error:
-            if "nearest" in kinds:
-                raise
-            notice(f"{error}; so there are no thresholds")
-            return trained
-        kept = {**made_of, "data_root": config.data_root, **embeddings}
-        save_checkpoint(kept, path)
-    notice(
-        f"{trained.path} holds no embeddings of its training clips; {path} has those of {len(kept['bank']['label'])} "
-        f"clips of {kept['data_root']} (remove it to have it made again)"
-    )
-    return dataclasses.replace(trained, state=trained.state | {"embeddings": kept})
-
-
-def read_embeddings(path: Path) -> State:
-    """What an earlier evaluation has kept; raises `UserError` if the file is something else."""
-    with contextlib.suppress(UserError):
-        if isinstance(kept := load_file(path), dict):
-            return kept
-    raise UserError(f"{path}: no embeddings, or damaged; remove it, and it is made again")
+    root = trained.config.data_root
+    notice(f"{trained.path} holds no embeddings of its training clips; they are computed from {root}")
+    return dataclasses.replace(trained, state=trained.state | {"embeddings": embed_training_clips(trained, device)})
 
 
 def training_config(trained: TrainedModel) -> Config:
@@ -183,18 +148,14 @@ def training_config(trained: TrainedModel) -> Config:
 
 def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:
     """Those of all training clips; of a run, without the clips that it held out, which are apart."""
-    config, before = training_config(trained), trained.state.get("clips")
-    lacking = f"{trained.path} holds no embeddings of its training clips"
-    try:
-        clips = load_clips(config, "train")
-    except UserError as error:
-        raise UserError(f"{lacking}, and there is nothing to make them from: {error}") from None
+    config = training_config(trained)
+    clips = load_clips(config, "train")
     parts = {"bank": clips}
-    if before is not None:
+    if "clips" in trained.state:
         run = trained.state["config"]
         parts = dict(zip(("bank", "held_out"), clips.split(run["split_ratio"], run["seed"]), strict=True))
-        if fingerprint(parts.values()) != before:
-            raise UserError(f"{lacking}, and those under {config.data_root} are other clips; bring them back")
+        if fingerprint(parts.values()) != trained.state["clips"]:
+            raise UserError(f"the clips under {config.data_root} are not those that {trained.path} was trained on")
     exact = dataclasses.replace(trained, config=config.model_copy(update={"eval_precision": "fp32"}))
     return {
         name: pack_embeddings(run_model(exact, part, device, "embeddings").embedding, part.labels)

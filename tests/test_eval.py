@@ -26,12 +26,12 @@ from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
 import train as train_script
-from checkpoint import build_network, load_checkpoint, load_file, load_model, save_checkpoint
+from checkpoint import build_network, load_checkpoint, load_model, save_checkpoint
 from config import load_config
 from corpus import number_classes
 from dataloader import load_clips
 from evaluation import tables
-from evaluation.scoring import embedding_scores, run_model
+from evaluation.scoring import embedding_scores, run_model, with_embeddings
 from losses import Objective
 from model import TASTgramMFN
 
@@ -261,53 +261,37 @@ def test_all_scores_side_by_side(trained_copy, data_root, call):
 
 
 def test_weights_without_embeddings_get_them_from_the_training_clips(trained_copy, tmp_path, data_root, call, fails):
-    expected = remove_embeddings(trained_copy / "run.pth")
-    words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest")
-    root, kept = tmp_path / "data", trained_copy / "run" / "embeddings.pth"
-    copy_test_clips(data_root, root)
-    fails(
-        eval_script.main, *words, "--data_root", root,
-        match=r"run.pth holds no embeddings of its training clips, and there is nothing .* no folder .*fan/train",
-    )  # fmt: skip
-    write_set(tmp_path / "others", train_clips=5)
-    fails(
-        eval_script.main, *words, "--data_root", tmp_path / "others",
-        match="holds no embeddings .*, and those under .*others are other clips; bring them back",
-    )  # fmt: skip
-    assert not kept.exists()
-    status, _, errors = evaluate(call, trained_copy, root, "--scoring", "angle")
-    assert status == 0, "the angle needs them for thresholds alone"
-    assert "fan/train" in errors
-    assert "so there are no thresholds" in errors
+    """Computed each time: scores and thresholds are those of the whole checkpoint."""
+    test = trained_copy / "run" / "test"
+    assert evaluate(call, trained_copy, data_root, "--scoring", "nearest")[0] == 0
+    scores, decisions = scores_of(test, "anomaly_score_fan_id_00.csv"), read_csv(test / "decisions.csv")
+    remove_embeddings(trained_copy / "run.pth")
+    before = sorted(trained_copy.rglob("*"))
     status, _, errors = evaluate(call, trained_copy, data_root, "--scoring", "nearest")
     assert status == 0
-    assert f"embeddings.pth has those of 11 clips of {data_root} (remove it to have it made again)" in errors
-    for name, table in expected["embeddings"].items():
-        for column, values in table.items():
-            assert torch.allclose(load_file(kept)[name][column], values, rtol=0, atol=2**-11)
-    before = kept.stat()
-    assert evaluate(call, trained_copy, root, "--scoring", "nearest")[0] == 0, "they are kept"
-    assert kept.stat().st_mtime_ns == before.st_mtime_ns
-    other = load_checkpoint(trained_copy / "run.pth")
-    other["model"]["arcface.weight"] += 0.1
-    save_checkpoint(other, trained_copy / "run.pth")
-    fails(eval_script.main, *words, "--data_root", root, match="holds no embeddings")  # of these weights
-    kept.write_text("not it")
-    fails(
-        eval_script.main,
-        *words,
-        "--data_root",
-        root,
-        match="embeddings.pth: no embeddings, or damaged; remove it, and it",
-    )
+    assert f"run.pth holds no embeddings of its training clips; they are computed from {data_root}\n" in errors
+    assert scores_of(test, "anomaly_score_fan_id_00.csv") == pytest.approx(scores, abs=2**-11)
+    for row, expected in zip(read_csv(test / "decisions.csv")[1:], decisions[1:], strict=True):
+        assert float(row[2]) == pytest.approx(float(expected[2]), abs=2**-11)
+    assert sorted(trained_copy.rglob("*")) == before
+    root = tmp_path / "data"
+    copy_test_clips(data_root, root)
+    _, _, errors = evaluate(call, trained_copy, root, "--scoring", "angle")
+    assert "no scores of held-out clips, so there are no decisions" in errors
+    words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest", "--data_root")
+    fails(eval_script.main, *words, root, match=r"no folder .*fan/train")
+    others = write_set(tmp_path / "others", train_clips=5)
+    fails(eval_script.main, *words, others, match="the clips under .*others are not those that .* was trained on")
 
 
 def test_a_bare_state_dict_has_all_training_clips_in_its_bank(trained_copy, data_root, call):
+    config = load_config(data_root=str(data_root), machines=MACHINES)
     torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
     words = ("--data_root", data_root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest")
     status, _, errors = call(eval_script.main, trained_copy / "bare.pth", *words)
     assert status == 0
-    assert "embeddings.pth has those of 12 clips" in errors
+    model = with_embeddings(load_model(trained_copy / "bare.pth", config, {}), ["nearest"], torch.device("cpu"))
+    assert len(model.state["embeddings"]["bank"]["label"]) == 12
     assert "bare.pth: no scores of held-out clips, so there are no decisions" in errors
 
 
@@ -469,19 +453,20 @@ def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
     assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == ["0:00:00", "0:00:00.50", "0:00:01"]
 
 
-def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, data_root, tmp_path, call):
+def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, tmp_path, call):
     """Whatever the windows of what is scored."""
     torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
     root = write_set(tmp_path / "data")
     for path in root.rglob("*.wav"):
         write_clip(path, tone(hash(path.name) % 100, 11.0))
-    words = ("--data_root", root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest")
-    assert call(eval_script.main, trained_copy / "bare.pth", *words)[0] == 0
-    kept = (trained_copy / "bare" / "embeddings.pth").stat()
-    clip = write_clip(tmp_path / "a.wav", tone(1, 25.0))
-    status, output, _ = call(eval_script.main, trained_copy / "bare.pth", *words, "--score", clip, *FAN, "--json")
-    assert (status, json.loads(output)[0]["n_windows"]) == (0, 4)
-    assert (trained_copy / "bare" / "embeddings.pth").stat().st_mtime_ns == kept.st_mtime_ns
+    machine = ("--data_root", root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest", *FAN)
+    scores = {}
+    for window in ("first", "all"):
+        words = ("--score", root / "fan" / "train" / "normal_id_00_00000000.wav", "--json", "--timeline")
+        _, output, _ = call(eval_script.main, trained_copy / "bare.pth", *machine, *words, "--window", window)
+        scores[window] = [row["score"] for row in json.loads(output)[0]["windows"]]
+    assert len(scores["all"]) == 2
+    assert scores["first"] == pytest.approx(scores["all"][:1], abs=1e-6), "the same bank"
 
 
 def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
