@@ -1,7 +1,6 @@
 """The files of a run: their names, lock and removal; saving, finding and reading checkpoints; the model in one."""
 
 import contextlib
-import hashlib
 import io
 import warnings
 import zipfile
@@ -191,14 +190,6 @@ def load_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises a dozen kinds for what is not a checkpoint
         raise UserError(f"{path}: not a readable checkpoint (it is something else, or damaged)") from None
-
-
-def hash_weights(network: TASTgramMFN) -> str:
-    """The same for the same weights, different for others."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def is_state_dict(value: Any) -> bool:
