@@ -110,18 +110,11 @@ def save_checkpoint(state: State, *paths: Path) -> None:
             temporary.write_bytes(buffer.getbuffer())
 
 
-def find_state(files: RunFiles, resume: bool, overwrite: bool, restarted_job: str = "") -> State | None:
-    """The checkpoint to resume from, if any. Raises `UserError` rather than replace a run without being asked to.
-
-    A run that `restarted_job` has begun itself, before torchrun restarted its processes, is resumed in any case.
-    """
+def find_state(files: RunFiles, resume: bool, overwrite: bool) -> State | None:
+    """The checkpoint to resume from, if any. Raises `UserError` rather than replace a run without being asked to."""
     if resume and overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of them")
     found = [file for file in (files.last, files.best, files.history) if file.exists()]
-    if restarted_job and files.best in found:
-        state = load_newest(files)
-        if state.get("job") == restarted_job:
-            return state
     if resume and found and files.best not in found:
         raise UserError(f"{files.best}, the best weights of the run, is missing; bring it back or give --overwrite")
     if resume and found:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -69,8 +68,8 @@ def attempt_store() -> dist.Store | None:
     The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes would find the
     addresses of dead ones.
     """
-    store = agent_store()
-    return None if store is None else dist.PrefixStore(f"attempt {restart_count()}", store)
+    store, attempt = agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return None if store is None else dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def join(device: torch.device) -> None:
@@ -106,21 +105,6 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def restart_count() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has restarted the processes: the agent of at least one of them counts it."""
-    return max(from_all(restart_count())) > 0
-
-
-def job_name() -> str:
-    """The same for all attempts of a torchrun job, different for other jobs; empty without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{name} {platform.node()} {os.getppid()}" if name == "none" else name  # "none" is everybody's default
 
 
 # ---- Failing together ----

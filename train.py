@@ -16,7 +16,7 @@ from checkpoint import RunFiles, clear_run, find_state, load_checkpoint, lock_ru
 from config import Config, parse_command_line
 from corpus import settle_classes
 from dataloader import keep_on_gpu, load_clips
-from distributed import barrier, from_main, is_main, is_restarted, job_name, planned_processes
+from distributed import barrier, from_main, is_main, planned_processes
 from trainer import Run
 from utils import OneLineParser, UserError, run_script, use_device
 
@@ -25,8 +25,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
     with lock_run(files):
-        restarted_job = job_name() if is_restarted() else ""
-        state = from_main(lambda: find_state(files, resume, overwrite, restarted_job))
+        state = from_main(lambda: find_state(files, resume, overwrite))
         initial = None
         if config.init_from and not state:
             initial = from_main(lambda: load_checkpoint(Path(config.init_from))["model"])

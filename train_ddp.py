@@ -1,16 +1,17 @@
 """Train TASTgram-MFN with several processes, one on each GPU (NCCL), or on the CPU (gloo).
 
     torchrun --standalone --nproc_per_node=4 train_ddp.py
-    torchrun --standalone --nproc_per_node=4 --max-restarts=3 train_ddp.py     # continues by itself after a crash
+    torchrun --standalone --nproc_per_node=4 --max-restarts=3 train_ddp.py --resume     # continues after a crash
     torchrun --standalone --nproc_per_node=2 train_ddp.py --device cpu --epoch 10
 
 On several machines, with restarts:
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 \\
-        --rdzv-backend=c10d --rdzv-id=a_name --rdzv-endpoint=HOST:29400 train_ddp.py
+        --rdzv-backend=c10d --rdzv-id=a_name --rdzv-endpoint=HOST:29400 train_ddp.py --resume
 
-Options, outputs and the global batch size are those of train.py. With several machines, give all of them the same
+Options, outputs and the global batch size are those of train.py. Where torchrun may restart the processes, --resume is
+needed: a run with nothing to resume starts from the beginning. With several machines, give all of them the same
 recordings, and for restarts the same save_path on a shared disk.
 """
 

@@ -373,7 +373,6 @@ class Run:
             "clips": self.fingerprint,
             "clip_counts": {"training": len(self.train_clips), "validation": len(self.valid_clips)},
             "config": self.config.model_dump(),
-            "job": distributed.job_name(),
             "versions": utils.versions(),
         }
 

@@ -196,16 +196,6 @@ def test_what_resume_and_overwrite_find(trained_copy, tmp_path):
         find_state(nothing, resume=True, overwrite=True)
 
 
-def test_a_restarted_job_finds_its_own_run_alone(trained_copy):
-    files = RunFiles(trained_copy / "run.pth")
-    save_checkpoint(load_checkpoint(files.last) | {"job": "a job"}, files.last)
-    for resume, overwrite in ((False, False), (False, True), (True, False)):
-        assert find_state(files, resume, overwrite, restarted_job="a job")["job"] == "a job"
-    with pytest.raises(UserError, match="is there"):
-        find_state(files, resume=False, overwrite=False, restarted_job="another job")
-    assert find_state(files, resume=False, overwrite=True, restarted_job="another job") is None
-
-
 # ---- The lock, and clearing ----
 
 

@@ -347,26 +347,17 @@ def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 2])  # without and with a checkpoint
-def test_restarted_processes_go_on_by_themselves(epoch, tmp_path, data_root, dying):
+def test_restarted_processes_resume(epoch, tmp_path, data_root, dying):
     options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert torchrun(2, *arguments(unbroken, data_root, **options)).returncode == 0
-    result = torchrun(2, "kill", "1", epoch, *arguments(broken, data_root, **options), script=dying,
-                      options=("--standalone", "--max-restarts=1"))  # fmt: skip
+    words = ("kill", "1", epoch, *arguments(broken, data_root, **options), "--resume")
+    result = torchrun(2, *words, script=dying, options=("--standalone", "--max-restarts=1"))
     assert result.returncode == 0, result.stderr
     ours, expected = (load_checkpoint(folder / "run.last.pth") for folder in (broken, unbroken))
     assert all(torch.equal(ours["model"][name], value) for name, value in expected["model"].items())
     keys = [{key: value for key, value in row.items() if key != "seconds"} for row in ours["history"]]
     assert keys == [{key: row[key] for key in keys[0]} for row in expected["history"]]
-
-
-@pytest.mark.slow
-def test_a_restart_leaves_the_run_of_another_job_alone(trained_copy, data_root):
-    before = (trained_copy / "run.last.pth").read_bytes()
-    result = torchrun(2, *arguments(trained_copy, data_root), options=("--standalone", "--max-restarts=1"))
-    assert result.returncode == 1
-    assert [line.split(" is there")[0] for line in errors(result)] == [f"error: {trained_copy / 'run.last.pth'}"] * 2
-    assert (trained_copy / "run.last.pth").read_bytes() == before
 
 
 def on_two_machines(*words: str, options=(), **torchrun_options) -> list[subprocess.CompletedProcess]:
@@ -388,7 +379,7 @@ def test_two_machines_train_as_one(dies, tmp_path, data_root, dying):
     assert torchrun(2, *together).returncode == 0
     if dies:
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        words = ("kill", "1", 2, *apart)
+        words = ("kill", "1", 2, *apart, "--resume")
         results = on_two_machines(*words, options=("--max-restarts=3",), script=dying, **environment)
         assert dying.with_name("died").exists()
     else:

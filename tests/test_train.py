@@ -34,7 +34,7 @@ def test_what_a_run_leaves(trained):
     best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
     assert set(last) == {
         "model", "optimizer", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
-        "versions", "held_out", "job",
+        "versions", "held_out",
     }  # fmt: skip
     assert set(best) == {*last, "embeddings"}
     assert best["clip_counts"] == {"training": 11, "validation": 1}
