@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -217,12 +217,7 @@ def show_value(key: str, value: Any) -> str:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML with the plain scalars of YAML 1.2: 1e-4 is a number, 08 is 8, 010 is 10, `on` and `no` are words.
-
-    A key that is given twice is an error instead of the last one counting.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (replaces the table of the parent class)
+    """PyYAML's loader, to which 1e-4 is a number too, and a key that is given twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -232,17 +227,8 @@ class YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def add_scalar(kind: str, pattern: str, first_letters: str, convert: Callable[[str], Any]) -> None:
-    tag = f"tag:yaml.org,2002:{kind}"
-    YamlLoader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), [*first_letters] or [""])
-    YamlLoader.add_constructor(tag, lambda loader, node: convert(loader.construct_scalar(node)))  # type: ignore[arg-type]
-
-
-add_scalar("null", "", "", lambda text: None)
-add_scalar("null", "~|null|Null|NULL", "~nN", lambda text: None)
-add_scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true")
-add_scalar("int", r"[-+]?[0-9]+", "-+0123456789", int)
-add_scalar("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float)
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
