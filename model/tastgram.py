@@ -17,7 +17,6 @@ N_SAMPLES = SAMPLE_RATE * SECONDS
 N_FFT = 2048  # samples, and the length of the window
 HOP_LENGTH = 512  # samples
 N_MELS = 128
-N_BANDS = 4  # into which the filters are divided to save multiplications by zero
 N_FRAMES = N_SAMPLES // HOP_LENGTH + 1  # 313
 POWER_FLOOR = 2.220446049250313e-16  # added to the mel power before the logarithm, as published
 
@@ -27,36 +26,25 @@ class LogMel(nn.Module):
 
     Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor statistics are
     normalised. It has no weights and is no part of the network: its buffers must not be in the state dict.
-
-    The numbers are those of `torchaudio.transforms.MelSpectrogram`, in 0.6 of its time on a CPU: that takes the root of
-    each power and squares it again, and multiplies by the zeros of the filters, of which each spans a few bins.
     """
-
-    mel_weights: Tensor  # (N_FFT // 2 + 1, M)
-    window: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        mel_weights = torchaudio.functional.melscale_fbanks(
-            N_FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, N_MELS, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE,
+            N_FFT,
+            hop_length=HOP_LENGTH,
+            n_mels=N_MELS,
+            pad_mode="constant",
+            norm="slaney",
+            mel_scale="slaney",
         )
-        self.register_buffer("mel_weights", mel_weights)
-        self.bands = []  # neighbouring filters and the bins that they span together
-        for mels in torch.arange(N_MELS).split(N_MELS // N_BANDS):
-            bins = mel_weights[:, mels].any(dim=1).nonzero()
-            self.bands.append((slice(int(bins[0]), int(bins[-1]) + 1), slice(int(mels[0]), int(mels[-1]) + 1)))
-        self.register_buffer("window", torch.hann_window(N_FFT))
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
         with torch.autocast(waveform.device.type, enabled=False):  # half precision is off by up to 0.3 dB
-            spectrum = torch.stft(
-                waveform.float(), N_FFT, HOP_LENGTH, window=self.window, pad_mode="constant", return_complex=True
-            )
-            squares = torch.view_as_real(spectrum.transpose(1, 2)).square()  # (B, F, bins, 2)
-            power = squares[..., 0] + squares[..., 1]  # (B, F, bins)
-            mel = torch.cat([power[..., bins] @ self.mel_weights[bins, mels] for bins, mels in self.bands], dim=2)
-            return 10.0 * torch.log10(mel + POWER_FLOOR).transpose(1, 2).unsqueeze(1)
+            power = self.mel(waveform.float())  # (B, M, F)
+            return 10.0 * torch.log10(power + POWER_FLOOR).unsqueeze(1)
 
 
 class FrontEnd(nn.Module):
