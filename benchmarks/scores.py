@@ -183,7 +183,8 @@ def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
             )  # (seeds, modes, 1 + DRAWS, 1)
             cell = f"{one[:, :, 0].mean():.2f}"
             if pair != BASE:
-                value, half = difference(one.mean(axis=1), base.mean(axis=1), has_same_runs=True)
+                gain = (one - base).mean(axis=1)  # of the same runs
+                value, half = difference(gain, np.zeros_like(gain))
                 higher = one[:, :, 0] - base[:, :, 0] > 1e-9  # ties do not count
                 cell += f", {value[0]:+.2f} ± {half[0]:.2f}, {higher.sum()} of {higher.size}"
             cells.append(cell)

@@ -1,4 +1,4 @@
-"""Several checkpoints side by side: configurations over their seeds, what they differ in, and the published table."""
+"""Several checkpoints side by side: configurations over their seeds, and what they differ in."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,33 +11,18 @@ import scipy.stats
 from config import COMPUTATION_KEYS, show_value
 from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
-from evaluation.tables import (
-    Published,
-    in_words,
-    markdown_header,
-    markdown_row,
-    percent,
-    published_rows,
-    summary,
-    titles,
-)
+from evaluation.tables import in_words, markdown_header, markdown_row, percent, published_rows, summary, titles
 from utils import UserError, write_csv, write_text
 
-N_PUBLISHED = 3  # of the columns of a summary, the first ones
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
 Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test clips. The variance
 is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
 drawn anew (bootstrap within machine ID, condition and domain, the same clips on both sides); Student's t with the
-degrees of freedom of Welch and Satterthwaite. Two scores of the same runs are compared run by run. A star marks an
-interval without 0. Where nothing differs, one in twenty gets one. A configuration of a single run tells nothing of its
-seeds: then the interval allows for other test clips alone.
-"""
-EXPLANATION_OF_PUBLISHED = f"""
-Published: a star marks a figure outside the interval in which one further run of the configuration lies with a
-probability of {COVERAGE:.0%} (Student's t, the same test clips). With a single run there is no interval and no star.
-With few runs it is wide: that there is no star does not mean that the figures agree.
+degrees of freedom of Welch and Satterthwaite. Where nothing differs, one interval in twenty does not contain 0. Scores
+of the same runs share their seeds, which makes their intervals wider than need be. A configuration of a single run
+tells nothing of its seeds: then the interval allows for other test clips alone.
 """
 
 
@@ -62,40 +47,50 @@ def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]
     return groups
 
 
+def name_configurations(results: Sequence[Result]) -> list[str]:
+    """What tells the configuration of each result from the others."""
+    settings = [settings_of(result) for result in results]
+    values: dict[str, set[str]] = {}
+    for own in settings:
+        for key, value in own.items():
+            values.setdefault(key, set()).add(value)
+    names = []
+    for own in settings:
+        differing = [key for key in own if key == "file" or len(values[key]) > 1]
+        names.append(", ".join(f"{key} {own[key]}" for key in differing or ["mode"]))
+    return names
+
+
+def settings_of(result: Result) -> dict[str, str]:
+    """The keys of the training that are neither seed nor computation, or the file of a bare state dict; and the kind of
+    score.
+    """
+    scoring = {"scoring": result.trained.config.scoring}
+    if "config" not in result.trained.state:
+        return {"file": str(result.trained.path)} | scoring
+    config = dict(result.trained.state["config"])
+    if isinstance(config["classes"], dict):
+        config["classes"] = show_value("classes", config["classes"])
+    values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
+    return {key: in_words(value) for key, value in values.items()} | scoring
+
+
 def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
     """Write comparison.md, with the figure of this name in it, and comparison.csv; print the tables."""
     metrics = metrics_of(next(iter(groups.values()))[0])
     *types, _ = metrics.table.index.unique("machine_type")
-    sections = {}
-    for name, runs in groups.items():
-        if published := published_rows(runs[0].trained.config, split, metrics):
-            sections[f"{name}, and as published"] = published_table(runs, [*types, AVERAGE], published)
-    explanation = EXPLANATION + (EXPLANATION_OF_PUBLISHED if sections else "")
-    if metrics.rule.text:
-        explanation += f"\nDomains: {metrics.rule.text}.\n"
-    pairs = find_pairs(groups)
-    for machine_type in (AVERAGE, *types):
-        title = f"Average over {len(types)} machine types" if machine_type == AVERAGE else machine_type
-        draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
-        columns = titles(metrics.rule)
-        sections[title] = [*configuration_table(draws, columns), "", *difference_table(draws, pairs, columns)]
+    sections = {f"Average over {len(types)} machine types": tables_of(groups, AVERAGE, split)}
+    sections |= {machine_type: tables_of(groups, machine_type, split) for machine_type in types}
     sections["Runs, average over machine types"] = run_table(groups)
     lines = [line for title, table in sections.items() for line in (f"## {title}, in percent", "", *table, "")]
-    text = "\n".join([*lines, explanation])
-    picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
+    text = "\n".join([*lines, EXPLANATION])
+    if metrics.rule.text:
+        text += f"\nDomains: {metrics.rule.text}.\n"
     print("\n" + text)
+    picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
     write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
     write_csv(folder / "comparison.csv", pd.concat([all_rows(run) for runs in groups.values() for run in runs]))
     print(f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}")
-
-
-def find_pairs(groups: dict[str, list[Result]]) -> dict[tuple[str, str], bool]:
-    """Which configurations are compared, and whether their runs are the same. Where there are several scores, it is
-    these that are compared, for each training.
-    """
-    paths = {name: [run.trained.path for run in runs] for name, runs in groups.items()}
-    pairs = {(one, other): paths[one] == paths[other] for one, other in itertools.combinations(groups, 2)}
-    return {pair: is_same for pair, is_same in pairs.items() if is_same} or pairs
 
 
 def metrics_of(result: Result) -> Metrics:
@@ -103,80 +98,35 @@ def metrics_of(result: Result) -> Metrics:
     return result.metrics
 
 
-def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
-    """The summary of a machine type: of the clips themselves and of all draws `(runs, 1 + DRAWS, n)`."""
-    rule, draws = metrics_of(runs[0]).rule, [metrics_of(run).draws for run in runs]
-    places = [(row, rule.columns.index(column)) for row, column, _ in summary(rule)]
-    each = [[drawn[machine_type, row][:, column] for row, column in places] for drawn in draws]
-    return np.stack(each).transpose(0, 2, 1)
-
-
-def name_configurations(results: Sequence[Result]) -> list[str]:
-    """What tells the configuration of each result from the others: the keys of its training but seed and computation,
-    or the file of a bare state dict; and the score.
-    """
-    settings = [settings_of(result) for result in results]
-    known = [own for own in settings if own]
-    keys = dict.fromkeys(key for own in known for key in own)
-    differing = [key for key in keys if any(own.get(key) != known[0].get(key) for own in known)]
-    trainings = [
-        ", ".join(f"{key} {own.get(key)}" for key in differing or ["mode"]) if own else str(result.trained.path)
-        for own, result in zip(settings, results, strict=True)
-    ]
-    scores = [f"scoring {result.trained.config.scoring}" for result in results]
-    if len(set(scores)) == 1:
-        return trainings
-    if len(set(trainings)) == 1:
-        return scores
-    return [f"{training}, {score}" for training, score in zip(trainings, scores, strict=True)]
-
-
-def settings_of(result: Result) -> dict[str, str]:
-    """The keys of the training that are neither seed nor computation; none of a bare state dict."""
-    config = result.trained.state.get("config", {})
-    values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
-    if isinstance(values.get("classes"), dict):
-        values["classes"] = show_value("classes", values["classes"])
-    return {key: "nothing" if value == "" else in_words(value) for key, value in values.items()}
-
-
 # ---- Tables ----
 
 
-def configuration_table(draws: dict[str, np.ndarray], columns: Sequence[str]) -> list[str]:
-    names = [f"{name} (n = {len(runs)})" for name, runs in draws.items()]
-    rows = [markdown_row(name, spread(runs)) for name, runs in zip(names, draws.values(), strict=True)]
-    return [*markdown_header("configuration", columns), *rows]
-
-
-def difference_table(
-    draws: dict[str, np.ndarray], pairs: dict[tuple[str, str], bool], columns: Sequence[str]
-) -> list[str]:
-    """The pairs of configurations, of which some have the same runs."""
-    lines = markdown_header(f"difference ({COVERAGE:.0%} interval)", columns) if pairs else []
-    for (one, other), has_same_runs in pairs.items():
-        is_single = min(len(draws[one]), len(draws[other])) == 1
-        value, half = difference(draws[one], draws[other], has_same_runs)
-        cells = [
-            "-"
-            if np.isnan(x)
-            else f"{100 * x:+.2f} ({100 * (x - h):+.2f} to {100 * (x + h):+.2f}){' *' if abs(x) > h else ''}"
-            for x, h in zip(value, half, strict=True)
-        ]
-        lines.append(markdown_row(f"{one} minus {other}{' (test clips alone)' if is_single else ''}", cells))
+def tables_of(groups: dict[str, list[Result]], machine_type: str, split: str) -> list[str]:
+    """The configurations, each with the published figures where there are any, and their differences."""
+    columns = titles(metrics_of(next(iter(groups.values()))[0]).rule)
+    draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
+    lines = markdown_header("configuration", columns)
+    for name, runs in groups.items():
+        lines.append(markdown_row(f"{name} (n = {len(runs)})", spread(draws[name])))
+        published = published_rows(runs[0].trained.config, split, metrics_of(runs[0])).get(machine_type)
+        if published:
+            cells = [f"{value:.2f}" for value in published]
+            lines.append(markdown_row(f"{name}, published", [*cells, *["-"] * (len(columns) - len(cells))]))
+    if len(groups) > 1:
+        lines += ["", *markdown_header(f"difference ({COVERAGE:.0%} interval)", columns)]
+    for one, other in itertools.combinations(groups, 2):
+        is_single = len(groups[one]) == 1 or len(groups[other]) == 1
+        name = f"{one} minus {other}{' (test clips alone)' if is_single else ''}"
+        lines.append(markdown_row(name, show_difference(draws[one], draws[other])))
     return lines
 
 
-def published_table(runs: Sequence[Result], types: Sequence[str], published: Published) -> list[str]:
-    """The runs of a configuration by machine type, and the published figures."""
-    columns = titles(metrics_of(runs[0]).rule)
-    lines = markdown_header("machine type", [*columns, *(f"{title}, published" for title in columns[:N_PUBLISHED])])
-    for machine_type in types:
-        draws, row = summary_draws(runs, machine_type), published.get(machine_type, ())
-        low, high = 100 * prediction_interval(draws)
-        marked = [f"{x:.2f}{' *' if x < low[column] or x > high[column] else ''}" for column, x in enumerate(row)]
-        lines.append(markdown_row(machine_type, [*spread(draws), *(marked or ["-"] * N_PUBLISHED)]))
-    return lines
+def show_difference(one: np.ndarray, other: np.ndarray) -> list[str]:
+    cells = []
+    for value, half in 100 * np.transpose(difference(one, other)):
+        is_missing = np.isnan(value)
+        cells.append("-" if is_missing else f"{value:+.2f} ({value - half:+.2f} to {value + half:+.2f})")
+    return cells
 
 
 def run_table(groups: dict[str, list[Result]]) -> list[str]:
@@ -190,48 +140,6 @@ def run_table(groups: dict[str, list[Result]]) -> list[str]:
     return lines
 
 
-# ---- Statistics of runs `(runs, 1 + DRAWS, n)` ----
-
-
-def spread(runs: np.ndarray) -> list[str]:
-    """Mean and standard deviation of runs that differ in their seed."""
-    values = runs[:, 0]
-    deviations = [f" ± {percent(x)}" for x in values.std(axis=0, ddof=1)] if len(runs) > 1 else [""] * values.shape[1]
-    return [percent(mean) + deviation for mean, deviation in zip(values.mean(axis=0), deviations, strict=True)]
-
-
-def difference(one: np.ndarray, other: np.ndarray, has_same_runs: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of the means of two configurations, and half the width of its interval `(n,)`.
-
-    A part of the variance comes from the seeds of each side, and has their degrees of freedom; a part comes from the
-    test clips, and has infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
-    Where a side is a single run, nothing is known of its seeds, and the part of the seeds is left out. Two scores of
-    the same runs are compared run by run.
-    """
-    sides = [one - other] if has_same_runs else [one, other]
-    drawn = one.mean(axis=0) - other.mean(axis=0)
-    variance, variance_by_degrees = drawn[1:].var(axis=0), np.zeros(drawn.shape[1])
-    for runs in sides if min(map(len, sides)) > 1 else ():
-        of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
-        variance = variance + of_mean
-        variance_by_degrees += of_mean**2 / (len(runs) - 1)
-    degrees = np.divide(variance**2, variance_by_degrees, out=np.full_like(variance, np.inf),
-                        where=variance_by_degrees > 0)  # fmt: skip
-    return drawn[0], scipy.stats.t.ppf((1 + COVERAGE) / 2, degrees) * np.sqrt(variance)
-
-
-def prediction_interval(runs: np.ndarray) -> np.ndarray:
-    """The bounds within which one further run of the configuration is expected, on the same clips `(2, n)`; NaN for
-    a single run.
-    """
-    values = runs[:, 0]
-    if len(values) == 1:
-        return np.full((2, values.shape[1]), np.nan)
-    quantile = scipy.stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1)
-    half = quantile * values.std(axis=0, ddof=1) * np.sqrt(1 + 1 / len(values))
-    return values.mean(axis=0) + np.stack([-half, half])
-
-
 def all_rows(result: Result) -> pd.DataFrame:
     """Every row of the metrics, as fractions."""
     table = metrics_of(result).table.drop(columns=list(COUNTS)).reset_index()
@@ -239,3 +147,43 @@ def all_rows(result: Result) -> pd.DataFrame:
         table.insert(0, name, result.about[name])
     table.insert(0, "checkpoint", str(result.trained.path))
     return table
+
+
+# ---- Statistics of runs that differ in their seed `(runs, 1 + DRAWS, n)` ----
+
+
+def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
+    """The summary of a machine type: of the clips themselves and of all draws."""
+    rule, draws = metrics_of(runs[0]).rule, [metrics_of(run).draws for run in runs]
+    places = [(row, rule.columns.index(column)) for row, column, _ in summary(rule)]
+    each = [[drawn[machine_type, row][:, column] for row, column in places] for drawn in draws]
+    return np.stack(each).transpose(0, 2, 1)
+
+
+def spread(runs: np.ndarray) -> list[str]:
+    """Mean and standard deviation."""
+    means = runs[:, 0].mean(axis=0)
+    if len(runs) == 1:
+        return [percent(mean) for mean in means]
+    deviations = runs[:, 0].std(axis=0, ddof=1)
+    return [f"{percent(mean)} ± {percent(deviation)}" for mean, deviation in zip(means, deviations, strict=True)]
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The difference of the means of two configurations, and half the width of its interval `(n,)`.
+
+    The variance of the seeds has the degrees of freedom of each side, that of the test clips infinitely many. The
+    effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4). Where a side is a single run, nothing is
+    known of its seeds, and their variance is left out.
+    """
+    drawn = one.mean(axis=0) - other.mean(axis=0)
+    variance = drawn[1:].var(axis=0)
+    if len(one) == 1 or len(other) == 1:
+        return drawn[0], scipy.stats.norm.ppf((1 + COVERAGE) / 2) * np.sqrt(variance)
+    by_degrees = np.zeros_like(variance)
+    for runs in (one, other):
+        of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
+        variance = variance + of_mean
+        by_degrees += of_mean**2 / (len(runs) - 1)
+    degrees = np.maximum(1, variance**2 / np.maximum(by_degrees, np.finfo(float).tiny))
+    return drawn[0], scipy.stats.t.ppf((1 + COVERAGE) / 2, degrees) * np.sqrt(variance)

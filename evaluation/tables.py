@@ -129,7 +129,9 @@ def in_words(value: Any) -> str:
         return ", ".join(f"{name} {x}" for name, x in value.items())
     if isinstance(value, list):
         return " + ".join(map(str, value))
-    return "not known" if value in (None, "") else str(value)
+    if value is None:
+        return "not known"
+    return str(value) or "none"
 
 
 # ---- Files ----
