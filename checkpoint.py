@@ -43,13 +43,15 @@ class RunFiles:
     """Where a run keeps its files: `best` is `save_path`, everything else derives from it."""
 
     def __init__(self, best: Path) -> None:
+        if not best.suffix:
+            raise UserError(f"{best}: results go to a folder of this name without its ending; rename it to {best}.pth")
         self.best = best
         self.last = best.with_name(f"{best.stem}.last.pth")  # state after the last epoch, for resuming
         self.lock = best.with_name(f".{best.stem}.lock")
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
-        self.timelines = self.folder / "timelines"  # pictures of single recordings, which eval.py draws
+        self.timelines = self.folder / "timelines"  # pictures of single recordings, which score.py draws
 
     def results(self, split: str) -> Path:
         """What eval.py writes for the clips of a split, "test" or "evaluation"."""

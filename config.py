@@ -169,10 +169,16 @@ COMPUTATION_KEYS = (
     "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
     "threshold_percentile",
 )  # fmt: skip
-# What makes the model and its published score: eval.py takes it from the checkpoint.
+# What makes the model and its published score: it is taken from the checkpoint.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
-# What the model has heard of a recording: eval.py takes it from the checkpoint too, but the command line may differ.
+# What the model has heard of a recording: it is taken from the checkpoint too, but the command line may differ.
 RECORDING_KEYS = ("window", "channel")
+# How clips are scored and decided upon.
+DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
+# What the command lines take: those of training, and those of the scripts that score.
+TRAINING_KEYS = tuple(key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype"))
+SCORING_KEYS = ("data_root", *MODEL_KEYS, *RECORDING_KEYS, "hop", "device", "num_workers", *DECISION_KEYS)
+EVALUATION_KEYS = (*SCORING_KEYS, "batch_size", "eval_precision", "score_dtype")
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
@@ -204,6 +210,18 @@ def check_classes(config: Config) -> Config:
         if {machine_type: set(ids) for machine_type, ids in config.classes.items()} != machines:
             raise UserError("classes: a table that has not the machine types and IDs of machines; give attributes")
     return config
+
+
+def check_effect(config: Config, given: Mapping[str, Any], kinds: Sequence[str]) -> None:
+    """Raise `UserError` for a key of the command line (`given`) that is without effect on these kinds of score."""
+    idle: dict[str, str] = {}
+    if config.window == "first":
+        idle |= dict.fromkeys(("hop", "over_windows"), "window: first")
+    if "nearest" not in kinds:
+        idle["neighbours"] = f"scoring: {config.scoring}"
+    for key, other in idle.items():
+        if key in given:
+            raise UserError(f"command line: {key} has no effect with {other}; leave it out")
 
 
 def show_value(key: str, value: Any) -> str:

@@ -24,16 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import load_model
-from config import Config, parse_command_line
+from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from corpus import first_classes
 from evaluation.scoring import with_embeddings
 from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
-
-# What is left out belongs to training; or is fixed, as the precision of what the file is compared with
-EXPORT_KEYS = (
-    "data_root", "machines", "classes", "window", "hop", "channel", "mode", "input", "m", "s", "sub_centers",
-    "save_path", "device", "num_workers", "scoring", "neighbours", "over_windows", "threshold", "threshold_percentile",
-)  # fmt: skip
 
 
 def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
@@ -44,6 +38,7 @@ def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
     path = options.checkpoint or config.checkpoint
     exact = config.model_copy(update={"eval_precision": "fp32"})  # which the file is compared with
     trained = load_model(path, exact, given)
+    check_effect(trained.config.model_copy(update={"window": "all"}), given, [config.scoring])  # as the file says
     output = options.output or path.with_suffix(".onnx" if config.scoring == "published" else f".{config.scoring}.onnx")
     check_output(output, path)
     trained = with_embeddings(trained, [config.scoring], use_device(config.device))
@@ -74,7 +69,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
     parser.add_argument("--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)")
-    config, options, given = parse_command_line(parser, keys=EXPORT_KEYS)
+    config, options, given = parse_command_line(parser, keys=SCORING_KEYS)
     export(config, options, given)
 
 

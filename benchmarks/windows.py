@@ -12,7 +12,7 @@ FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and
 - how many of the normal ones are called anomalous.
 - the AUC against the own ID, and against the best-fitting ID of the machine type, as where the ID is not known.
 
-Then `eval.py --score --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID, over and
+Then `score.py --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID, over and
 over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints when the window with the highest score starts,
 which minutes have the highest mean score of the windows that lie in them, the time, and the highest anonymous memory of
 the process.
@@ -173,12 +173,12 @@ def join_with_fault(clips: pd.DataFrame, file: Path, minutes: int, fault: int) -
 
 
 def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
-    """What eval.py says of a recording, how long it takes, and how much memory."""
+    """What score.py says of a recording, how long it takes, and how much memory."""
     machine = ("--machine_type", clip["machine_type"], "--machine_id", clip["machine_id"])
-    options = ("--score", str(recording), *machine, "--timeline", "--plots", "--json")
+    options = (str(recording), *machine, "--timeline", "--plots", "--json")
     began, highest, said = time.monotonic(), 0.0, recording.with_suffix(".json")
     with said.open("w") as file:
-        process = subprocess.Popen([sys.executable, ROOT / "eval.py", checkpoint, *options], stdout=file)
+        process = subprocess.Popen([sys.executable, ROOT / "score.py", checkpoint, *options], stdout=file)
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("RssAnon")]

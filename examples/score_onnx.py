@@ -2,9 +2,9 @@
 
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
-Needs onnxruntime, numpy and soundfile. Prints the line of `eval.py --score`, up to the last digit: file, machine,
+Needs onnxruntime, numpy and soundfile. Prints the line of `score.py`, up to the last digit: file, machine,
 score, threshold, decision, and where a longer recording is worst. Without a machine ID, that of the type counts which
-fits the recording best. Unlike eval.py it does not resample, and does not notice a WAV file that is cut short.
+fits the recording best. Unlike score.py it does not resample, and does not notice a WAV file that is cut short.
 """
 
 import json

@@ -11,6 +11,7 @@ import yaml
 
 import eval as evaluation_script
 import export
+import score as score_script
 import train
 from config import KEYS
 from datasets import download
@@ -97,8 +98,9 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_text("epoch: 7")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
-    for name in ("evaluate_all", "score", "evaluate_score_files"):
+    for name in ("evaluate_all", "evaluate_score_files"):
         monkeypatch.setattr(evaluation_script, name, lambda *_: None)
+    monkeypatch.setattr(score_script, "score", lambda *_: None)
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(export, "export", lambda *_: None)
     table = yaml.safe_load(download.TABLE.read_text())
@@ -106,6 +108,7 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
         "train.py": train.main,
         "train_ddp.py": train.main,
         "eval.py": evaluation_script.main,
+        "score.py": score_script.main,
         "export.py": export.main,
         "datasets/download.py": lambda: download.parse_options(table, options),
     }

@@ -1,8 +1,7 @@
-"""eval.py as a user calls it: what it writes, which configuration counts, single recordings, how it fails."""
+"""eval.py as a user calls it: what it writes, which configuration counts, how it fails."""
 
 import csv
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +15,6 @@ from conftest import (
     arguments,
     copy_test_clips,
     remove_embeddings,
-    tone,
     train_in,
     write_clip,
     write_sections,
@@ -25,6 +23,7 @@ from conftest import (
 from sklearn.metrics import roc_auc_score
 
 import eval as eval_script
+import score as score_script
 import train as train_script
 from checkpoint import build_network, load_checkpoint, load_model, save_checkpoint
 from config import load_config
@@ -206,7 +205,8 @@ def test_published_weights_give_the_scores_of_the_reference(tmp_path, call, fail
     assert reference.distance(np.array([scores[index] for index in range(4)]), reference.VALUES["eval_score"]) < 1e-4
     assert not list(folder.glob("decision*"))
 
-    _, output, _ = score(call, tmp_path, clip, "--machine_type", machine_type, "--machine_id", machine_id)
+    words = ("--machine_type", machine_type, "--machine_id", machine_id)
+    _, output, _ = call(score_script.main, tmp_path / "run.pth", clip, *words)
     assert output.rstrip("\n").split("\t")[3:] == ["-", "-"]
     fails(
         eval_script.main, tmp_path / "run.pth", "--machines", "{fan: [0, 2]}", "--data_root", root,
@@ -237,7 +237,7 @@ def test_scores_of_another_kind(trained_copy, data_root, call):
     machine = [f"--machine_{name}" for name in ("type", "id")]
     clip = root / "fan" / "test" / rows[0][0]
     words = (clip, machine[0], "fan", machine[1], clip.name.split("_")[2], "--scoring", "nearest", "--neighbours", "3")
-    status, output, _ = score(call, trained_copy, *words, "--json")
+    status, output, _ = call(score_script.main, trained_copy / "run.pth", *words, "--json")
     assert status == 0
     assert json.loads(output)[0]["score"] == pytest.approx(rows[0][1], rel=1e-4)
     assert load_checkpoint(trained_copy / "run.pth").keys() == state.keys()
@@ -306,229 +306,6 @@ def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, 
     )  # fmt: skip
 
 
-# ---- Single recordings ----
-
-
-def score(call, folder: Path, *words):
-    return call(eval_script.main, folder / "run.pth", "--device", "cpu", "--score", *words)
-
-
-def test_single_recordings_score_as_in_an_evaluation(lively, data_root, call):
-    assert evaluate(call, lively, data_root, "--score_dtype", "float64")[0] == 0
-    expected = dict(read_csv(lively / "run" / "test" / "anomaly_score_fan_id_00.csv"))
-    decisions = dict(read_csv(lively / "run" / "test" / "decision_result_fan_id_00.csv"))
-    folder = data_root / "fan" / "test"
-    status, output, errors = score(call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json")
-    assert status == 0
-    assert "threshold" not in errors, "that of fan 02 is of no interest here"
-    rows = {Path(row["file"]).name: row for row in json.loads(output)}
-    assert set(rows) == {path.name for path in folder.iterdir()}
-    for name, value in expected.items():
-        assert rows[name]["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-        assert (rows[name]["decision"] == "anomalous") == (rows[name]["score"] > rows[name]["threshold"])
-        assert rows[name]["decision"] == {"0": "normal", "1": "anomalous"}[decisions[name]]
-
-
-def test_the_best_fitting_id_is_named(lively, data_root, call):
-    clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
-    each = {}
-    for machine_id in (0, 2):
-        _, output, _ = score(call, lively, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json")
-        each[machine_id] = json.loads(output)[0]["score"]
-    status, output, _ = score(call, lively, clip, "--machine_type", "fan")
-    assert status == 0
-    file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
-    best = min(each, key=each.get)
-    assert (file, machine, float(value)) == (str(clip), f"fan {best:02d}", pytest.approx(each[best], rel=1e-4))
-    assert decision == ("anomalous" if float(value) > float(threshold) else "normal")
-
-
-def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_path, fails, call):
-    good = write_clip(tmp_path / "folder" / "b.wav", tone(5, 2.0), rate=44_100)
-    (tmp_path / "folder" / "a.wav").write_text("not audio")
-    places = (tmp_path / "folder", tmp_path / "nowhere.wav", "--machine_type", "fan", "--machine_id", "2")
-    status, output, errors = score(call, lively, *places)
-    assert status == 2
-    lines = output.splitlines()
-    assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
-    assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
-    assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
-    assert errors.splitlines()[-1] == "error: 2 of 3 recordings could not be scored; their lines say why"
-    fails(
-        eval_script.main, lively / "run.pth", "--score", good, "--machine_type", "fan", "--machine_id", "7",
-        match=r"run.pth knows no machine fan 7; it was trained on fan 0, 2; valve 1",
-    )  # fmt: skip
-    fails(eval_script.main, lively / "run.pth", "--score", good, match="--score needs --machine_type")
-    (tmp_path / "empty").mkdir()
-    fails(
-        eval_script.main, lively / "run.pth", "--score", tmp_path / "empty", "--machine_type", "fan",
-        match="empty: no WAV or FLAC files in this folder",
-    )  # fmt: skip
-
-
-# ---- Recordings of any length ----
-
-
-FAN = ("--machine_type", "fan", "--machine_id", "0")
-
-
-@pytest.fixture
-def long_recording(tmp_path) -> Path:
-    """Three clips, joined; each of them lies beside it."""
-    parts = [tone(seed) for seed in (1, 2, 3)]
-    for name, part in zip("abc", parts, strict=True):
-        write_clip(tmp_path / "parts" / f"{name}.wav", part)
-    return write_clip(tmp_path / "long.wav", np.concatenate(parts))
-
-
-def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, call):
-    _, output, _ = score(call, lively, tmp_path / "parts", *FAN, "--json", "--timeline")
-    singles = json.loads(output)
-    expected = [row["score"] for row in singles]
-    assert len(set(expected)) == 3
-    assert [[window["score"] for window in row["windows"]] for row in singles] == [[value] for value in expected]
-    words = (long_recording, *FAN, "--hop", "10")
-    _, output, _ = score(call, lively, *words, "--json", "--timeline")
-    (row,) = json.loads(output)
-    assert [window["start"] for window in row["windows"]] == [0, 10, 20]
-    assert [window["score"] for window in row["windows"]] == pytest.approx(expected, rel=1e-4)
-    assert [window["decision"] for window in row["windows"]] == [single["decision"] for single in singles]
-    assert row["score"] == pytest.approx(np.mean(expected), rel=1e-4)
-    assert row["worst"] == max(row["windows"], key=lambda window: window["score"])
-    _, output, _ = score(call, lively, *words, "--json", "--over_windows", "max")
-    (highest,) = json.loads(output)
-    assert highest == {name: value for name, value in row.items() if name != "windows"} | {
-        "score": row["worst"]["score"], "decision": row["worst"]["decision"]
-    }  # fmt: skip
-
-    _, output, _ = score(call, lively, *words, "--timeline")
-    line, *timeline = output.splitlines()
-    at, count = int(row["worst"]["start"]), sum(window["decision"] == "anomalous" for window in row["windows"])
-    shown = f"worst at 0:00:{at:02d} ({row['worst']['score']:.6g}), {count} of 3 windows anomalous"
-    assert line.split("\t")[4:] == [row["decision"], shown]
-    assert timeline == [
-        f"\t0:00:{window['start']:02.0f}\t{window['score']:.6g}\t{window['decision']}" for window in row["windows"]
-    ]
-    assert score(call, lively, *words)[1].splitlines() == [line]
-    _, output, _ = score(call, lively, long_recording, *FAN, "--window", "first", "--json")
-    assert json.loads(output)[0]["score"] == pytest.approx(expected[0], rel=1e-4), "asked for"
-
-
-def test_pictures_of_timelines(lively, long_recording, data_root, call):
-    clip = data_root / "fan" / "test" / "normal_id_00_00000000.wav"
-    other = long_recording.with_name("other") / clip.name
-    write_clip(other, tone(5))
-    status, output, _ = score(call, lively, long_recording, clip, other, *FAN, "--plots", "--json")
-    assert status == 0
-    folder = lively / "run" / "timelines"
-    files = [folder / f"{name}.png" for name in ("long.wav", clip.name, f"{clip.name} (2)")]
-    assert [row["picture"] for row in json.loads(output)] == list(map(str, files))
-    assert sorted(folder.iterdir()) == sorted(files)
-    _, output, _ = score(call, lively, clip, *FAN, "--plots")
-    assert output.splitlines()[1:] == [f"1 timelines: {folder}"]
-
-
-def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, call, fails):
-    names = ["rec$1_$2.wav", os.fsdecode(b"\xff.wav")]
-    for name in names:
-        shutil.copy(write_clip(tmp_path / "a.wav", tone(1, 12.0)), tmp_path / name)
-    state = load_checkpoint(lively / "run.pth")
-    del state["held_out"]
-    save_checkpoint(state, lively / "run.pth")
-    status, output, _ = score(call, lively, *[tmp_path / name for name in names], *FAN, "--plots", "--json")
-    assert status == 0
-    for row in json.loads(output):
-        assert (row["decision"], row["n_windows"], row["n_anomalous"]) == (None, 2, None)
-    assert len(list((lively / "run" / "timelines").iterdir())) == 2
-    fails(eval_script.main, lively / "run.pth", "--timeline", match="--timeline needs --score")
-
-
-def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
-    path = write_clip(tmp_path / "a.wav", np.stack([tone(1, 15.0)] * 2, axis=1))
-    _, _, errors = score(call, lively, path, *FAN, "--window", "first")
-    assert "notice: 1 of 1 recordings have several channels: channel 0 is used\n" in errors
-    assert "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count" in errors
-    _, output, errors = score(call, lively, path, *FAN, "--timeline", "--hop", "0.5")
-    assert "longer" not in errors
-    assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == ["0:00:00", "0:00:00.50", "0:00:01"]
-
-
-def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, tmp_path, call):
-    """Whatever the windows of what is scored."""
-    torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
-    root = write_set(tmp_path / "data")
-    for path in root.rglob("*.wav"):
-        write_clip(path, tone(hash(path.name) % 100, 11.0))
-    machine = ("--data_root", root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest", *FAN)
-    scores = {}
-    for window in ("first", "all"):
-        words = ("--score", root / "fan" / "train" / "normal_id_00_00000000.wav", "--json", "--timeline")
-        _, output, _ = call(eval_script.main, trained_copy / "bare.pth", *machine, *words, "--window", window)
-        scores[window] = [row["score"] for row in json.loads(output)[0]["windows"]]
-    assert len(scores["all"]) == 2
-    assert scores["first"] == pytest.approx(scores["all"][:1], abs=1e-6), "the same bank"
-
-
-def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
-    """Recordings that are joined of two clips each have the mean of their scores."""
-    for folder, joined in (("clips", 1), ("joined", 2)):
-        for number, name in enumerate(("normal_id_00", "anomaly_id_00", "normal_id_02", "anomaly_id_02")):
-            parts = [tone(4 * index + number) for index in range(4)]
-            for index in range(0, 4, joined):
-                path = tmp_path / folder / "fan" / "test" / f"{name}_{index:08d}.wav"
-                write_clip(path, np.concatenate(parts[index : index + joined]))
-    assert evaluate(call, lively, tmp_path / "clips")[0] == 0
-    test = lively / "run" / "test"
-    names = ("anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv")
-    single = {name: np.array([float(value) for _, value in read_csv(test / name)]) for name in names}
-    for rule, combine in (("mean", np.mean), ("max", np.max)):
-        words = ("--window", "all", "--hop", "10", "--over_windows", rule, "--report")
-        status, output, _ = evaluate(call, lively, tmp_path / "joined", *words)
-        assert status == 0
-        assert "8 scores and metrics" in output
-        for name in names:
-            scores = [float(value) for _, value in read_csv(test / name)]
-            assert scores == pytest.approx(combine(single[name].reshape(-1, 2), axis=1), rel=1e-4)
-        about = json.loads((test / "metrics.json").read_text())["about"]
-        assert about["windows"] == f"all, 10 s apart, {rule} of their scores"
-        assert about["clips of test"] == "4 normal, 4 anomalous"
-
-
-def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
-    """Two lines with names of their own, recorded by two microphones, of which the second one hears the machine."""
-    root = tmp_path / "data"
-    for number, name in enumerate(("line-3", "line-4")):
-        for split, condition, count in (("train", "normal", 3), ("test", "normal", 1), ("test", "anomaly", 1)):
-            for index in range(count):
-                path = root / "press" / split / f"{condition}_id_{name}_{index}.wav"
-                heard = tone(number + 10 * index, 15.0)
-                write_clip(path, np.stack([np.zeros_like(heard), heard], axis=1))
-    words = arguments(tmp_path, root, machines="auto", window="all", channel=1, split_ratio=0.8)
-    status, output, errors = call(train_script.main, *words)
-    assert status == 0
-    assert f"{root}: 2 machine IDs: press line-3, line-4\n" in errors
-    assert "8 clips to train on, 4 to validate" in output, "two windows of each"
-    assert load_checkpoint(tmp_path / "run.pth")["config"]["machines"] == {"press": ["line-3", "line-4"]}
-    assert evaluate(call, tmp_path, root)[0] == 0
-    test = tmp_path / "run" / "test"
-    (row, _) = read_csv(test / "anomaly_score_press_id_line-3.csv")
-    machine = ("--machine_type", "press", "--machine_id")
-    folder = root / "press" / "test"
-    _, output, _ = score(call, tmp_path, folder, *machine, "line-3", "--json")
-    (result,) = [result for result in json.loads(output) if Path(result["file"]).name == row[0]]
-    assert result["machine_id"] == "line-3"
-    assert result["score"] == pytest.approx(float(row[1]), rel=1e-4)
-    assert "press line-3\t" in score(call, tmp_path, folder, *machine, "line-3")[1]
-    fails(
-        eval_script.main, tmp_path / "run.pth", "--device", "cpu", "--score", folder, *machine, "line-5",
-        match="knows no machine press line-5; it was trained on press line-3, line-4",
-    )  # fmt: skip
-    fails(
-        eval_script.main, tmp_path / "run.pth", "--data_root", root, "--channel", "2",
-        match=r"4 of 4 recordings cannot be used.*\(no channel 2: it has 2 channels, counted from 0\)",
-    )  # fmt: skip
-
-
 # ---- Sections, domains, attributes ----
 
 
@@ -590,8 +367,8 @@ def test_a_single_recording_scores_as_in_the_evaluation_of_its_section(sections,
     pictures = ("--plots", "--report") if scoring == "published" else ()
     assert evaluate(call, sections, root, *options, *pictures)[0] == 0
     expected = scores_of(sections / "run" / "test", "anomaly_score_fan_section_00_test.csv")
-    words = ("--score", root / "fan" / "test", "--machine_type", "fan", "--machine_id", "0", "--json", *options)
-    status, output, _ = evaluate(call, sections, root, *words)
+    words = (root / "fan" / "test", "--machine_type", "fan", "--machine_id", "0", "--json", "--scoring", scoring)
+    status, output, _ = call(score_script.main, sections / "run.pth", *words)
     assert status == 0
     assert {Path(row["file"]).name: row["score"] for row in json.loads(output)} == pytest.approx(expected, rel=1e-5)
 
@@ -744,6 +521,21 @@ def test_two_checkpoints_of_one_folder_are_refused(trained_copy, data_root, fail
     fails(eval_script.main, *words, match="have the same folder of results; rename one")
 
 
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--hop", "5"), "command line: hop has no effect with window: first; leave it out"),
+        (("--over_windows", "max"), "command line: over_windows has no effect with window: first"),
+        (("--neighbours", "3", "--scoring", "angle"), "command line: neighbours has no effect with scoring: angle"),
+        (("--output", "here"), "--output is for comparisons"),
+        (("--lr", "1"), "unknown option --lr"),
+        (("--score_files", "here"), "checkpoint has no effect with --score_files, which takes --data_root alone"),
+    ],
+)
+def test_options_without_effect_are_errors(words, match, trained, fails):
+    fails(eval_script.main, trained / "run.pth", *words, match=match)
+
+
 def test_missing_and_damaged_checkpoints(tmp_path, fails):
     fails(eval_script.main, tmp_path / "weights", match=r"weights: results go to a folder of this name .*weights.pth")
     fails(eval_script.main, tmp_path / "none.pth", match="none.pth: no such checkpoint; train one with")
@@ -761,5 +553,5 @@ def test_scores_that_are_not_finite(tmp_path, fails):
     model = TASTgramMFN(2)
     torch.nn.init.constant_(model.mobilefacenet.linear1.bn.bias, float("nan"))
     torch.save(model.state_dict(), tmp_path / "run.pth")
-    options = arguments(tmp_path, root, machines=machines)
+    options = ("--data_root", root, "--machines", machines, "--device", "cpu")
     fails(eval_script.main, tmp_path / "run.pth", *options, match="4 of 4 scores are not finite")

@@ -21,8 +21,8 @@ import torch
 from conftest import make_lively, tone, write_clip
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import eval as eval_script
 import export as export_script
+import score as score_script
 from checkpoint import TrainedModel, build_network, load_model
 from config import load_config
 from corpus import first_classes, machines_of_classes
@@ -257,11 +257,11 @@ def rounded(line: str) -> str:
         (10.005, 1, "PCM_16", ("valve", "01")),
     ],
 )
-def test_the_example_prints_the_line_of_eval(seconds, channels, subtype, words, exported, tmp_path, call):
+def test_the_example_prints_the_line_of_score(seconds, channels, subtype, words, exported, tmp_path, call):
     file = write_clip(tmp_path / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype)
     options = dict(zip(("--machine_type", "--machine_id"), words, strict=False))
-    words_of_eval = [word for option in options.items() for word in option]
-    _, expected, _ = call(eval_script.main, exported / "run.pth", "--score", file, *words_of_eval)
+    options_of_score = [word for option in options.items() for word in option]
+    _, expected, _ = call(score_script.main, exported / "run.pth", file, *options_of_score)
     process = print_score(exported / "run.onnx", str(file), *words)
     assert process.returncode == 0, process.stderr
     assert rounded(process.stdout) == rounded(expected)
@@ -369,7 +369,8 @@ def test_a_full_disk(without_tracing, exported_copy, fails, monkeypatch):
         (("run.pth", "--output", "folder.onnx"), "folder.onnx: --output names a file"),
         (("run.pth", "--output", "text.pth/run.onnx"), "text.pth/run.onnx cannot be written"),
         (("run.pth", "--mode", "arcface"), "command line: mode 'arcface' is not the checkpoint's"),
-        (("--save_path", "other.pth"), "other.pth: no such checkpoint"),
+        ((), "noisy_arcmix.pth: no such checkpoint"),
+        (("run.pth", "--neighbours", "3"), "command line: neighbours has no effect with scoring: published"),
         (("run.pth", "--score_dtype", "float32"), "unknown option --score_dtype"),
     ],
 )
