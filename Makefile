@@ -38,9 +38,9 @@ gpu: .venv/installed
 paper: .venv/installed
 ifeq ($(patsubst ./%,%,$(DATA:/=)),$(DEMO_DATA))
 	$(BIN)/python datasets/synthesize.py --output $(DEMO_DATA)
-	$(BIN)/python benchmarks/paper.py --machines auto $(PAPER_OPTIONS)
+	$(BIN)/python reproduce.py --machines auto $(PAPER_OPTIONS)
 else
-	$(BIN)/python benchmarks/paper.py $(PAPER_OPTIONS)
+	$(BIN)/python reproduce.py $(PAPER_OPTIONS)
 endif
 
 lint: .venv/installed

@@ -2,13 +2,13 @@
 
     python benchmarks/scores.py --config docs/real_recordings.yaml --data_root FOLDER
 
-Trains the four modes with each seed, as paper.py does, and keeps the state after each epoch of the last third. Then it
-scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
+Trains the four modes with each seed, as reproduce.py does, and keeps the state after each epoch of the last third. Then
+it scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
 kept; with the published score, the angle, and the distance to the nearest training clips: of the own ID, or of the
 whole machine type, where clips of other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights
-and score; OUTPUT/scores.md the means, and the differences to the published score under the best weights, over all modes
-and for each, with 95 % intervals that allow for other seeds and other test clips. Runs of one seed, which share their
-validation clips, count as one observation, the mean over the modes. Finished runs are not trained again.
+and score; OUTPUT/scores.md the means over all modes, and the differences to the published score under the best weights,
+with 95 % intervals that allow for other seeds and other test clips. Runs of one seed, which share their validation
+clips, count as one observation, the mean over the modes. Finished runs are not trained again.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trainer
-from benchmarks.paper import SEEDS, plan
 from checkpoint import RunFiles, State, TrainedModel, load_checkpoint, load_model, save_checkpoint
 from config import Config, parse_command_line
 from corpus import machines_of_classes
@@ -36,14 +35,13 @@ from evaluation.metrics import NO_DOMAINS, Draws, measure
 from evaluation.scoring import anomaly_scores, run_model
 from evaluation.tables import markdown_header, markdown_row
 from inference import Outputs, pack_embeddings
-from losses import MODES
+from reproduce import SEEDS, plan
 from train import train
 from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
 
 NEIGHBOURS = (1, 2, 4, 8)
 PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs
 BASE = ("best", "published")  # what all others are compared with
-IN_RUN_TABLE = [(weights, score) for weights in ("best", "last") for score in ("published", "angle", "nearest 2")]
 Pairs = dict[tuple[str, str], Draws]  # what one run gives, by (weights, score)
 Measured = dict[str, Pairs]  # by run
 ROWS = {"mean AUC": "mean", "lowest AUC": "min"}  # of the metrics of a machine type
@@ -59,15 +57,9 @@ def main() -> None:
     for run in runs:
         train_and_keep(run)
         measured[run.checkpoint.stem] = dict(measure_run(run))
-    sections = {}
-    for title, modes in {"All modes": list(MODES), **{mode: [mode] for mode in MODES}}.items():
-        chosen = [[measured[run.checkpoint.stem] for run in runs if run.seed == seed and run.mode in modes]
-                  for seed in dict.fromkeys(options.seeds)]  # fmt: skip
-        sections[title] = difference_table(chosen)
-    sections |= {
-        f"Each run, {name}": run_table(measured, name) for name in machine_types(next(iter(measured.values())))
-    }
-    text = "\n".join(line for title, lines in sections.items() for line in (f"## {title}, in percent", "", *lines, ""))
+    seeds = [[measured[run.checkpoint.stem] for run in runs if run.seed == seed]
+             for seed in dict.fromkeys(options.seeds)]  # fmt: skip
+    text = "\n".join(["## All modes, in percent", "", *difference_table(seeds), ""])
     print(text)
     write_text(options.output / "scores.md", text)
     write_csv(options.output / "scores.csv", all_rows(measured))
@@ -189,15 +181,6 @@ def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
                 cell += f", {value[0]:+.2f} ± {half[0]:.2f}, {higher.sum()} of {higher.size}"
             cells.append(cell)
         lines.append(markdown_row(", ".join(pair), cells))
-    return lines
-
-
-def run_table(measured: Measured, machine_type: str) -> list[str]:
-    """The mean and the lowest AUC of the IDs in each run."""
-    lines = markdown_header("run: mean / lowest AUC", [", ".join(pair) for pair in IN_RUN_TABLE])
-    for name, pairs in measured.items():
-        values = [[auc(pairs[pair], machine_type, row)[0, 0] for row in ROWS.values()] for pair in IN_RUN_TABLE]
-        lines.append(markdown_row(name, [" / ".join(f"{value:.2f}" for value in cell) for cell in values]))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/paper.py as a user runs it: what it trains, how it goes on after being killed, what it refuses."""
+"""reproduce.py as a user runs it: what it trains, how it goes on after being killed, what it refuses."""
 
 import os
 import re
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import MACHINES, write_set
 
+import reproduce
 import train
-from benchmarks import paper
+from checkpoint import load_checkpoint, save_checkpoint
 from config import DEFAULT_CONFIG, Config, load_config
 from losses import MODES
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def planned(folder: Path, seeds: list[int], inputs: str = "published", **keys) -> list[Config]:
-    return paper.plan(Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys)
+    return reproduce.plan(Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys)
 
 
 def test_all_modes_and_inputs_are_planned_for_each_seed():
@@ -38,28 +39,26 @@ def test_all_modes_and_inputs_are_planned_for_each_seed():
 
 
 def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper, "DOWNLOADED", tmp_path / "datasets")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     config = load_config(data_root=str(tmp_path / "datasets"))
-    assert paper.is_to_download(config)
+    assert reproduce.is_to_download(config)
     (tmp_path / "datasets" / "fan").mkdir(parents=True)
-    assert not paper.is_to_download(config)
+    assert not reproduce.is_to_download(config)
     (tmp_path / "datasets" / ".download").mkdir()
-    assert paper.is_to_download(config), "download.py was there, and perhaps not to its end"
-    assert not paper.is_to_download(load_config(data_root=str(tmp_path)))
+    assert reproduce.is_to_download(config), "download.py was there, and perhaps not to its end"
+    assert not reproduce.is_to_download(load_config(data_root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("machines", [MACHINES, "auto"])
 def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypatch):
     """Recordings in the project's own folder are downloaded first; the keys given reach every script."""
     calls = []
-    monkeypatch.setattr(paper, "call", lambda *words: calls.append(words))
-    monkeypatch.setattr(paper, "is_to_download", lambda config: True)
-    monkeypatch.setattr(paper, "measure_apart", lambda *_: ("cpu", 0.1, 0.1))
+    monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
+    monkeypatch.setattr(reproduce, "is_to_download", lambda config: True)
     options = ["--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2]
-    status, output, _ = call(paper.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
+    status, output, _ = call(reproduce.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
     assert status == 0
-    assert "10 runs of 300 epochs, with 2655 clips, and 795 to test on" in output, "three of 41 machine IDs"
-    assert re.search(r"time: about [\d.]+ h, for 3000 epochs", output)
+    assert "run 1 of 10, noisy_arcmix_7: 3000 epochs left\n" in output
     assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
     assert calls[0][1:] == ("--types", "fan", "valve")
     trained = []
@@ -81,14 +80,24 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
 
 
+def test_the_rest_is_estimated_from_the_epochs_that_were_timed(trained_copy):
+    state = load_checkpoint(trained_copy / "run.last.pth")
+    state["history"][0]["seconds"] = 60.0
+    done = load_config(**state["config"] | {"save_path": str(trained_copy / "run.pth")})
+    save_checkpoint(state | {"config": done.model_dump()}, trained_copy / "run.last.pth")
+    other = done.model_copy(update={"save_path": str(trained_copy / "other.pth"), "epoch": 200})
+    assert reproduce.describe_rest([other]) == "200 epochs left"
+    assert reproduce.describe_rest([done, other]) == "200 epochs left, which take about 3.3 h"
+
+
 def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / "fails.py").write_text("raise SystemExit(2)")
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit, match="2"):
-        paper.call("fails.py")
-    with pytest.raises(paper.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"):
-        paper.call("dies.py")
+        reproduce.call("fails.py")
+    with pytest.raises(reproduce.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"):
+        reproduce.call("dies.py")
 
 
 def test_a_stop_reaches_the_script(tmp_path):
@@ -101,9 +110,9 @@ def test_a_stop_reaches_the_script(tmp_path):
         "time.sleep(60)\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks import paper; from pathlib import Path\n"
-        "paper.ROOT = Path('.')\n"
-        "paper.run_script(lambda: paper.call('long.py'))\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce; from pathlib import Path\n"
+        "reproduce.ROOT = Path('.')\n"
+        "reproduce.run_script(lambda: reproduce.call('long.py'))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     while not (tmp_path / "begun").exists():
@@ -116,18 +125,17 @@ def test_a_stop_reaches_the_script(tmp_path):
 
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
-    fails(paper.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
-    fails(paper.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
-    fails(paper.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
+    fails(reproduce.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
+    fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
+    fails(reproduce.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
     had_another = (
         r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
     )
-    fails(paper.main, *options, match=had_another)
+    fails(reproduce.main, *options, match=had_another)
     (tmp_path / "arcmix_1.pth").unlink()
-    monkeypatch.setattr(paper, "RUN_BYTES", 10**15)
-    monkeypatch.setattr(paper, "measure_apart", lambda *_: ("cpu", 0.1, 0.1))
-    fails(paper.main, *options, match="the disk is too small")
+    monkeypatch.setattr(reproduce, "RUN_BYTES", 10**15)
+    fails(reproduce.main, *options, match="the disk is too small")
 
 
 # ---- The whole ----
@@ -135,7 +143,7 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
 
 def start(folder: Path, data_root: Path) -> subprocess.Popen:
     words = ["--data_root", data_root, "--machines", MACHINES, "--epoch", 2, "--batch_size", 4, "--device", "cpu"]
-    command = [sys.executable, ROOT / "benchmarks/paper.py", "--seeds", 1, 2, "--output", folder, *words]
+    command = [sys.executable, ROOT / "reproduce.py", "--seeds", 1, 2, "--output", folder, *words]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -148,15 +156,6 @@ def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-
-
-@pytest.mark.slow
-def test_the_measurement_and_its_errors_come_from_a_process_of_its_own():
-    device, training, validation = paper.measure_apart(load_config(device="cpu", batch_size=2), n_clips=1)
-    assert device == "cpu"
-    assert 0 < validation < training < 10
-    with pytest.raises(paper.UserError, match="device: cuda:77"):
-        paper.measure_apart(load_config(device="cuda:77"), n_clips=1)
 
 
 @pytest.mark.slow
@@ -174,8 +173,7 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     assert process.returncode == 0, output
     assert (folder / "noisy_arcmix_1.last.pth").stat().st_mtime_ns == finished, "a finished run is not written again"
     assert "epoch 1/2" not in output
-    assert "device: cpu" in output
-    assert "0 epochs and the evaluation" in output
+    assert re.search("run 1 of 8, noisy_arcmix_1: [1-9] epochs left, which take about 1 min", output)
     for mode in MODES:
         for seed in (1, 2):
             lines = (folder / f"{mode}_{seed}" / "history.csv").read_text().splitlines()
