@@ -2,7 +2,6 @@
 
 import platform
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,6 @@ def compile_module(module: nn.Module, is_required: bool) -> None:
     """Compile a module in place, at its first call and for each shape anew. Where this fails in one process, all of
     them run the module uncompiled, with one notice; if it is required, the call raises an error that names the key.
     """
-    # The complex spectrum of the log-mel, a small part of the work, is left to PyTorch's own kernels.
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
     torch._dynamo.config.optimize_ddp = False  # one graph: it would be cut where buckets of gradients end
     module.compile(dynamic=False, backend=Compiler(OPTIONS, is_required))
 

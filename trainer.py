@@ -47,22 +47,19 @@ OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, we
 
 
 class TrainingLoss(nn.Module):
-    """What a training step computes, from samples to loss; compiled, and wrapped for several processes, as a whole.
-
-    Log-mel, mixup and margin are computed in float32, the network between them in `precision`.
+    """What a training step computes, from waveform and log-mel to the loss; compiled, and wrapped for several
+    processes, as a whole. Mixup and margin are computed in float32, the network between them in `precision`.
     """
 
     def __init__(self, network: TASTgramMFN, objective: Objective, precision: torch.dtype) -> None:
         super().__init__()
-        self.front_end, self.network = FrontEnd(network.channels), network
-        self.objective, self.precision = objective, precision
+        self.network, self.objective, self.precision = network, objective, precision
 
-    def forward(self, samples: Tensor, labels: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
-        """Samples int16 `(B, T)` and labels `(B,)` -> mean loss and accuracy, scalars."""
-        inputs = self.front_end(samples)
+    def forward(self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
+        """Inputs as `FrontEnd` gives them and labels `(B,)` -> mean loss and accuracy, scalars."""
         if mix is not None:
             inputs = {name: mix(x) for name, x in inputs.items()}
-        with utils.autocast(samples.device, self.precision):
+        with utils.autocast(labels.device, self.precision):
             similarity, _ = self.network(**inputs)
         loss = self.objective.loss(similarity, labels, mix)
         return loss, self.objective.accuracy(similarity.detach(), labels, mix)
@@ -92,7 +89,8 @@ class Trainer:
         self.objective = Objective(config.mode, config.m, config.s)
         self.precision = utils.choose_precision(config.precision, device)
         self.network = build_network(config).move_to(device)
-        self.loss = TrainingLoss(self.network, self.objective, self.precision).to(device)
+        self.front_end = FrontEnd(config.input).to(device)
+        self.loss = TrainingLoss(self.network, self.objective, self.precision)
         if is_to_compile(config.compile, device, n_clips):
             compile_module(self.loss, is_required=config.compile is True)
         self.model: nn.Module = self.loss
@@ -118,7 +116,7 @@ class Trainer:
         self.optimizer.zero_grad()
         # For a shorter batch the step would be compiled once more.
         with torch.compiler.set_stance("default" if total == self.config.batch_size else "force_eager"):
-            loss, accuracy = self.model(samples, labels, mix)
+            loss, accuracy = self.model(self.front_end(samples), labels, mix)
         weight = own * world_size() / total  # of this process's gradient: the shares of a batch may differ in size
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
@@ -210,7 +208,7 @@ class Trainer:
         """
         numbers = np.arange(len(clips))[rank() :: world_size()]
         batch_size, title = self.config.batch_size, title if is_main() else None
-        return run_network(self.network, self.loss.front_end, clips, numbers, batch_size, self.device, title=title)
+        return run_network(self.network, self.front_end, clips, numbers, batch_size, self.device, title=title)
 
     def gather(self, share: Tensor, count: int) -> Tensor:
         """The rows of all clips, from the shares of all processes."""

@@ -123,7 +123,7 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
 
         def front_end() -> None:
             for samples, _ in clips.batches(batches(np.arange(len(clips)), batch), device):
-                trainer.loss.front_end(samples)
+                trainer.front_end(samples)
 
         stages = {
             "front end": front_end,

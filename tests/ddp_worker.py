@@ -25,7 +25,7 @@ def build_trainer(config: Config, dtype: torch.dtype) -> Trainer:
     torch.set_default_dtype(dtype)
     trainer = Trainer(config, CPU)
     torch.set_default_dtype(torch.float32)
-    trainer.loss.front_end = FrontEnd(config.input)  # the same numbers for all: always in float32
+    trainer.front_end = FrontEnd(config.input)  # the same numbers for all: always in float32
     trainer.network.register_forward_pre_hook(
         lambda _, arguments, inputs: (arguments, {name: x.to(dtype) for name, x in inputs.items()}), with_kwargs=True
     )

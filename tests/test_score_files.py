@@ -320,4 +320,4 @@ def test_clips_without_a_score_are_said(tmp_path, call):
 def test_score_files_stand_alone(tmp_path, fails):
     fails(eval_script.main, "--score_files", tmp_path, match="no score files")
     fails(eval_script.main, "--score_files", tmp_path / "nowhere", match="no score files")
-    fails(eval_script.main, "run.pth", "--score_files", tmp_path, match="--score_files takes neither checkpoints nor")
+    fails(eval_script.main, "run.pth", "--score_files", tmp_path, match="checkpoint has no effect with --score_files")

@@ -59,7 +59,7 @@ def test_eight_steps_match_the_reference(mode):
     assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
     trainer.model.eval()
     with torch.no_grad():
-        similarity, embedding = trainer.network(**trainer.loss.front_end(samples))
+        similarity, embedding = trainer.network(**trainer.front_end(samples))
     score = trainer.objective.anomaly_score(similarity, labels)
     assert reference.distance(score, VALUES[f"{mode}_after_score"]) < 1e-2
     assert reference.distance(embedding, VALUES[f"{mode}_after_embedding"]) < 1e-2
@@ -68,7 +68,7 @@ def test_eight_steps_match_the_reference(mode):
 def test_score_before_training_matches_the_reference():
     trainer, samples = reference_trainer("noisy_arcmix"), reference.samples()
     with torch.no_grad():
-        similarity, _ = trainer.network.eval()(**trainer.loss.front_end(samples))
+        similarity, _ = trainer.network.eval()(**trainer.front_end(samples))
     score = trainer.objective.anomaly_score(similarity, reference.labels())
     assert reference.distance(score, VALUES["eval_score"]) < 1e-4
 
@@ -146,13 +146,14 @@ def test_the_step_is_one_graph_for_all_steps(mode):
     torch._dynamo.reset()
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     trainer.model.train()
+    inputs = trainer.front_end(samples)
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="aot_eager")
     mixes = [trainer.objective.draw_mix(0.5, np.random.default_rng(number), 4) for number in range(3)]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        results = [compiled(samples, labels, mix) for mix in mixes]
+        results = [compiled(inputs, labels, mix) for mix in mixes]
     results[0][0].backward()
     for mix, result in zip(mixes, results, strict=True):
-        expected = [value.item() for value in trainer.loss(samples, labels, mix)]
+        expected = [value.item() for value in trainer.loss(inputs, labels, mix)]
         assert [value.item() for value in result] == pytest.approx(expected, rel=1e-5)
 
 
@@ -175,16 +176,18 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
     clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 5}), num_workers=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         put_on_fake_gpu(trainer.loss)
+        put_on_fake_gpu(trainer.front_end)
         samples = torch.empty((4, N_SAMPLES), dtype=torch.int16, device=gpu)
         labels = torch.empty(4, dtype=torch.int64, device=gpu)
-        loss, accuracy = trainer.loss(samples, labels, Mix(torch.empty((), device=gpu), labels))
+        inputs = trainer.front_end(samples)
+        loss, accuracy = trainer.loss(inputs, labels, Mix(torch.empty((), device=gpu), labels))
         assert (loss.device, accuracy.device) == (gpu, gpu)
         clips.samples = torch.empty((5, N_SAMPLES), dtype=torch.int16, device=gpu)
-        outputs = run_network(trainer.network, trainer.loss.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16)
+        outputs = run_network(trainer.network, trainer.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16)
         score = trainer.objective.anomaly_score(outputs.similarity, clips.labels.to(gpu))
         assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
         with pytest.raises(RuntimeError, match="device"):
-            trainer.loss(samples, labels.cpu(), None)
+            trainer.loss(inputs, labels.cpu(), None)
         with pytest.raises(RuntimeError, match="_local_scalar_dense"):
             loss.item()
 
@@ -308,7 +311,7 @@ def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
     scores, loss, accuracy = trainer.validate(clips)
     with torch.no_grad():
         ((samples, labels),) = clips.batches([np.arange(len(clips))], CPU)
-        similarity, _ = trainer.network.eval()(**trainer.loss.front_end(samples))
+        similarity, _ = trainer.network.eval()(**trainer.front_end(samples))
     expected = trainer.objective.anomaly_score(similarity, labels, torch.float64)
     assert scores.dtype == np.float64
     assert scores == pytest.approx(expected.numpy(), rel=1e-5)
