@@ -9,14 +9,12 @@ import multiprocessing
 import os
 import random
 import signal
-import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections import namedtuple
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -75,11 +73,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     site: Site
-
-    def do_HEAD(self) -> None:
-        body = self.find("HEAD")
-        if body is not None:
-            self.start(200, len(body))
 
     def do_GET(self) -> None:
         body = self.find("GET")
@@ -293,11 +286,11 @@ def test_second_run_makes_no_request_and_changes_nothing(world):
 def test_dry_run_writes_nothing(world, capsys):
     world.run("--dry_run", "--parts", "development", "evaluation", "--types", "fan")
     assert not world.output.exists()
-    assert world.site.requests == ["HEAD eval_data_test_fan.zip"]
+    assert world.site.requests == []
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"dev_data_fan.zip: 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/{{train,test}}",
-        f"eval_data_test_fan.zip: 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/evaluation",
+        f"eval_data_test_fan.zip: at most 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/evaluation",
         f"missing in {world.output}: 2 zips, 0.00 GB, unpacked 0.00 GB",
         f"and {LABELS} -> {world.output}",
     ]
@@ -327,16 +320,6 @@ def test_label_list_is_checked_by_its_lines(world):
     world.site.files[LABELS] = good.replace(b"\n", b"\r\n")
     world.run("--parts", "evaluation")
     assert tree(world.output).keys() == {LABELS, *world.expected("evaluation")}
-
-
-def test_keep_zips_serve_again_without_network(world):
-    world.run("--keep_zips")
-    kept = sorted(path.name for path in (world.output / ".download").glob("*.zip"))
-    assert kept == sorted(file.format(t) for file in list(CLIPS)[:2] for t in TYPES)
-    for clip in (world.output / "fan").rglob("*_id_00_*.wav"):
-        clip.unlink()
-    assert world.run() == []
-    assert tree(world.output) == world.expected()
 
 
 def test_deleted_clip_is_noticed(world):
@@ -428,26 +411,25 @@ def test_connection_cut_at_the_same_place_for_ever_is_given_up(world):
         handler.close_connection = True
 
     world.site.fault = cut_from_start
-    world.fail(r"dev_data_fan\.zip.* gave up after 6 tries")
-    assert len(world.site.requests) == download.TRIES
+    world.fail(r"dev_data_fan\.zip.*: the connection is lost at byte 1000 again and again; start again later")
+    assert len(world.site.requests) == 1 + download.TRIES
     world.run_to_completion()
 
 
-@pytest.mark.parametrize("fault", [refuse(503), refuse(429), refuse(500), cut(0)])
-def test_passing_trouble_is_sat_out(world, fault, capsys):
+@pytest.mark.parametrize("fault", [refuse(503), refuse(429), cut(0), stall])
+def test_passing_trouble_is_sat_out(world, fault, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", (5, 0.3))
     world.site.faults = [fault] * 3
     world.run()
     assert len(world.site.requests) == 4 + 3
-    assert "next try in" in capsys.readouterr().err
     world.assert_complete()
 
 
-def test_silent_server_is_asked_again(world, monkeypatch, capsys):
-    monkeypatch.setattr(download, "TIMEOUT_SECONDS", (5, 0.3))
-    world.site.faults = [stall]
+def test_a_busy_server_is_given_the_time_that_it_asks_for(world):
+    world.site.faults = [refuse(429, Retry_After="1")]
+    start = time.monotonic()
     world.run()
-    assert "Read timed out. (read timeout=0.3); next try in" in capsys.readouterr().err
-    world.assert_complete()
+    assert time.monotonic() - start > 1
 
 
 def test_lasting_trouble_ends_with_one_line_and_status_2(world, capfd):
@@ -455,36 +437,10 @@ def test_lasting_trouble_ends_with_one_line_and_status_2(world, capfd):
     assert world.run_apart() == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith("error: 503 Server Error: Service Unavailable for url: http://127.0.0.1")
-    assert last.endswith("gave up after 6 tries, start again later to go on")
+    assert last.endswith("check --url, or start again later to go on")
     assert len(world.site.requests) == download.TRIES
+    world.fail("Connection refused", "--url", "http://127.0.0.1:9/{file}")
     world.run_to_completion()
-
-
-def test_server_out_of_reach(world):
-    message = world.fail("Connection refused; gave up after 6 tries", "--url", "http://127.0.0.1:9/{file}")
-    assert "Max retries" not in message
-    world.run_to_completion()
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("7", 7), ("99999", 300), ("soon", 0.001), ("-3", 0.001), (formatdate(time.time() + 9e5, usegmt=True), 300)],
-)
-def test_retry_after_is_honoured_within_reason(world, monkeypatch, header, seconds):
-    pauses = []
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
-    world.site.faults = [refuse(429, Retry_After=header)]
-    world.run()
-    assert pauses == [seconds]
-
-
-def test_pauses_grow(world, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
-    monkeypatch.setattr(download, "PAUSE_SECONDS", 2.0)
-    world.site.fault = refuse(503)
-    world.fail("gave up")
-    assert pauses == [2, 4, 8, 16, 32]
 
 
 @pytest.mark.parametrize("fault", [send_wrong_bytes, cut_without_length])
@@ -503,53 +459,13 @@ def test_wrong_bytes_twice_are_an_error(world):
     world.run_to_completion()
 
 
-def link(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name)
-    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return entry
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "../outside.wav",
-        "fan/train/../../../outside.wav",
-        "/tmp/outside_of_the_data.wav",
-        "fan\\train\\notes.txt",
-        "/fan/notes.txt",
-        "../notes.txt",
-        link("fan/notes.txt"),
-        "fan/train/anomaly_id_00_00000009.wav",
-        "fan/train/normal_id_00_00000009.wav\n",
-        "fan/train/normal_id_٠٠_00000009.wav",
-        "fan/test/id_00_00000009.wav",
-        "pump/train/normal_id_00_00000009.wav",
-        link("fan/train/normal_id_00_00000009.wav"),
-    ],
-    ids=str,
-)
-def test_zip_with_anything_else_is_refused(world, tmp_path, entry):
-    good = world.site.files["dev_data_fan.zip"]
-    world.publish(extend_zip(good, {entry: b"/etc/passwd"}))
-    world.fail("nothing of it was unpacked")
-    assert tree(world.output) == {}
-    assert {path.name for path in tmp_path.iterdir()} == {"table.yaml", "data"}
-    assert not Path("/tmp/outside_of_the_data.wav").exists()
-    world.publish(good)
-    world.run_to_completion()
-
-
-def test_what_is_in_other_peoples_zips_is_passed_over(world, capsys):
-    others = ("fan/README.md", "fan/.DS_Store", "__MACOSX/fan/train/._normal_id_00_00000000.wav")
+def test_what_is_no_clip_is_passed_over(world, tmp_path):
+    """Notes, the files that macOS adds, clips of other machines; nothing lands outside the output."""
+    others = ("fan/README.md", "__MACOSX/fan/train/._normal_id_00_00000000.wav", "../outside.wav",
+              "pump/train/normal_id_00_00000009.wav", "fan/train/anomaly_id_00_00000009.wav")  # fmt: skip
     world.publish(extend_zip(world.site.files["dev_data_fan.zip"], dict.fromkeys(others, b"...")))
     world.run_to_completion()
-    assert "dev_data_fan.zip: passed over 'fan/README.md', 'fan/.DS_Store', '__MACOSX/" in capsys.readouterr().err
-
-
-def test_clip_of_unlikely_size_is_refused(world):
-    world.publish(make_zip({"fan/train/normal_id_00_00000000.wav": bytes(download.MAX_CLIP_BYTES + 1)}))
-    world.fail("nothing of it was unpacked")
-    assert tree(world.output) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"table.yaml", "data"}
 
 
 @pytest.fixture
@@ -561,40 +477,11 @@ def set_free_space(monkeypatch):
 def test_too_little_space_is_said_before_anything_is_fetched(world, set_free_space):
     clips = sum(map(len, world.expected().values()))
     largest = max(len(world.site.files[file.format(t)]) for file in list(CLIPS)[:2] for t in TYPES)
-    for free, options in ((clips + largest - 1, []), (clips + largest, ["--keep_zips"])):
-        set_free_space(free)
-        world.fail(r"needed, .* free; free some space", *options)
-        assert world.site.requests == []
-    world.run_to_completion()
-
-
-def test_what_an_earlier_run_left_counts_in_the_space(world, monkeypatch):
-    stale = world.leave("dev_data_fan.unpacking/fan/train/normal_id_00_00000000.wav", b"")
-    content = world.site.files["dev_data_fan.zip"]
-    world.leave("dev_data_fan.zip.part", content[:20_000])
-
-    def free_space(_):
-        assert not stale.exists()
-        return Usage(10 * CLIP_BYTES + len(content) - 20_000)
-
-    monkeypatch.setattr(download.shutil, "disk_usage", free_space)
-    world.run("--types", "fan", "--parts", "development")
-    assert len(tree(world.output)) == 10
-
-
-@pytest.mark.parametrize("head", [True, False], ids=["size told", "size not told"])
-def test_unknown_sizes_count_in_the_space_too(world, set_free_space, monkeypatch, capsys, head):
-    clips = sum(map(len, world.expected("evaluation").values()))
-    largest = max(len(world.site.files[f"eval_data_test_{t}.zip"]) for t in TYPES) if head else clips // 2
-    if not head:
-        monkeypatch.setattr(Handler, "do_HEAD", lambda handler: handler.start(405, 0))
     set_free_space(clips + largest - 1)
-    world.fail(r"needed, .* free", "--parts", "evaluation")
-    assert capsys.readouterr().out.count("zip: at most 0.00 GB, unpacked 0.00 GB") == (0 if head else 2)
-    assert world.site.gets() == []
+    world.fail(r"needed, .* free; free some space")
+    assert world.site.requests == []
     set_free_space(clips + largest)
-    world.run("--parts", "evaluation")
-    assert tree(world.output).items() >= world.expected("evaluation").items()
+    world.run_to_completion()
 
 
 @pytest.mark.slow
@@ -684,15 +571,6 @@ def test_wrong_options_are_one_line(world, arguments, message):
 
 def test_url_without_scheme_is_one_line(world):
     world.fail(r"No scheme supplied.*check --url", "--url", "mirror/{file}")
-
-
-@pytest.mark.slow
-def test_script_as_a_command():
-    result = subprocess.run([sys.executable, SCRIPT, "--types", "fans"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: argument --types: invalid choice: 'fans'")
-    assert result.stderr.count("\n") == 1
 
 
 def test_published_table_needs_no_network_for_the_default_parts(tmp_path, capsys):
