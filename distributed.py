@@ -1,10 +1,8 @@
 """Several processes, one per device, as torchrun starts them. In a single process every function here does nothing."""
 
 import functools
-import itertools
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -14,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # in a collective, before the job is given up
-POLL = 0.02  # seconds between two looks at who has arrived
+# In a collective, before the job is given up: one process may read recordings or write files while the others wait. One
+# that has died is noticed at once, by torchrun's agent, which ends all.
+TIMEOUT = timedelta(hours=1)
 
 
 def is_started_by_torchrun() -> bool:
@@ -47,8 +46,6 @@ def is_main() -> bool:
 
 # ---- Joining and leaving ----
 
-group_store: dist.Store | None = None  # of the process group, once this process has joined it
-
 
 @functools.cache
 def agent_store() -> dist.Store | None:
@@ -74,17 +71,15 @@ def attempt_store() -> dist.Store | None:
 
 def join(device: torch.device) -> None:
     """Wait for the other processes of the job. `device` is the one this process uses, under NCCL its own GPU."""
-    global group_store
     is_cuda, agent = device.type == "cuda", agent_store()
     if agent is not None:
         # NCCL's watchdog announces here, without a prefix, that a process has failed. Found by a restarted process, it
         # would end the new attempt as well.
         agent.delete_key("exception_dump")
-    group_store = attempt_store() or next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         timeout=TIMEOUT,
-        store=group_store,
+        store=attempt_store() or next(dist.rendezvous("env://", timeout=TIMEOUT))[0],
         rank=int(os.environ["RANK"]),
         world_size=planned_processes(),
         device_id=device if is_cuda else None,
@@ -97,10 +92,10 @@ def leave() -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """End with this status. A process of a group does so at once: after an error, what Python and NCCL do at a normal
+    """End with this status. A process of a job does so at once: after an error, what Python and NCCL do at a normal
     exit waits for the others, which may be waiting for this one; after success, gloo at times aborts (torch 2.11).
     """
-    if group_store is None:
+    if not is_started_by_torchrun():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -128,21 +123,11 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 # ---- Collectives ----
 
-barriers = itertools.count()
-
 
 def barrier() -> None:
-    """Wait for all processes, however long it takes: a collective alone would give up after TIMEOUT, though another
-    process may still read recordings or write files. One that has died is noticed by torchrun's agent, which ends all.
-    """
-    if group_store is None:
-        return
-    key = f"barrier {next(barriers)}"
-    arrived = group_store.add(key, 1)
-    while arrived < world_size():
-        time.sleep(POLL)
-        arrived = group_store.add(key, 0)
-    dist.barrier()  # the process that holds the store may not end while others look into it
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def from_main(function: Callable[[], T]) -> T:
@@ -155,7 +140,6 @@ def from_main(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    barrier()
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

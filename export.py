@@ -44,7 +44,8 @@ def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
     trained = with_embeddings(trained, [config.scoring], use_device(config.device))
     content = make_model(trained).SerializeToString()
     difference = compare(content, trained)
-    write(output, content)
+    with replace_file(output) as temporary:
+        temporary.write_bytes(content)
     print(
         f"{output}: {len(content) / 1e6:.1f} MB, {len(first_classes(trained.config))} machine IDs, {config.scoring} "
         f"scores, which differ from those of eval.py by {difference:.1e} at most"
@@ -55,14 +56,6 @@ def check_output(output: Path, checkpoint: Path) -> None:
     if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
         raise UserError(f"{output}: --output names a file that ends in .onnx and is not the checkpoint")
     check_writable(output, "--output names another file")
-
-
-def write(output: Path, content: bytes) -> None:
-    try:
-        with replace_file(output) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{output} is not written ({error.strerror}); --output names another file") from None
 
 
 def main() -> None:

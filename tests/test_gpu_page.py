@@ -50,7 +50,7 @@ print('ROW {"name": "child", "pid": %d}' % child.pid, flush=True)
 @pytest.mark.parametrize(
     ("ending", "problem"),
     [
-        ("time.sleep(600)", "ended after 5 s"),
+        pytest.param("time.sleep(600)", "ended after 5 s", marks=pytest.mark.slow),
         ("import os; os.kill(os.getpid(), 11)", "killed by signal 11"),
         ("sys.exit(3)", "ended with status 3"),
         ("", None),
@@ -75,7 +75,8 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(ending, pr
     assert "dots..." in (tmp_path / "gpu.log").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--only", "machine", "recipe"]
     process = subprocess.Popen([*command, "--output", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -189,7 +189,7 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
     names = ("anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv")
     single = {name: np.array([float(value) for _, value in read_csv(test / name)]) for name in names}
     for rule, combine in (("mean", np.mean), ("max", np.max)):
-        words = ("--window", "all", "--hop", "10", "--over_windows", rule, "--report")
+        words = ("--window", "all", "--hop", "10", "--over_windows", rule)
         status, output, _ = evaluate(call, lively, tmp_path / "joined", *words)
         assert status == 0
         assert "8 scores and metrics" in output

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 KEYS = {"epoch": 2, "batch_size": 4, "split_ratio": 0.7, "input": "[sgram]", "mode": "arcmix", "seed": 3}
 
 
+@pytest.mark.slow
 def test_it_trains_and_measures_as_the_scripts_do(tmp_path, data_root, call):
     train_in(tmp_path, data_root, **KEYS)
     assert call(eval_script.main, tmp_path / "run.pth", "--data_root", data_root, "--device", "cpu")[0] == 0

@@ -190,36 +190,17 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_roo
 
 # ---- Cut and resumed ----
 
+SLOW = pytest.mark.slow
 CUT = {"epoch": 3, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
 
 
-def start(folder: Path, data_root: Path, *options: str) -> subprocess.Popen:
-    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer, for the sake of time
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *arguments(folder, data_root, **keys), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for_epoch(process: subprocess.Popen, number: int) -> None:
-    """Read the run's output until this epoch is finished, then let it go some way into the next."""
+def wait_for_epoch(process: subprocess.Popen) -> None:
+    """Read the run's output until an epoch is finished, then let it go some way into the next."""
     for line in process.stdout:
-        if line.startswith(f"epoch {number}/"):
+        if line.startswith("epoch "):
             time.sleep(0.15)
             return
-    raise AssertionError(f"ended before epoch {number}: {process.stderr.read()}")
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, data_root) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert start(folder, data_root).wait() == 0
-    return folder
+    raise AssertionError(f"ended before an epoch: {process.stderr.read()}")
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:
@@ -234,22 +215,30 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     assert ours == expected
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(unbroken, tmp_path, data_root):
-    """Stopped twice, by Ctrl-C and by SIGTERM, in the midst of an epoch."""
-    options: list[str] = []
-    for number, (sent, status) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143)), start=1):
-        process = start(tmp_path, data_root, *options)
-        wait_for_epoch(process, number)
-        process.send_signal(sent)
-        errors = process.communicate()[1]
-        assert process.returncode == status
-        assert "Traceback" not in errors
-        assert f"stopped; --resume continues after epoch {number}" in errors
-        assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == number
-        options = ["--resume"]
-    resumed = start(tmp_path, data_root, "--resume")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert_same_run(tmp_path, unbroken)
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)])
+def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_root, call):
+    """Stopped in the midst of an epoch."""
+    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer, for the sake of time
+    stopped, unbroken = arguments(tmp_path / "stopped", data_root, **keys), arguments(tmp_path, data_root, **keys)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *stopped],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    wait_for_epoch(process)
+    process.send_signal(sent)
+    errors = process.communicate()[1]
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert "stopped; --resume continues after epoch 1" in errors
+    assert load_checkpoint(tmp_path / "stopped" / "run.last.pth")["epoch"] == 1
+    for options in (unbroken, [*stopped, "--resume"]):
+        assert call(train.main, *options)[0] == 0
+    assert_same_run(tmp_path / "stopped", tmp_path)
 
 
 # train.py in a process group that kills itself at the so many-th step, file operation, or write of a checkpoint, of
