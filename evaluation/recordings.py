@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -16,7 +15,7 @@ from checkpoint import TrainedModel
 from config import name_id, parse_id
 from corpus import ANOMALOUS, MACHINE, NORMAL, first_classes
 from dataloader import check_recordings, cut_into_windows, report_changes
-from evaluation.decisions import decide, explain_thresholds
+from evaluation.decisions import explain_thresholds
 from evaluation.result import check_finite, find_thresholds
 from evaluation.scoring import run_model, scores_against, with_embeddings
 from utils import UserError
@@ -81,43 +80,44 @@ def score_windows(
     device: torch.device,
 ) -> dict[Path, dict[str, Any]]:
     """What `score_recordings` says of recordings that can be used."""
-    table = pd.DataFrame({"path": list(recordings), "label": 0})
-    clips = cut_into_windows(table, recordings, trained.config)
-    outputs = run_model(trained, clips, device)
-    scores = scores_against(trained, outputs, candidates.values())
-    of_recordings = clips.over_windows(scores, trained.config.over_windows)  # (recordings, candidates), float64
+    clips = cut_into_windows(pd.DataFrame({"path": list(recordings), "label": 0}), recordings, trained.config)
+    scores = scores_against(trained, run_model(trained, clips, device), candidates.values())  # (windows, candidates)
+    of_recordings = clips.over_windows(scores, trained.config.over_windows)  # (recordings, candidates)
+    machines = list(candidates)
     best = of_recordings.argmin(axis=1)
-    table = pd.DataFrame(np.array(list(candidates))[best], columns=MACHINE).assign(score=of_recordings.min(axis=1))
-    check_finite(trained, table)
+    table = pd.DataFrame([machines[column] for column in best], columns=MACHINE)
+    check_finite(trained, table.assign(score=of_recordings.min(axis=1)))
     thresholds = find_thresholds(trained)
-    machine_type = table["machine_type"][0]
-    explain_thresholds(thresholds, {machine_type: [parse_id(name) for _, name in candidates]}, trained.path)
-    table = with_decision(table.join(thresholds["threshold"], on=MACHINE))
-    own = scores[np.arange(len(clips)), best[clips.recording]]
-    windows = clips.clips[["start"]].assign(score=own, threshold=table["threshold"][clips.recording].array)
-    windows = with_decision(windows).drop(columns="threshold")
-    of_each = [in_plain_values(part) for _, part in windows.groupby(clips.recording)]
-    rows = in_plain_values(table.assign(machine_id=table["machine_id"].map(parse_id)))
-    return {path: row | summarise(part) for path, row, part in zip(recordings, rows, of_each, strict=True)}
+    machine_type, ids = machines[0][0], [parse_id(machine_id) for _, machine_id in machines]
+    explain_thresholds(thresholds, {machine_type: ids}, trained.path)
+    of_machines, results = thresholds["threshold"].to_dict(), {}
+    for number, (path, column) in enumerate(zip(recordings, best, strict=True)):
+        threshold = of_machines.get(machines[column])
+        rows = clips.recording == number
+        starts, own = clips.clips["start"][rows].tolist(), scores[rows, column].tolist()
+        windows = [
+            {"start": start, "score": score, "decision": decide_one(score, threshold)}
+            for start, score in zip(starts, own, strict=True)
+        ]
+        score = float(of_recordings[number, column])
+        results[path] = {
+            "machine_type": machine_type,
+            "machine_id": ids[column],
+            "score": score,
+            "threshold": threshold,
+            "decision": decide_one(score, threshold),
+            "n_windows": len(windows),
+            "n_anomalous": None if threshold is None else sum(value > threshold for value in own),
+            "worst": max(windows, key=lambda window: window["score"]),
+            "windows": windows,
+        }
+    return results
 
 
-def summarise(windows: list[dict[str, Any]]) -> dict[str, Any]:
-    decisions = [window["decision"] for window in windows]
-    return {
-        "n_windows": len(windows),
-        "n_anomalous": sum(decision == ANOMALOUS for decision in decisions) if all(decisions) else None,
-        "worst": max(windows, key=lambda window: window["score"]),
-        "windows": windows,
-    }
-
-
-def with_decision(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(decision=decide(table["score"], table["threshold"]).map({0: NORMAL, 1: ANOMALOUS}))
-
-
-def in_plain_values(table: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The rows; None where a value is missing."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+def decide_one(score: float, threshold: float | None) -> str | None:
+    if threshold is None:
+        return None
+    return ANOMALOUS if score > threshold else NORMAL
 
 
 # ---- What is shown ----
