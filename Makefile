@@ -9,6 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := datasets/synthetic
 DEMO_WEIGHTS := check_points/demo.pth
+# a process for each core, with one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 .DEFAULT_GOAL := help
 
 PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root '$(DATA)') \
@@ -27,10 +29,10 @@ demo: .venv/installed
 	@echo 'The machines of the demo are synthetic: its table says nothing about real ones.'
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py

@@ -16,10 +16,10 @@ def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
     """The percentile of a gamma distribution fitted to the scores ("gamma"), or of the scores themselves ("quantile").
 
     As in the DCASE baselines, but for a location fixed at 0, below which no score lies: a free one fits less well and
-    at times not at all. Where all scores are alike nothing can be fitted, and the quantile serves.
+    at times not at all. Where all scores are alike up to rounding, nothing can be fitted, and the quantile serves.
     """
     values = np.maximum(scores, np.finfo(np.float64).eps)
-    if method == "gamma" and np.ptp(values) > 0:
+    if method == "gamma" and np.ptp(values) > 1e-4 * values.mean():
         import scipy.stats  # takes half a second
 
         shape, _, scale = scipy.stats.gamma.fit(values, floc=0)

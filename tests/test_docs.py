@@ -121,6 +121,7 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
         assert all(name in KEYS or f'"--{name}"' in text for name in names if name != "config")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["method", "angles"])
 def test_figures_are_drawn_for_light_and_dark_pages(name, call, lively, data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "DOCS", tmp_path)

@@ -120,11 +120,11 @@ def without_tracing(exported, monkeypatch):
 @pytest.mark.parametrize(
     "keys",
     [
-        *CHOICES,
-        *({"scoring": kind, "mode": mode} for kind in ("angle", "nearest") for mode in ("arcface", "cross_entropy")),
+        {},
+        {"mode": "cross_entropy", "input": "sgram"},
         {"scoring": "angle", "sub_centers": 3},
-        {"scoring": "published", "sub_centers": 3},
-        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "angle", "nearest")),
+        {"scoring": "angle", "mode": "cross_entropy"},
+        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "nearest")),
         {"scoring": "nearest", "neighbours": 1, "machines": {"fan": [0, 2]}},
     ],
     ids=str,
@@ -138,7 +138,7 @@ def test_the_graph_gives_the_scores_of_eval(keys):
     assert scores.shape == (reference.BATCH, len(first_classes(trained.config)))
     assert embedding.shape == (reference.BATCH, EMBEDDING_SIZE)
     has_bank = np.isfinite(expected)
-    assert has_bank.all() or keys["scoring"] == "nearest"
+    assert has_bank.all() or keys.get("scoring") == "nearest"
     assert (scores.numpy()[~has_bank] == np.inf).all()
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5)
 

@@ -165,6 +165,7 @@ def test_bytes_of_kernels():
     assert rows == {name: pytest.approx(row) for name, row in expected.items()}
 
 
+@pytest.mark.slow
 def test_the_losses_to_compare_with_are_those_of_this_code():
     place = gpu.Place(torch.device("cpu"), is_small=True, folder=Path())
     losses = gpu.first_losses(place.trainer(precision="fp32"), 4)

@@ -100,6 +100,7 @@ def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
         reproduce.call("dies.py")
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_script(tmp_path):
     """SIGTERM to the caller alone: the script ends first, in its own way."""
     (tmp_path / "long.py").write_text(

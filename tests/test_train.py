@@ -191,7 +191,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_roo
 # ---- Cut and resumed ----
 
 SLOW = pytest.mark.slow
-CUT = {"epoch": 3, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
+CUT = {"epoch": 2, "lr": 1e-3, "split_ratio": 0.8, "input": "[sgram]"}
 
 
 def wait_for_epoch(process: subprocess.Popen) -> None:

@@ -83,7 +83,8 @@ def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
     assert torch.equal(after["arcface.weight"], before["arcface.weight"])
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # slow on a CPU
+@pytest.mark.slow  # on a CPU
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_the_reference(precision):
     trainer, mix = reference_trainer("noisy_arcmix", precision=precision), mixes("noisy_arcmix")[0]
     trainer.model.train()
@@ -147,7 +148,7 @@ def test_the_step_is_one_graph_for_all_steps(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     trainer.model.train()
     inputs = trainer.front_end(samples)
-    compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="eager")
     mixes = [trainer.objective.draw_mix(0.5, np.random.default_rng(number), 4) for number in range(3)]
     with torch._dynamo.config.patch(error_on_recompile=True):
         results = [compiled(inputs, labels, mix) for mix in mixes]
@@ -320,8 +321,8 @@ def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
 
 
 def test_an_epoch_depends_on_seed_and_number_alone(data_root):
-    clips = clips_of(data_root, num_workers=3)
-    config = load_config(machines=MACHINES, batch_size=5, input=["sgram"])
+    clips = ClipSet(clips_of(data_root).clips[:5], num_workers=3)
+    config = load_config(machines=MACHINES, batch_size=3, input=["sgram"])
     first, again = (Trainer(config, CPU).train_epoch(clips, epoch=0) for _ in range(2))
     assert first == again
     assert first != Trainer(config, CPU).train_epoch(clips, epoch=1)
