@@ -44,7 +44,10 @@ class RunFiles:
 
     def __init__(self, best: Path) -> None:
         if not best.suffix:
-            raise UserError(f"{best}: results go to a folder of this name without its ending; rename it to {best}.pth")
+            raise UserError(
+                f"{best}: its results go to a folder of its name without the ending, and it has none; rename it to "
+                f"{best}.pth"
+            )
         self.best = best
         self.last = best.with_name(f"{best.stem}.last.pth")  # state after the last epoch, for resuming
         self.lock = best.with_name(f".{best.stem}.lock")

@@ -171,7 +171,7 @@ COMPUTATION_KEYS = (
 )  # fmt: skip
 # What makes the model and its published score: it is taken from the checkpoint.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
-# What the model has heard of a recording: it is taken from the checkpoint too, but the command line may differ.
+# Which part of a recording the model was trained on: taken from the checkpoint too, but the command line may differ.
 RECORDING_KEYS = ("window", "channel")
 # How clips are scored and decided upon.
 DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
@@ -212,8 +212,8 @@ def check_classes(config: Config) -> Config:
     return config
 
 
-def check_effect(config: Config, given: Mapping[str, Any], kinds: Sequence[str]) -> None:
-    """Raise `UserError` for a key of the command line (`given`) that is without effect on these kinds of score."""
+def check_effect(config: Config, given: Mapping[str, Any], kinds: Sequence[str] = SCORINGS) -> None:
+    """Raise `UserError` for a key on the command line (`given`) that has no effect on these kinds of score."""
     idle: dict[str, str] = {}
     if config.window == "first":
         idle |= dict.fromkeys(("hop", "over_windows"), "window: first")
@@ -235,7 +235,7 @@ def show_value(key: str, value: Any) -> str:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader, to which 1e-4 is a number too, and a key that is given twice an error."""
+    """PyYAML's loader, but 1e-4 is a number, 010 is ten and not eight, and a key that is given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -247,6 +247,7 @@ class YamlLoader(yaml.SafeLoader):
 
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -256,7 +257,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # such as !!int x
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # as !!int x
         raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -312,7 +313,7 @@ def parse_command_line(
     those that it takes.
     """
     add_config_options(parser, keys)
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         word = unknown[0].split("=")[0]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# In a collective, before the job is given up: one process may read recordings or write files while the others wait. One
-# that has died is noticed at once, by torchrun's agent, which ends all.
+# How long a collective waits before the job fails: one process may read or write files while the others wait.
+# One that has died is noticed at once by torchrun's agent, which ends the job.
 TIMEOUT = timedelta(hours=1)
 
 

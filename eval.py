@@ -21,8 +21,8 @@ Where clips have domains, the metrics are those of each domain too, and the offi
 --score_files computes all metrics from files of scores alone, and writes them into FOLDER/metrics.
 
 Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
-training clips. Training leaves them in the checkpoint; for other weights they are computed from the training clips in
-data_root, each time.
+training clips. Training leaves them in the checkpoint; for weights without them, each call computes them from the
+training clips in data_root.
 
 score.py scores single recordings.
 """

@@ -62,7 +62,7 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
     parser.add_argument("--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)")
-    config, options, given = parse_command_line(parser, keys=SCORING_KEYS)
+    config, options, given = parse_command_line(parser, keys=[key for key in SCORING_KEYS if key != "window"])
     export(config, options, given)
 
 

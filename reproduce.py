@@ -7,12 +7,13 @@
     python reproduce.py --seeds 1 2 --batch_size 128          # the same without make, and with keys of config.yaml
 
 Calls datasets/download.py (where data_root is the project's own folder), train.py for one seed after the other, and
-eval.py. Before each run it says how many epochs are left, and how long they will take, as soon as epochs were timed.
+eval.py. Before each run it says how many epochs are left, and how long they will take, once an epoch has been timed.
 OUTPUT/comparison.md is the report: mean and deviation over the seeds with the published figures, differences of the
 modes with intervals, and every run; angles.png is in it, a panel for each mode.
 
 Start the same command again after an interruption: finished runs are not trained again, and the one that was
-interrupted goes on after its last finished epoch. Seeds can be added in the same way. An error in a run ends it all.
+interrupted goes on after its last finished epoch. Seeds can be added in the same way. An error in a run stops the
+script.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from checkpoint import RunFiles, check_configuration, load_newest
 from config import EVALUATION_KEYS, TRAINING_KEYS, Config, check_effect, load_config, parse_command_line
@@ -58,7 +61,7 @@ def main() -> None:
     given |= {key: getattr(settled, key) for key in config.differences(settled.model_dump(), ["machines", "classes"])}
     runs = plan(options, given)
     check_writable(options.output / "comparison.md", "--output names another folder")
-    check_space(runs, options.output)
+    check_runs(runs, options.output)
 
     def words(keys: Sequence[str]) -> list[str]:
         return ["--config", str(options.config), *as_options({key: given[key] for key in keys if key in given})]
@@ -100,8 +103,11 @@ def is_to_download(config: Config) -> bool:
     return root.resolve() == ROOT / "datasets" and not is_filled_by_hand
 
 
-def check_space(runs: Sequence[Config], output: Path) -> None:
-    """Raise `UserError` where the disk is too small for the runs that have not begun."""
+def check_runs(runs: Sequence[Config], output: Path) -> None:
+    """Raise `UserError` where a run had another configuration, or the disk is too small for those not begun."""
+    for files, run in [(RunFiles(run.checkpoint), run) for run in runs if run.checkpoint.exists()]:
+        remedy = "remove it, give the same, or --output names another folder"
+        check_configuration(run, load_newest(files), files.last, remedy)
     needed = RUN_BYTES * sum(not run.checkpoint.exists() for run in runs)
     free = shutil.disk_usage(output).free
     if free < needed:
@@ -110,21 +116,15 @@ def check_space(runs: Sequence[Config], output: Path) -> None:
 
 
 def describe_rest(runs: Sequence[Config]) -> str:
-    """How many epochs are left, and how long they take. Raises `UserError` where a run had another configuration."""
-    seconds = [row["seconds"] for run in runs if run.checkpoint.exists() for row in read_history(run)]
+    """How many epochs are left, and about how long they take, by the seconds of those in the histories."""
+    histories = [RunFiles(run.checkpoint).history for run in runs]
+    seconds = [value for file in histories if file.exists() for value in pd.read_csv(file)["seconds"]]
     left = sum(run.epoch for run in runs) - len(seconds)
     if not seconds:
         return f"{left} epochs left"
     rest = left * sum(seconds) / len(seconds)
     time = f"{rest / 3600:.1f} h" if rest >= 5400 else f"{math.ceil(rest / 60)} min"
-    return f"{left} epochs left, which take about {time}"
-
-
-def read_history(run: Config) -> list[dict[str, float]]:
-    files = RunFiles(run.checkpoint)
-    state = load_newest(files)
-    check_configuration(run, state, files.last, "remove it, give the same, or --output names another folder")
-    return state["history"]
+    return f"{left} epochs left, about {time}"
 
 
 # ---- Calling the other scripts ----

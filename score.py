@@ -7,10 +7,10 @@
 
 Takes files and folders of recordings, scores each from its beginning to its end against the machine ID given, or
 against that ID of the machine type that it fits best, and prints a line for each: file, machine, score, threshold,
-normal or anomalous, and where it is worst. --timeline adds the windows one by one; --json prints all of it as JSON;
+normal or anomalous, and where it is worst. --timeline adds the windows one by one; --json prints the same as JSON;
 --plots draws the windows, a picture for each recording in the folder NAME/timelines beside a checkpoint NAME.pth. A
-file that cannot be read is named in its line; the others are scored, and the exit status is 2. It does not depend on
-the decisions.
+file that cannot be read is named in its line; the others are scored, and the exit status is 2. The exit status does not
+depend on the decisions.
 
 Machines, classes, mode, input, m, s, sub_centers and channel come from the checkpoint. The kind of score and the
 threshold are those of the configuration, as in eval.py.
@@ -42,12 +42,13 @@ def score(config: Config, options: Namespace, given: dict[str, Any]) -> None:
         print_json(results, options.timeline)
     else:
         print_scores(results, options.timeline)
-    for row, file in pictures:
+    if pictures:
         from evaluation.figures import draw_timeline  # matplotlib takes a second to import
 
-        draw_timeline(row, trained.config, file)
-    if pictures and not options.json:
-        print(f"{len(pictures)} timelines: {folder}")
+        for row, file in pictures:
+            draw_timeline(row, trained.config, file)
+        if not options.json:
+            print(f"{len(pictures)} timelines: {folder}")
     if bad := sum("error" in row for row in results):
         raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
 

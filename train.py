@@ -13,7 +13,7 @@ Several GPUs: see train_ddp.py.
 from pathlib import Path
 
 from checkpoint import RunFiles, clear_run, find_state, load_checkpoint, lock_run
-from config import SCORINGS, TRAINING_KEYS, Config, check_effect, parse_command_line
+from config import TRAINING_KEYS, Config, check_effect, parse_command_line
 from corpus import settle_classes
 from dataloader import keep_on_gpu, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
@@ -57,7 +57,7 @@ def parse_options(manual: str) -> tuple[Config, bool, bool]:
     parser.add_argument("--resume", action="store_true", help="continue after the last finished epoch of save_path")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run under save_path")
     config, options, given = parse_command_line(parser, keys=TRAINING_KEYS)
-    check_effect(config, given, SCORINGS)
+    check_effect(config, given)
     return config, options.resume, options.overwrite
 
 

@@ -10,10 +10,12 @@ On several machines, with restarts:
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 \\
         --rdzv-backend=c10d --rdzv-id=a_name --rdzv-endpoint=HOST:29400 train_ddp.py --resume
 
-Options, outputs and the global batch size are those of train.py. Where torchrun may restart the processes, --resume is
-needed: a run with nothing to resume starts from the beginning. With several machines, give all of them the same
-recordings, and for restarts the same save_path on a shared disk.
+Options, outputs and the global batch size are those of train.py. With --max-restarts give --resume too: the first
+attempt starts the run, later ones continue it. With several machines, give all of them the same recordings, and for
+restarts the same save_path on a shared disk.
 """
+
+import os
 
 from distributed import is_started_by_torchrun, join, leave
 from train import parse_options, train
@@ -27,6 +29,8 @@ def main() -> None:
             "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N train_ddp.py "
             "(for one process: python train.py)"
         )
+    if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError("--overwrite would begin anew after every restart: remove the old run and give --resume")
     join(use_device(config.device))
     train(config, resume, overwrite)
     leave()

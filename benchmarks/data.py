@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,8 +31,8 @@ from audio import read_recording
 from config import Config, load_config, parse_command_line
 from corpus import find_clips
 from dataloader import ClipSet, load_clips, shuffled_batches
-from model import FrontEnd
-from model.tastgram import HOP_LENGTH, N_FFT, N_MELS, N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
+from model import FrontEnd, LogMel
+from model.tastgram import N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
 from trainer import Run
 from utils import OneLineParser, keep_freed_memory, run_script, versions
 
@@ -42,18 +41,11 @@ BATCH = 64
 CPU = torch.device("cpu")
 
 
-def mel_power() -> torch.nn.Module:
-    """The published mel spectrogram, as torchaudio has it."""
-    return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, N_FFT, hop_length=HOP_LENGTH, n_mels=N_MELS, pad_mode="constant", norm="slaney", mel_scale="slaney"
-    )
-
-
 def read_file_by_file(paths: list[Path]) -> float:
     """Seconds that a first implementation takes for the log-mel of all recordings."""
     import librosa
 
-    power = mel_power()
+    power = LogMel().mel
     start = time.perf_counter()
     for path in tqdm(paths, desc="file by file", leave=False, disable=None):
         samples, _ = librosa.load(path, sr=SAMPLE_RATE)

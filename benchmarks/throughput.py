@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.data import mel_power
 from checkpoint import TrainedModel, build_network
 from config import load_config
 from dataloader import ClipSet, batches
 from evaluation.scoring import run_model
 from losses import Objective
+from model import LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR
 from trainer import Trainer
 from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_up_numerics, versions
@@ -155,7 +155,7 @@ def plain_stages(trained_on: ClipSet, clips: ClipSet, device: torch.device, batc
     set_up_numerics()
     network, objective = build_network(config).to(device), Objective(config.mode, config.m, config.s)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=config.lr)
-    power = mel_power().to(device)
+    power = LogMel().mel.to(device)
     rng = np.random.default_rng(0)
 
     def inputs(clips: ClipSet, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import OneLineParser, UserError, run_script
+from utils import OneLineParser, UserError, run_script, write_text
 
 TABLE = Path(__file__).resolve().with_name("dcase2020_task2.yaml")
 
@@ -51,8 +51,9 @@ CLIPS_IN_ZIP = {
 }
 FOLDERS = {"development": "{train,test}", "additional": "train", "evaluation": "evaluation"}
 
-TRIES = 6  # of a request, and in a row without a new byte
-PAUSE_SECONDS = 2.0  # after the first of them, doubled after each further one of a request
+TRIES = 6  # of a request; and how often in a row a connection may bring no new byte
+PAUSE_SECONDS = 2.0  # after a lost connection; between tries of a request none, then 4, 8, 16 and 32
+MAX_PAUSE_SECONDS = 300  # a busy server may ask for hours
 TIMEOUT_SECONDS = (10, 60)  # to connect, and without a byte
 CHUNK_BYTES = 1 << 14  # what a lost connection may take with it
 TRY_AGAIN = (429, 500, 502, 503, 504)  # HTTP status
@@ -153,8 +154,10 @@ def gigabytes(size: int) -> str:
 
 
 def check_space(missing: list[Zip], output: Path) -> None:
-    """Raise UserError if the disk cannot hold the clips and, beside them, the largest zip."""
-    needed = sum(item.unpacked_size for item in missing) + max((item.size for item in missing), default=0)
+    """Raise UserError if the disk cannot hold the clips and, beside them, what is missing of the largest zip."""
+    here = [sum(path.stat().st_size for path in item.path.parent.glob(f"{item.path.name}*")) for item in missing]
+    zips = [item.size - size for item, size in zip(missing, here, strict=True)]
+    needed = sum(item.unpacked_size for item in missing) + max([0, *zips])
     free = shutil.disk_usage(output).free
     if free < needed:
         remedy = "free some space, or choose fewer --types or --parts or another --output"
@@ -185,10 +188,8 @@ def fetch_zip(session: requests.Session, item: Zip, output: Path) -> None:
         (item.unpacking / clip).replace(output / clip)
     shutil.rmtree(item.unpacking)
     counts = Counter(clip[: -len("_NNNNNNNN.wav")] for clip in clips)  # as in {"fan/train/normal_id_00": 911}
-    marker = item.marker.with_suffix(".json.part")
-    marker.write_text(json.dumps({"md5": item.md5, "clips": counts}, indent=2) + "\n")
-    os.sync()  # so that the marker reaches the disk after the clips
-    marker.rename(item.marker)  # last of all: what has no marker is unpacked again
+    os.sync()  # the marker reaches the disk after the clips: a zip without one is unpacked again
+    write_text(item.marker, json.dumps({"md5": item.md5, "clips": counts}, indent=2) + "\n")
     item.path.unlink()
 
 
@@ -224,7 +225,13 @@ def make_session() -> requests.Session:
     """A session that tries again where a server is out of reach or busy, after the pause that it asks for."""
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # so that ranges and lengths count the bytes of the file
-    retry = Retry(TRIES - 1, backoff_factor=PAUSE_SECONDS, status_forcelist=TRY_AGAIN, raise_on_status=False)
+    retry = Retry(
+        TRIES - 1,
+        backoff_factor=PAUSE_SECONDS,
+        status_forcelist=TRY_AGAIN,
+        raise_on_status=False,
+        retry_after_max=MAX_PAUSE_SECONDS,
+    )
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session

@@ -213,9 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     clips = clips_of_set(options.form, options.train, options.test)
     mark = output / "synthetic.json"
     found = mark.read_text() if mark.is_file() else ""
-    form = {} if options.form == "2020" else {"form": options.form}
-    numbers = {"train": options.train, "test": options.test, "seed": options.seed}
-    wanted = json.dumps(form | numbers)
+    wanted = json.dumps({"form": options.form, "train": options.train, "test": options.test, "seed": options.seed})
     done = found == wanted and not options.overwrite and all((output / clip.name).is_file() for clip in clips)
     if not done:
         if output.is_dir() and not mark.is_file() and any(output.iterdir()):

@@ -21,7 +21,7 @@ Differences: of the means, with {COVERAGE:.0%} intervals that allow for other se
 is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
 drawn anew (bootstrap within machine ID, condition and domain, the same clips on both sides); Student's t with the
 degrees of freedom of Welch and Satterthwaite. Where nothing differs, one interval in twenty does not contain 0. Scores
-of the same runs share their seeds, which makes their intervals wider than need be. A configuration of a single run
+of the same runs share their seeds, which makes their intervals wider than necessary. A configuration of a single run
 tells nothing of its seeds: then the interval allows for other test clips alone.
 """
 
@@ -114,11 +114,22 @@ def tables_of(groups: dict[str, list[Result]], machine_type: str, split: str) ->
             lines.append(markdown_row(f"{name}, published", [*cells, *["-"] * (len(columns) - len(cells))]))
     if len(groups) > 1:
         lines += ["", *markdown_header(f"difference ({COVERAGE:.0%} interval)", columns)]
-    for one, other in itertools.combinations(groups, 2):
+    for one, other in find_pairs(groups):
         is_single = len(groups[one]) == 1 or len(groups[other]) == 1
         name = f"{one} minus {other}{' (test clips alone)' if is_single else ''}"
         lines.append(markdown_row(name, show_difference(draws[one], draws[other])))
     return lines
+
+
+def find_pairs(groups: dict[str, list[Result]]) -> list[tuple[str, str]]:
+    """The configurations to compare: all, but not two that differ in the training and in the kind of score."""
+    trainings = {name: [run.trained.path for run in runs] for name, runs in groups.items()}
+    scorings = {name: runs[0].trained.config.scoring for name, runs in groups.items()}
+    return [
+        (one, other)
+        for one, other in itertools.combinations(groups, 2)
+        if trainings[one] == trainings[other] or scorings[one] == scorings[other]
+    ]
 
 
 def show_difference(one: np.ndarray, other: np.ndarray) -> list[str]:

@@ -124,8 +124,8 @@ def hash_weights(network: TASTgramMFN) -> str:
 
 
 def compare(content: bytes, trained: TrainedModel) -> float:
-    """The largest difference between the scores of a file of this content and those of eval.py, on the CPU: against
-    every machine ID, for signals from full scale to silence.
+    """The largest difference between the scores of an ONNX file with this content and those of eval.py, on the CPU:
+    against every machine ID, for signals from full scale to silence.
 
     Raises `UserError` where a difference is larger than RELATIVE and ABSOLUTE allow, or a score is not finite.
     """

@@ -107,7 +107,7 @@ def score_windows(
             "threshold": threshold,
             "decision": decide_one(score, threshold),
             "n_windows": len(windows),
-            "n_anomalous": None if threshold is None else sum(value > threshold for value in own),
+            "n_anomalous": None if threshold is None else sum(window["decision"] == ANOMALOUS for window in windows),
             "worst": max(windows, key=lambda window: window["score"]),
             "windows": windows,
         }

@@ -127,8 +127,8 @@ def held_out_scores(trained: TrainedModel) -> pd.DataFrame:
 
 
 def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.device) -> TrainedModel:
-    """The model with what the score nearest compares with, if it is among these kinds: the bank, and the embeddings of
-    the held-out clips for its thresholds.
+    """The model with the embeddings that `nearest` needs, if it is among these kinds: those of the training clips (the
+    bank) and of the held-out clips (for the thresholds).
 
     A finished training has left them in the checkpoint. For other weights they are computed from data_root. Raises
     `UserError` where there are no training clips, or others than those of the run.
@@ -140,22 +140,21 @@ def with_embeddings(trained: TrainedModel, kinds: Sequence[str], device: torch.d
     return dataclasses.replace(trained, state=trained.state | {"embeddings": embed_training_clips(trained, device)})
 
 
-def training_config(trained: TrainedModel) -> Config:
-    """The configuration, with the windows of the run behind the weights, whatever is evaluated."""
-    run = trained.state.get("config", trained.config.model_dump())
-    return trained.config.model_copy(update={key: run[key] for key in ("window", "hop", "channel")})
-
-
 def embed_training_clips(trained: TrainedModel, device: torch.device) -> State:
-    """Those of all training clips; of a run, without the clips that it held out, which are apart."""
-    config = training_config(trained)
+    """The embeddings of all training clips; for a run, those of its held-out clips separately. Windows and channel are
+    those of the training, whatever is evaluated.
+    """
+    run = trained.state.get("config", trained.config.model_dump())
+    config = trained.config.model_copy(update={key: run[key] for key in ("window", "hop", "channel")})
     clips = load_clips(config, "train")
     parts = {"bank": clips}
     if "clips" in trained.state:
-        run = trained.state["config"]
         parts = dict(zip(("bank", "held_out"), clips.split(run["split_ratio"], run["seed"]), strict=True))
         if fingerprint(parts.values()) != trained.state["clips"]:
-            raise UserError(f"the clips under {config.data_root} are not those that {trained.path} was trained on")
+            raise UserError(
+                f"the clips under {config.data_root} are not those that {trained.path} was trained on; give the folder "
+                f"of that run (--data_root), or take another score (--scoring)"
+            )
     exact = dataclasses.replace(trained, config=config.model_copy(update={"eval_precision": "fp32"}))
     return {
         name: pack_embeddings(run_model(exact, part, device, "embeddings").embedding, part.labels)

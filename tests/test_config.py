@@ -53,7 +53,7 @@ def test_a_number_is_a_number_wherever_it_is_written(written, tmp_path):
     assert parse("--lr", written).lr == 1e-4
 
 
-@pytest.mark.parametrize("ids", ["[2, 8]", '["02", "08"]', "[02, 08]", "['2', 08]"])
+@pytest.mark.parametrize("ids", ["[2, 8]", '["02", "08"]', "[02, 08]", "['2', 08]", "[002, 008]"])
 def test_an_id_may_be_written_with_zeros(ids, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text(f"machines: {{fan: {ids}}}\n")
@@ -131,6 +131,8 @@ def test_save_path_holds_mode_and_seed():
         (["--epoch", "1.5"], r"epoch: 1.5 is not a whole number of at least 1"),
         (["--epoch", "'1_0'"], r"epoch: '1_0' is not a whole number"),
         (["--epoch", "!!int x"], r"epoch: not valid YAML"),
+        (["--tensorboard", "!!bool x"], r"tensorboard: not valid YAML"),
+        (["--epoch", "1:30"], r"epoch: not valid YAML"),
         (["--epoch", "true"], r"epoch: True is not a whole number"),
         (["--epoch", "0"], r"epoch: 0 is not a whole number of at least 1"),
         (["--batch_size", "1"], r"batch_size: 1 is not a whole number of at least 2 \(batch norm\)"),

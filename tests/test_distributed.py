@@ -42,6 +42,13 @@ def test_it_takes_the_options_of_train_and_says_how_it_is_started(fails):
     fails(train_ddp.main, "--lr", "1", match="torchrun --standalone --nproc_per_node=N train_ddp.py")
 
 
+def test_a_restart_may_not_overwrite(fails, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("utils.distributed.end_process", sys.exit)
+    fails(train_ddp.main, "--overwrite", match="--overwrite would begin anew after every restart: remove the old run")
+
+
 # Leaves the run after so many epochs, as if it had been stopped there.
 STOPPED = """
 import sys

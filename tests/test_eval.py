@@ -536,7 +536,7 @@ def test_options_without_effect_are_errors(words, match, trained, fails):
 
 
 def test_missing_and_damaged_checkpoints(tmp_path, fails):
-    fails(eval_script.main, tmp_path / "weights", match=r"weights: results go to a folder of this name .*weights.pth")
+    fails(eval_script.main, tmp_path / "weights", match=r"weights: its results go to a folder .*weights.pth")
     fails(eval_script.main, tmp_path / "none.pth", match="none.pth: no such checkpoint; train one with")
     (tmp_path / "text.pth").write_text("hello")
     fails(eval_script.main, tmp_path / "text.pth", match="text.pth: not a readable checkpoint")

@@ -27,6 +27,7 @@ from dataloader import ClipSet, load_clips
 from evaluation.comparison import (
     compare,
     difference,
+    find_pairs,
     group_by_configuration,
     name_configurations,
 )
@@ -571,6 +572,10 @@ def test_names_of_configurations(result):
     assert name_configurations(runs[:2]) == ["scoring nearest", "scoring published"]
     assert name_configurations(runs[1::2]) == ["mode arcmix", "mode arcface"]
     assert name_configurations(runs[:1]) == ["mode arcmix"]
+    paths = [Path(f"{run.trained.config.mode}.pth") for run in runs]
+    runs = [replace(run, trained=replace(run.trained, path=path)) for run, path in zip(runs, paths, strict=True)]
+    groups = dict(zip("abcd", [[run] for run in runs], strict=True))
+    assert find_pairs(groups) == [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
 
 
 def test_the_interval_of_clips_alone_is_that_of_the_same_draws():

@@ -100,7 +100,7 @@ def test_what_does_not_work_is_a_row(tmp_path):
     assert re.match("device: cuda:77 ", row["problem"])
 
 
-def test_measurements_that_there_is_no_time_for(tmp_path, monkeypatch, fails):
+def test_measurements_that_there_is_no_time_for(tmp_path, fails):
     fails(gpu.main, "--minutes", "0.1", "--output", tmp_path, match="not everything went well")
     assert [row["problem"] for row in page_of(tmp_path)] == ["no time left of 0.1 minutes"] * len(gpu.MEASUREMENTS)
 

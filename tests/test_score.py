@@ -136,7 +136,7 @@ def test_pictures_of_timelines(lively, long_recording, data_root, call):
     assert output.splitlines()[1:] == [f"1 timelines: {folder}"]
 
 
-def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, call, fails):
+def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, call):
     names = ["rec$1_$2.wav", os.fsdecode(b"\xff.wav")]
     for name in names:
         shutil.copy(write_clip(tmp_path / "a.wav", tone(1, 12.0)), tmp_path / name)

@@ -129,7 +129,7 @@ def test_classes_of_which_every_recording_is_held_out_are_said(tmp_path, call):
     assert said in errors
 
 
-def test_resuming_where_nothing_is(tmp_path, data_root, call, fails):
+def test_resuming_where_nothing_is(tmp_path, data_root, call):
     status, output, errors = call(train.main, *arguments(tmp_path, data_root), "--resume")
     assert status == 0
     assert "run.last.pth: nothing to resume, so the run starts from the beginning" in errors
