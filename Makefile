@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root '$(DATA)') \
 	$(if $(EPOCH),--epoch $(EPOCH)) $(OPTIONS)
 
-.PHONY: help demo test test-slow gpu paper lint
+.PHONY: help demo test pytest test-slow gpu paper lint
 
 help:
 	@sed -n '2,6s/^#   //p' Makefile
@@ -28,7 +28,10 @@ demo: .venv/installed
 	$(BIN)/python eval.py $(DEMO_WEIGHTS) --data_root $(DEMO_DATA)
 	@echo 'The machines of the demo are synthetic: its table says nothing about real ones.'
 
-test: lint
+test: .venv/installed
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: .venv/installed
 	$(PYTEST)
 
 test-slow: lint

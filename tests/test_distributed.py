@@ -277,6 +277,7 @@ def test_a_fault_of_one_process_ends_the_job(kind, rank, moment, tmp_path, data_
     assert [cause in line for line in errors(result)] == [True], result.stderr
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once(tmp_path):
     result = torchrun(2, *arguments(tmp_path, tmp_path / "nowhere"))
     assert result.returncode == 1

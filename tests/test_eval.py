@@ -140,6 +140,7 @@ def test_evaluation_clips_with_and_without_labels(lively, tmp_path, data_root, c
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(trained, tmp_path, data_root, call):
     state = load_checkpoint(trained / "run.pth")
     state["config"] |= {"mode": "cross_entropy", "input": ["sgram"]}
@@ -435,6 +436,7 @@ def test_names_that_lie_are_one_line(sections, tmp_path, fails):
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pth"] == []
 
 
+@pytest.mark.slow
 def test_evaluation_clips_of_later_years(sections, tmp_path, call):
     """In the test folder, beside the others; with labels from the organisers' lists, and without."""
     root = tmp_path / "data"

@@ -160,6 +160,7 @@ def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
     assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == ["0:00:00", "0:00:00.50", "0:00:01"]
 
 
+@pytest.mark.slow
 def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, tmp_path, call):
     """Whatever the windows of what is scored."""
     torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")

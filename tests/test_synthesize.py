@@ -133,6 +133,7 @@ def features(machine_type: str, machine_id: int, seed: int, fault: str = "") -> 
     return np.concatenate((level.mean(axis=0), level.std(axis=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine_type", MACHINES)
 def test_other_ids_and_faults_are_out_of_the_ordinary(machine_type):
     machine_id, *others = MACHINES[machine_type]

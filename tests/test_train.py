@@ -129,6 +129,7 @@ def test_classes_of_which_every_recording_is_held_out_are_said(tmp_path, call):
     assert said in errors
 
 
+@pytest.mark.slow
 def test_resuming_where_nothing_is(tmp_path, data_root, call):
     status, output, errors = call(train.main, *arguments(tmp_path, data_root), "--resume")
     assert status == 0
@@ -170,6 +171,7 @@ def test_too_few_clips_to_train_on(tmp_path, fails):
     fails(train.main, *options, match="1 clips to train on: batch norm needs two")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_root, fails, monkeypatch):
     """The files are written beside the next epoch, in which the error is met."""
     write, written = Path.write_bytes, []

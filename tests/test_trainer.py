@@ -42,7 +42,7 @@ def mixes(mode: str) -> list[Mix | None]:
 # ---- The step ----
 
 
-@pytest.mark.parametrize("mode", ["arcface", "arcmix", "noisy_arcmix"])
+@pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "arcmix", "noisy_arcmix"])
 def test_eight_steps_match_the_reference(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     parameters = dict(trainer.network.named_parameters())
@@ -338,6 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_root, fails):
     assert not list(tmp_path.glob("*.pth"))
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_clip_is_trained(tmp_path, data_root, call):
     # 12 clips, int(0.8 * 12) = 9 to train on: two batches of 4 and one clip
     status, _, _ = call(train.main, *arguments(tmp_path, data_root, split_ratio=0.8))
