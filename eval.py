@@ -78,11 +78,12 @@ def evaluate_one(config: Config, path: Path, given: dict[str, Any], options: Nam
 
 def draw(result: Result, folder: Path, has_report: bool) -> None:
     from evaluation.figures import draw_all  # matplotlib takes a second to import
-    from evaluation.report import write_report
 
     figures = draw_all(result, folder / "figures")
     print(f"{len(figures)} figures: {folder / 'figures'}")
     if has_report:
+        from evaluation.report import write_report
+
         write_report(result, figures, folder / "report.html")
         print(f"report: {folder / 'report.html'}")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -91,10 +92,10 @@ def score_windows(
     machine_type, ids = machines[0][0], [parse_id(machine_id) for _, machine_id in machines]
     explain_thresholds(thresholds, {machine_type: ids}, trained.path)
     of_machines, results = thresholds["threshold"].to_dict(), {}
+    starts_of, scores_of = (np.split(values, clips.firsts[1:]) for values in (clips.clips["start"].to_numpy(), scores))
     for number, (path, column) in enumerate(zip(recordings, best, strict=True)):
         threshold = of_machines.get(machines[column])
-        rows = clips.recording == number
-        starts, own = clips.clips["start"][rows].tolist(), scores[rows, column].tolist()
+        starts, own = starts_of[number].tolist(), scores_of[number][:, column].tolist()
         windows = [
             {"start": start, "score": score, "decision": decide_one(score, threshold)}
             for start, score in zip(starts, own, strict=True)
