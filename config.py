@@ -1,6 +1,7 @@
 """What each key of config.yaml may be; how the file and the command line become a `Config`.
 
-config.yaml is the only place of values and meanings: `--help` prints its comments. This file holds types and ranges.
+config.yaml is the only place of values and meanings: `--help` prints its comments. This file holds
+types and ranges.
 """
 
 import argparse
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from losses import MODES
 from model import CHANNELS
@@ -25,15 +34,21 @@ DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 MachineID = int | str
 Machines = Mapping[str, Sequence[MachineID]]  # by machine type, their order numbers the classes
 AUTO: Machines = {}  # `machines: auto`, until `corpus.settle_classes` has looked which there are
-Classes = Mapping[str, Mapping[str, Sequence[str]]]  # by machine type and ID ("02"), the attributes of each class
-BY_ATTRIBUTES = "attributes"  # `classes: attributes`, until `corpus.settle_classes` has looked which there are
+Classes = Mapping[
+    str, Mapping[str, Sequence[str]]
+]  # by machine type and ID ("02"), the attributes of each class
+BY_ATTRIBUTES = (
+    "attributes"  # `classes: attributes`, until `corpus.settle_classes` has looked which there are
+)
 MACHINE_ID = r"(?!(pooled|mean|min)$)[^_/\\\x00-\x1f\x7f]+"
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
 
 def refuse_non_numbers(value: Any) -> Any:
-    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # which Python takes for numbers
+    if isinstance(value, bool) or (
+        isinstance(value, str) and "_" in value
+    ):  # which Python takes for numbers
         raise ValueError
     return value
 
@@ -74,9 +89,13 @@ Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]
 # A folder name, but `average`, a row of the table of results.
-MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$")]
+MachineType = Annotated[
+    str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$")
+]
 MachineIDs = Annotated[
-    list[Annotated[MachineID, PlainValidator(check_id)]], Field(min_length=1), AfterValidator(refuse_repeats)
+    list[Annotated[MachineID, PlainValidator(check_id)]],
+    Field(min_length=1),
+    AfterValidator(refuse_repeats),
 ]
 MachineTable = Annotated[dict[MachineType, MachineIDs], BeforeValidator(read_machines)]
 Channels = Annotated[
@@ -84,7 +103,9 @@ Channels = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1),
     AfterValidator(refuse_repeats),
-    AfterValidator(lambda names: sorted(names, key=CHANNELS.index)),  # the order in which they are stacked
+    AfterValidator(
+        lambda names: sorted(names, key=CHANNELS.index)
+    ),  # the order in which they are stacked
 ]
 
 
@@ -93,7 +114,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", regex_engine="python-re")
 
-    data_root: Annotated[Path_, Field(pattern=r"\S", description="the name of a folder (a number needs quotes)")]
+    data_root: Annotated[
+        Path_, Field(pattern=r"\S", description="the name of a folder (a number needs quotes)")
+    ]
     machines: Annotated[
         MachineTable,
         Field(
@@ -103,7 +126,10 @@ class Config(BaseModel):
     ]
     classes: Annotated[
         Literal["section", "attributes"]
-        | dict[MachineType, dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(refuse_repeats)]]],
+        | dict[
+            MachineType,
+            dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(refuse_repeats)]],
+        ],
         Field(description="section, attributes, or a table of the attributes of each machine"),
     ]
     window: Literal["first", "all"]
@@ -114,13 +140,17 @@ class Config(BaseModel):
     channel: Annotated[Whole, Field(ge=0, description="a whole number of at least 0")]
     split_ratio: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
     mode: Literal[tuple(MODES)]  # type: ignore[valid-type]
-    input: Annotated[Channels, Field(description=f"a list of different channels out of {', '.join(CHANNELS)}")]
+    input: Annotated[
+        Channels, Field(description=f"a list of different channels out of {', '.join(CHANNELS)}")
+    ]
     alpha: Positive
     m: Annotated[Real, Field(ge=0, le=math.pi, description="an angle from 0 to 3.14 radians")]
     s: Positive
     sub_centers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     epoch: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
-    batch_size: Annotated[Whole, Field(ge=2, description="a whole number of at least 2 (batch norm)")]
+    batch_size: Annotated[
+        Whole, Field(ge=2, description="a whole number of at least 2 (batch norm)")
+    ]
     lr: Positive
     weight_decay: Annotated[Real, Field(ge=0, description="a number of at least 0")]
     seed: Annotated[Whole, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
@@ -132,7 +162,9 @@ class Config(BaseModel):
             description="a file name that ends in .pth, without braces but those of {mode} and {seed}",
         ),
     ]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")]
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
+    ]
     data_device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     eval_precision: Literal["fp32", "bf16", "fp16"]
@@ -144,7 +176,9 @@ class Config(BaseModel):
     over_windows: Literal["mean", "max"]
     score_dtype: Literal["float32", "float64"]
     threshold: Literal["gamma", "quantile"]
-    threshold_percentile: Annotated[Real, Field(gt=0, lt=100, description="a number above 0 and below 100")]
+    threshold_percentile: Annotated[
+        Real, Field(gt=0, lt=100, description="a number above 0 and below 100")
+    ]
 
     @property
     def checkpoint(self) -> Path:
@@ -152,18 +186,23 @@ class Config(BaseModel):
         return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
 
     def hop_of(self, split: str) -> float | None:
-        """Seconds between the windows of a recording of the split; None where its first window alone counts."""
+        """Seconds between the windows of a recording of the split; None where its first window
+        alone counts.
+        """
         if self.window == "first":
             return None
         return {"train": 10.0}.get(split, 5.0) if self.hop == "auto" else self.hop
 
     def differences(self, other: dict[str, Any], keys: Sequence[str]) -> list[str]:
-        """Those of the keys whose values in another configuration differ; the order of the machines counts."""
+        """Those of the keys whose values in another configuration differ; the order of the machines
+        counts.
+        """
         return [key for key in keys if json.dumps(getattr(self, key)) != json.dumps(other.get(key))]
 
 
 KEYS = tuple(Config.model_fields)
-# Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may have others.
+# Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may
+# have others.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile",
     "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
@@ -171,20 +210,33 @@ COMPUTATION_KEYS = (
 )  # fmt: skip
 # What makes the model and its published score: it is taken from the checkpoint.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
-# Which part of a recording the model was trained on: taken from the checkpoint too, but the command line may differ.
+# Which part of a recording the model was trained on: taken from the checkpoint too, but the command
+# line may differ.
 RECORDING_KEYS = ("window", "channel")
 # How clips are scored and decided upon.
 DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
 # What the command lines take: those of training, and those of the scripts that score.
-TRAINING_KEYS = tuple(key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype"))
-SCORING_KEYS = ("data_root", *MODEL_KEYS, *RECORDING_KEYS, "hop", "device", "num_workers", *DECISION_KEYS)
+TRAINING_KEYS = tuple(
+    key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype")
+)
+SCORING_KEYS = (
+    "data_root",
+    *MODEL_KEYS,
+    *RECORDING_KEYS,
+    "hop",
+    "device",
+    "num_workers",
+    *DECISION_KEYS,
+)
 EVALUATION_KEYS = (*SCORING_KEYS, "batch_size", "eval_precision", "score_dtype")
 
 
 def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
-    """The configuration of several sources, (name, values); a later one replaces the values of those before it.
+    """The configuration of several sources, (name, values); a later one replaces the values of
+    those before it.
 
-    Raises `UserError` for an unknown or missing key, a wrong type, or a value out of range; it names the source.
+    Raises `UserError` for an unknown or missing key, a wrong type, or a value out of range; it
+    names the source.
     """
     values = {str(key): value for _, given in sources for key, value in given.items()}
     try:
@@ -192,28 +244,44 @@ def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
     key = str(first["loc"][0])
-    source = next((name for name, given in reversed(sources) if key in map(str, given)), str(DEFAULT_CONFIG))
+    source = next(
+        (name for name, given in reversed(sources) if key in map(str, given)), str(DEFAULT_CONFIG)
+    )
     if first["type"] == "missing":
         raise UserError(f"{source}: {key} is missing")
     if key not in KEYS:
-        raise UserError(f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {', '.join(KEYS)})")
+        raise UserError(
+            f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {', '.join(KEYS)})"
+        )
     field = Config.model_fields[key]
-    choices = CHANNELS if key == "input" else [name for name in get_args(field.annotation) if isinstance(name, str)]
+    choices = (
+        CHANNELS
+        if key == "input"
+        else [name for name in get_args(field.annotation) if isinstance(name, str)]
+    )
     allowed = field.description or f"one of {', '.join(choices)}"
-    raise UserError(f"{source}: {key}: {values[key]!r} is not {allowed}{suggest(str(values[key]), choices)}")
+    raise UserError(
+        f"{source}: {key}: {values[key]!r} is not {allowed}{suggest(str(values[key]), choices)}"
+    )
 
 
 def check_classes(config: Config) -> Config:
     """The same, unless a table of classes has other machines than the table of machines."""
     if isinstance(config.classes, dict):
-        machines = {machine_type: set(map(name_id, ids)) for machine_type, ids in config.machines.items()}
+        machines = {
+            machine_type: set(map(name_id, ids)) for machine_type, ids in config.machines.items()
+        }
         if {machine_type: set(ids) for machine_type, ids in config.classes.items()} != machines:
-            raise UserError("classes: a table that has not the machine types and IDs of machines; give attributes")
+            raise UserError(
+                "classes: a table that has not the machine types and IDs of machines; give attributes"
+            )
     return config
 
 
 def check_effect(config: Config, given: Mapping[str, Any], kinds: Sequence[str] = SCORINGS) -> None:
-    """Raise `UserError` for a key on the command line (`given`) that has no effect on these kinds of score."""
+    """Raise `UserError` for a key on the command line (`given`) that has no effect on these kinds
+    of score.
+    """
     idle: dict[str, str] = {}
     if config.window == "first":
         idle |= dict.fromkeys(("hop", "over_windows"), "window: first")
@@ -235,13 +303,17 @@ def show_value(key: str, value: Any) -> str:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader, but 1e-4 is a number, 010 is ten and not eight, and a key that is given twice is an error."""
+    """PyYAML's loader, but 1e-4 is a number, 010 is ten and not eight, and a key that is given
+    twice is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key} is given twice", problem_mark=node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key} is given twice", problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -257,7 +329,14 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # as !!int x
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # as !!int x
         raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
@@ -296,21 +375,30 @@ def describe_keys() -> dict[str, str]:
 
 def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
     """`--config` and an option for each of the keys."""
-    parser.add_argument("--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file"
+    )
     values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
     group = parser.add_argument_group("keys of the configuration")
     for key in keys:
-        default = yaml.safe_dump(values.get(key), default_flow_style=True, width=math.inf, sort_keys=False)
+        default = yaml.safe_dump(
+            values.get(key), default_flow_style=True, width=math.inf, sort_keys=False
+        )
         default = default.removesuffix("\n").removesuffix("\n...")
         help_text = f"{meaning.get(key, '')} (default: {default})"
-        group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=help_text.replace("%", "%%"))
+        group.add_argument(
+            f"--{key}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+        )
 
 
 def parse_command_line(
     parser: OneLineParser, arguments: Sequence[str] | None = None, keys: Sequence[str] = KEYS
 ) -> tuple[Config, argparse.Namespace, dict[str, Any]]:
-    """The configuration, the options that are not keys of it, and the keys that stood on the command line; `keys` are
-    those that it takes.
+    """The configuration, the options that are not keys of it, and the keys that stood on the
+    command line; `keys` are those that it takes.
     """
     add_config_options(parser, keys)
     options, unknown = parser.parse_known_intermixed_args(arguments)

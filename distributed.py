@@ -1,4 +1,6 @@
-"""Several processes, one per device, as torchrun starts them. In a single process every function here does nothing."""
+"""Several processes, one per device, as torchrun starts them. In a single process every function
+here does nothing.
+"""
 
 import functools
 import os
@@ -12,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-# How long a collective waits before the job fails: one process may read or write files while the others wait.
-# One that has died is noticed at once by torchrun's agent, which ends the job.
+# How long a collective waits before the job fails: one process may read or write files while the
+# others wait. One that has died is noticed at once by torchrun's agent, which ends the job.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -49,9 +51,9 @@ def is_main() -> bool:
 
 @functools.cache
 def agent_store() -> dist.Store | None:
-    """The key-value store that torchrun's agent keeps. None without torchrun, and where every attempt has a store of
-    its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), as restarts on several machines need: agents there count attempts
-    differently.
+    """The key-value store that torchrun's agent keeps. None without torchrun, and where every
+    attempt has a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), as restarts on several
+    machines need: agents there count attempts differently.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -62,19 +64,21 @@ def agent_store() -> dist.Store | None:
 def attempt_store() -> dist.Store | None:
     """The agent's store for the processes of this attempt alone.
 
-    The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes would find the
-    addresses of dead ones.
+    The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes
+    would find the addresses of dead ones.
     """
     store, attempt = agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return None if store is None else dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def join(device: torch.device) -> None:
-    """Wait for the other processes of the job. `device` is the one this process uses, under NCCL its own GPU."""
+    """Wait for the other processes of the job. `device` is the one this process uses, under NCCL
+    its own GPU.
+    """
     is_cuda, agent = device.type == "cuda", agent_store()
     if agent is not None:
-        # NCCL's watchdog announces here, without a prefix, that a process has failed. Found by a restarted process, it
-        # would end the new attempt as well.
+        # NCCL's watchdog announces here, without a prefix, that a process has failed. Found by a
+        # restarted process, it would end the new attempt as well.
         agent.delete_key("exception_dump")
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
@@ -87,13 +91,16 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Close the connections. Under NCCL this waits for the other processes: only for the end of a successful job."""
+    """Close the connections. Under NCCL this waits for the other processes: only for the end of a
+    successful job.
+    """
     dist.destroy_process_group()
 
 
 def end_process(status: int) -> NoReturn:
-    """End with this status. A process of a job does so at once: after an error, what Python and NCCL do at a normal
-    exit waits for the others, which may be waiting for this one; after success, gloo at times aborts (torch 2.11).
+    """End with this status. A process of a job does so at once: after an error, what Python and
+    NCCL do at a normal exit waits for the others, which may be waiting for this one; after success,
+    gloo at times aborts (torch 2.11).
     """
     if not is_started_by_torchrun():
         sys.exit(status)
@@ -106,8 +113,8 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process of this attempt has reported an error: usually all meet the same one, or one error
-    ends the others.
+    """Whether no other process of this attempt has reported an error: usually all meet the same
+    one, or one error ends the others.
     """
     try:
         store = attempt_store()
@@ -131,7 +138,9 @@ def barrier() -> None:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Call `function` in the main process alone; every process gets what it returns, or the error that it raises."""
+    """Call `function` in the main process alone; every process gets what it returns, or the error
+    that it raises.
+    """
     if not dist.is_initialized():
         return function()
     outcome: list[Any] = [None, None]
@@ -161,13 +170,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 @torch.library.custom_op("tastgram_mfn::all_reduce", mutates_args=())
 def all_reduce(values: Tensor) -> Tensor:
-    """An operation that the compiler leaves as it is. Of PyTorch's own (torch 2.11) it loses one in the backward pass,
-    and turns the other into a sum in place, also where another part of the graph still reads the summand.
+    """An operation that the compiler leaves as it is. Of PyTorch's own (torch 2.11) it loses one in
+    the backward pass, and turns the other into a sum in place, also where another part of the graph
+    still reads the summand.
     """
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
 
-all_reduce.register_fake(lambda values: torch.empty_like(values, memory_format=torch.contiguous_format))
+all_reduce.register_fake(
+    lambda values: torch.empty_like(values, memory_format=torch.contiguous_format)
+)
 all_reduce.register_autograd(lambda context, gradient: all_reduce(gradient))

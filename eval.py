@@ -1,28 +1,35 @@
-"""Score the test clips of a trained model; compute AUC, pAUC and mAUC for each machine type; decide; draw; report.
+"""Score the test clips of a trained model; compute AUC, pAUC and mAUC for each machine type;
+decide; draw; report.
 
     python eval.py                                      # the checkpoint at save_path
     python eval.py check_points/arcface.pth --data_root /data/dcase2020 --score_dtype float64
     python eval.py --split evaluation                   # the challenge's evaluation clips
     python eval.py --plots --report                     # figures, and one HTML file with everything
-    python eval.py a_1.pth a_2.pth b_1.pth b_2.pth      # several, and a comparison of their configurations
-    python eval.py --scoring nearest                    # another score: distance to the nearest training clips
+    # several, and a comparison of their configurations
+    python eval.py a_1.pth a_2.pth b_1.pth b_2.pth
+    # another score: distance to the nearest training clips
+    python eval.py --scoring nearest
     python eval.py --all_scores                         # the three kinds of score side by side
-    python eval.py --score_files FOLDER                 # metrics of score files, of this or another method
+    # metrics of score files, of this or another method
+    python eval.py --score_files FOLDER
 
-Machines, classes, mode, input, m, s and sub_centers come from the checkpoint; window and channel too, unless they are
-given here. Written, in the folder NAME/test (NAME/evaluation for the evaluation clips) beside a checkpoint NAME.pth:
-metrics.csv and metrics.json (fractions, with bootstrap intervals), results.md (percent), for each machine ID
-anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them (of the years
-after 2020 ..._section_<XX>_test.csv), and decisions.csv with the thresholds. The names of the evaluation clips do not
-tell which are anomalous; eval_data_list.csv in data_root does, or the folders ground_truth_data and ground_truth_domain
-of later years' evaluators. Without them there are scores and decisions but no metrics.
+Machines, classes, mode, input, m, s and sub_centers come from the checkpoint; window and channel
+too, unless they are given here. Written, in the folder NAME/test (NAME/evaluation for the
+evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with
+bootstrap intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
+decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them (of the years after 2020
+..._section_<XX>_test.csv), and decisions.csv with the thresholds. The names of the evaluation clips
+do not tell which are anomalous; eval_data_list.csv in data_root does, or the folders
+ground_truth_data and ground_truth_domain of later years' evaluators. Without them there are scores
+and decisions but no metrics.
 
-Where clips have domains, the metrics are those of each domain too, and the official score of the challenge.
---score_files computes all metrics from files of scores alone, and writes them into FOLDER/metrics.
+Where clips have domains, the metrics are those of each domain too, and the official score of the
+challenge. --score_files computes all metrics from files of scores alone, and writes them into
+FOLDER/metrics.
 
-Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the embeddings of the
-training clips. Training leaves them in the checkpoint; for weights without them, each call computes them from the
-training clips in data_root.
+Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the
+embeddings of the training clips. Training leaves them in the checkpoint; for weights without them,
+each call computes them from the training clips in data_root.
 
 score.py scores single recordings.
 """
@@ -43,15 +50,23 @@ from utils import OneLineParser, UserError, check_writable, run_script, use_devi
 COMPARISON = Path("check_points/comparison")
 
 
-def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], options: Namespace) -> None:
-    """Evaluate the checkpoints, each into its folder; compare them if there are several, and the scores on request."""
+def evaluate_all(
+    config: Config, paths: list[Path], given: dict[str, Any], options: Namespace
+) -> None:
+    """Evaluate the checkpoints, each into its folder; compare them if there are several, and the
+    scores on request.
+    """
     if len({RunFiles(path).folder for path in paths}) < len(paths):
-        raise UserError("two checkpoints of one name without its ending have the same folder of results; rename one")
+        raise UserError(
+            "two checkpoints of one name without its ending have the same folder of results; rename one"
+        )
     is_comparison, output = len(paths) > 1 or options.all_scores, options.output or COMPARISON
     if is_comparison:
         check_writable(output / "comparison.md", "--output names another folder")
     elif options.output:
-        raise UserError("--output is for comparisons, of several checkpoints or with --all_scores; leave it out")
+        raise UserError(
+            "--output is for comparisons, of several checkpoints or with --all_scores; leave it out"
+        )
     results: list[Result] = []
     for path in paths:
         if len(paths) > 1:
@@ -61,13 +76,22 @@ def evaluate_all(config: Config, paths: list[Path], given: dict[str, Any], optio
         compare_all(config, results, output, options)
 
 
-def evaluate_one(config: Config, path: Path, given: dict[str, Any], options: Namespace) -> list[Result]:
-    """Write what the configuration's kind of score gives. Returns the results of all kinds that are compared."""
+def evaluate_one(
+    config: Config, path: Path, given: dict[str, Any], options: Namespace
+) -> list[Result]:
+    """Write what the configuration's kind of score gives. Returns the results of all kinds that are
+    compared.
+    """
     trained, split = load_model(path, config, given), options.split or "test"
-    kinds = SCORINGS[::-1] if options.all_scores else [config.scoring]  # the published one is subtracted
+    kinds = (
+        SCORINGS[::-1] if options.all_scores else [config.scoring]
+    )  # the published one is subtracted
     check_effect(trained.config, given, kinds)
     folder = RunFiles(path).results(split)
-    check_writable(folder / "metrics.csv", "results lie beside the checkpoint, so copy it to a folder of your own")
+    check_writable(
+        folder / "metrics.csv",
+        "results lie beside the checkpoint, so copy it to a folder of your own",
+    )
     device, clips = use_device(config.device), load_clips(trained.config, split)
     results = evaluate(trained, clips, split, device, kinds)
     write_result(results[config.scoring], folder, split)
@@ -94,27 +118,49 @@ def compare_all(config: Config, results: list[Result], output: Path, options: Na
         from evaluation.figures import draw_angles
 
         figure = "angles.png"
-        chosen = {name: runs for name, runs in groups.items() if runs[0].trained.config.scoring == config.scoring}
+        chosen = {
+            name: runs
+            for name, runs in groups.items()
+            if runs[0].trained.config.scoring == config.scoring
+        }
         draw_angles(chosen, output / figure)
     compare(groups, options.split or "test", output, figure)
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)")
-    parser.add_argument("--split", choices=("test", "evaluation"), help="which clips to score (default: test)")
+    parser.add_argument(
+        "checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)"
+    )
+    parser.add_argument(
+        "--split", choices=("test", "evaluation"), help="which clips to score (default: test)"
+    )
     parser.add_argument("--plots", action="store_true", help="draw the figures (PNG)")
-    parser.add_argument("--report", action="store_true", help="write report.html, with the figures in it")
-    parser.add_argument("--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})")
-    parser.add_argument("--all_scores", action="store_true", help="compare the three kinds of score (see scoring)")
-    parser.add_argument("--score_files", metavar="FOLDER", type=Path, help="measure the score files in it instead")
+    parser.add_argument(
+        "--report", action="store_true", help="write report.html, with the figures in it"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})"
+    )
+    parser.add_argument(
+        "--all_scores", action="store_true", help="compare the three kinds of score (see scoring)"
+    )
+    parser.add_argument(
+        "--score_files", metavar="FOLDER", type=Path, help="measure the score files in it instead"
+    )
     config, options, given = parse_command_line(parser, keys=EVALUATION_KEYS)
     if not options.score_files:
         evaluate_all(config, options.checkpoint or [config.checkpoint], given, options)
         return
-    idle = [name for name, value in vars(options).items() if value and name not in ("config", "score_files")]
+    idle = [
+        name
+        for name, value in vars(options).items()
+        if value and name not in ("config", "score_files")
+    ]
     if idle := [*idle, *given.keys() - {"data_root"}]:
-        raise UserError(f"{idle[0]} has no effect with --score_files, which takes --data_root alone; leave it out")
+        raise UserError(
+            f"{idle[0]} has no effect with --score_files, which takes --data_root alone; leave it out"
+        )
     evaluate_score_files(options.score_files, Path(config.data_root))
 
 

@@ -1,22 +1,27 @@
 """Write a trained model as one ONNX file that takes samples and gives anomaly scores.
 
-    python export.py check_points/noisy_arcmix.pth                        # writes check_points/noisy_arcmix.onnx
-    python export.py check_points/noisy_arcmix.pth --scoring nearest      # noisy_arcmix.nearest.onnx, with the bank
-    python examples/score_onnx.py check_points/noisy_arcmix.onnx clip.wav fan 00      # needs no PyTorch
+    # writes check_points/noisy_arcmix.onnx
+    python export.py check_points/noisy_arcmix.pth
+    # noisy_arcmix.nearest.onnx, with the bank
+    python export.py check_points/noisy_arcmix.pth --scoring nearest
+    # needs no PyTorch
+    python examples/score_onnx.py check_points/noisy_arcmix.onnx clip.wav fan 00
 
-Needs the packages of requirements-export.txt. Without a checkpoint it takes the one at save_path. The file has
+Needs the packages of requirements-export.txt. Without a checkpoint it takes the one at save_path.
+The file has
 
     samples     float32 (N, 160000), in      ten seconds at 16 kHz in [-1, 1), any number of clips
     scores      float32 (N, machines), out   against each machine ID, of the kind that scoring names
     embedding   float32 (N, 128), out
 
-and metadata: machines (in the order of the columns) and thresholds (a clip with a higher score is anomalous) as JSON,
-sample_rate, window and hop (seconds), over_windows, channel, mode, input, scoring, version, weights_sha256. All of
-these are fixed in the file: for another threshold, hop or kind of score, export again.
+and metadata: machines (in the order of the columns) and thresholds (a clip with a higher score is
+anomalous) as JSON, sample_rate, window and hop (seconds), over_windows, channel, mode, input,
+scoring, version, weights_sha256. All of these are fixed in the file: for another threshold, hop or
+kind of score, export again.
 
-Before it is written, ONNX Runtime scores synthetic signals with it, from full scale to silence, on the CPU. Where a
-score differs from that of eval.py by more than 0.1 percent and by more than 1e-4, the script ends in an error and
-writes nothing.
+Before it is written, ONNX Runtime scores synthetic signals with it, from full scale to silence, on
+the CPU. Where a score differs from that of eval.py by more than 0.1 percent and by more than 1e-4,
+the script ends in an error and writes nothing.
 """
 
 from argparse import Namespace
@@ -34,12 +39,18 @@ def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
     try:
         from evaluation.onnx_file import compare, make_model
     except ImportError as error:
-        raise UserError(f"export.py needs other packages ({error}): pip install -r requirements-export.txt") from None
+        raise UserError(
+            f"export.py needs other packages ({error}): pip install -r requirements-export.txt"
+        ) from None
     path = options.checkpoint or config.checkpoint
     exact = config.model_copy(update={"eval_precision": "fp32"})  # which the file is compared with
     trained = load_model(path, exact, given)
-    check_effect(trained.config.model_copy(update={"window": "all"}), given, [config.scoring])  # as the file says
-    output = options.output or path.with_suffix(".onnx" if config.scoring == "published" else f".{config.scoring}.onnx")
+    check_effect(
+        trained.config.model_copy(update={"window": "all"}), given, [config.scoring]
+    )  # as the file says
+    output = options.output or path.with_suffix(
+        ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
+    )
     check_output(output, path)
     trained = with_embeddings(trained, [config.scoring], use_device(config.device))
     content = make_model(trained).SerializeToString()
@@ -54,15 +65,23 @@ def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
 
 def check_output(output: Path, checkpoint: Path) -> None:
     if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
-        raise UserError(f"{output}: --output names a file that ends in .onnx and is not the checkpoint")
+        raise UserError(
+            f"{output}: --output names a file that ends in .onnx and is not the checkpoint"
+        )
     check_writable(output, "--output names another file")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
-    parser.add_argument("--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)")
-    config, options, given = parse_command_line(parser, keys=[key for key in SCORING_KEYS if key != "window"])
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)"
+    )
+    config, options, given = parse_command_line(
+        parser, keys=[key for key in SCORING_KEYS if key != "window"]
+    )
     export(config, options, given)
 
 

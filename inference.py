@@ -19,7 +19,9 @@ CPU_BATCH = 16  # larger ones are no faster, and 64 clips take 3 GB
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network gives for n clips: similarity to each class `(n, C)`, embedding `(n, E)`; float32."""
+    """What a network gives for n clips: similarity to each class `(n, C)`, embedding `(n, E)`;
+    float32.
+    """
 
     similarity: Tensor
     embedding: Tensor
@@ -36,10 +38,12 @@ def run_network(
     precision: torch.dtype = torch.float32,
     title: str | None = None,
 ) -> Outputs:
-    """The outputs, on the device, for the clips of these numbers, with the running statistics of batch norm.
+    """The outputs, on the device, for the clips of these numbers, with the running statistics of
+    batch norm.
 
-    `batch_size` is that of training: without gradients a GPU has room for twice as many. Network and front end are on
-    the device; the front end computes in float32, the network in `precision`. A title is that of a progress bar.
+    `batch_size` is that of training: without gradients a GPU has room for twice as many. Network
+    and front end are on the device; the front end computes in float32, the network in `precision`.
+    A title is that of a progress bar.
     """
     prepared = prepare(network, device, precision)
     plan = batches(numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size)
@@ -47,7 +51,9 @@ def run_network(
     similarity = torch.empty(len(numbers), network.num_classes, device=device)
     embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
     data = clips.batches(plan, device)
-    progress = tqdm(data, title, len(plan), unit="batch", leave=False, disable=None if title else True)
+    progress = tqdm(
+        data, title, len(plan), unit="batch", leave=False, disable=None if title else True
+    )
     start = 0
     for samples, _ in progress:
         rows = slice(start, start + len(samples))
@@ -59,12 +65,16 @@ def run_network(
 
 
 def score_classes(classes: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scores `(n, C)` of clips against classes `(n, C)`; `score` takes one class for each clip `(n,)`."""
+    """The scores `(n, C)` of clips against classes `(n, C)`; `score` takes one class for each clip
+    `(n,)`.
+    """
     return torch.stack([score(column) for column in classes.T], dim=1)
 
 
 def pack_embeddings(embedding: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What is kept of clips: their `embedding` `(n, E)`, of length 1 and in half precision, and `label` `(n,)`."""
+    """What is kept of clips: their `embedding` `(n, E)`, of length 1 and in half precision, and
+    `label` `(n,)`.
+    """
     return {"embedding": F.normalize(embedding).half().cpu(), "label": labels}
 
 
@@ -77,8 +87,8 @@ def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) 
 
 
 class BlockedLayout(nn.Module):
-    """A backbone in the memory format that oneDNN, PyTorch's library of convolutions for CPUs, chooses for itself. Its
-    weights are brought into it once; what is in it only oneDNN can read.
+    """A backbone in the memory format that oneDNN, PyTorch's library of convolutions for CPUs,
+    chooses for itself. Its weights are brought into it once; what is in it only oneDNN can read.
     """
 
     def __init__(self, network: MobileFaceNet) -> None:

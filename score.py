@@ -1,19 +1,21 @@
 """Normal or anomalous? Score recordings of any length with a trained model.
 
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3
-    python score.py check_points/press.pth new.wav folder/ --machine_type press          # which ID fits best?
+    # which ID fits best?
+    python score.py check_points/press.pth new.wav folder/ --machine_type press
     python score.py check_points/press.pth hour.wav --machine_type press --machine_id line-3 --timeline --plots
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3 --scoring nearest --json
 
-Takes files and folders of recordings, scores each from its beginning to its end against the machine ID given, or
-against that ID of the machine type that it fits best, and prints a line for each: file, machine, score, threshold,
-normal or anomalous, and where it is worst. --timeline adds the windows one by one; --json prints the same as JSON;
---plots draws the windows, a picture for each recording in the folder NAME/timelines beside a checkpoint NAME.pth. A
-file that cannot be read is named in its line; the others are scored, and the exit status is 2. The exit status does not
-depend on the decisions.
+Takes files and folders of recordings, scores each from its beginning to its end against the machine
+ID given, or against that ID of the machine type that it fits best, and prints a line for each:
+file, machine, score, threshold, normal or anomalous, and where it is worst. --timeline adds the
+windows one by one; --json prints the same as JSON; --plots draws the windows, a picture for each
+recording in the folder NAME/timelines beside a checkpoint NAME.pth. A file that cannot be read is
+named in its line; the others are scored, and the exit status is 2. The exit status does not depend
+on the decisions.
 
-Machines, classes, mode, input, m, s, sub_centers and channel come from the checkpoint. The kind of score and the
-threshold are those of the configuration, as in eval.py.
+Machines, classes, mode, input, m, s, sub_centers and channel come from the checkpoint. The kind of
+score and the threshold are those of the configuration, as in eval.py.
 """
 
 from argparse import Namespace
@@ -22,7 +24,13 @@ from typing import Any
 
 from checkpoint import RunFiles, load_model
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
-from evaluation.recordings import find_recordings, picture_files, print_json, print_scores, score_recordings
+from evaluation.recordings import (
+    find_recordings,
+    picture_files,
+    print_json,
+    print_scores,
+    score_recordings,
+)
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 
@@ -33,8 +41,13 @@ def score(config: Config, options: Namespace, given: dict[str, Any]) -> None:
     files, device = find_recordings(options.recordings), use_device(config.device)
     if options.plots:
         folder = RunFiles(options.checkpoint).timelines
-        check_writable(folder / "picture.png", "pictures lie beside the checkpoint, so copy it to a folder of your own")
-    results = score_recordings(trained, files, options.machine_type, options.machine_id, window, device)
+        check_writable(
+            folder / "picture.png",
+            "pictures lie beside the checkpoint, so copy it to a folder of your own",
+        )
+    results = score_recordings(
+        trained, files, options.machine_type, options.machine_id, window, device
+    )
     pictures = list(picture_files(results, folder)) if options.plots else []
     for row, file in pictures:
         row["picture"] = str(file)
@@ -50,19 +63,31 @@ def score(config: Config, options: Namespace, given: dict[str, Any]) -> None:
         if not options.json:
             print(f"{len(pictures)} timelines: {folder}")
     if bad := sum("error" in row for row in results):
-        raise UserError(f"{bad} of {len(results)} recordings could not be scored; their lines say why")
+        raise UserError(
+            f"{bad} of {len(results)} recordings could not be scored; their lines say why"
+        )
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="file of trained weights")
-    parser.add_argument("recordings", nargs="+", type=Path, help="files, or folders with WAV or FLAC files")
+    parser.add_argument(
+        "recordings", nargs="+", type=Path, help="files, or folders with WAV or FLAC files"
+    )
     parser.add_argument("--machine_type", required=True, help="machine type of these recordings")
-    parser.add_argument("--machine_id", help="their machine ID (default: for each file the best-fitting one)")
-    parser.add_argument("--timeline", action="store_true", help="print the score and the decision of each window too")
+    parser.add_argument(
+        "--machine_id", help="their machine ID (default: for each file the best-fitting one)"
+    )
+    parser.add_argument(
+        "--timeline",
+        action="store_true",
+        help="print the score and the decision of each window too",
+    )
     parser.add_argument("--plots", action="store_true", help="draw the timelines (PNG)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    config, options, given = parse_command_line(parser, keys=(*SCORING_KEYS, "batch_size", "eval_precision"))
+    config, options, given = parse_command_line(
+        parser, keys=(*SCORING_KEYS, "batch_size", "eval_precision")
+    )
     score(config, options, given)
 
 

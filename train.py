@@ -1,13 +1,15 @@
 """Train TASTgram-MFN on the normal sounds of machines.
 
-    python train.py                                     # config.yaml: the published recipe, all 41 machine IDs
+    # config.yaml: the published recipe, all 41 machine IDs
+    python train.py
     python train.py --mode arcface --epoch 100 --lr 5e-4 --machines '{slider: [0, 2, 4, 6]}'
-    python train.py --config my.yaml --seed 7           # my.yaml holds the keys that differ from config.yaml
+    # my.yaml holds the keys that differ from config.yaml
+    python train.py --config my.yaml --seed 7
     python train.py --resume                            # continue after the last finished epoch
 
-Writes, for save_path NAME.pth: NAME.pth (weights of the lowest validation loss), NAME.last.pth (for --resume) and
-the folder NAME with history.csv and TensorBoard logs. `python eval.py` scores the test clips with the weights.
-Several GPUs: see train_ddp.py.
+Writes, for save_path NAME.pth: NAME.pth (weights of the lowest validation loss), NAME.last.pth (for
+--resume) and the folder NAME with history.csv and TensorBoard logs. `python eval.py` scores the
+test clips with the weights. Several GPUs: see train_ddp.py.
 """
 
 from pathlib import Path
@@ -39,11 +41,16 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         else:
             run.begin(initial)
         if run.epoch < config.epoch:
-            keep_on_gpu((train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed())
+            keep_on_gpu(
+                (train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed()
+            )
             if is_main():
                 if not state:
                     clear_run(files)
-                print(f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}", flush=True)
+                print(
+                    f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}",
+                    flush=True,
+                )
             barrier()
             run.fit()
         run.add_embeddings()
@@ -54,8 +61,12 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
 def parse_options(manual: str) -> tuple[Config, bool, bool]:
     """The configuration, --resume and --overwrite of a training script whose docstring is `manual`."""
     parser = OneLineParser(description=manual)
-    parser.add_argument("--resume", action="store_true", help="continue after the last finished epoch of save_path")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing run under save_path")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue after the last finished epoch of save_path"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing run under save_path"
+    )
     config, options, given = parse_command_line(parser, keys=TRAINING_KEYS)
     check_effect(config, given)
     return config, options.resume, options.overwrite

@@ -1,7 +1,8 @@
 """Train TASTgram-MFN with several processes, one on each GPU (NCCL), or on the CPU (gloo).
 
     torchrun --standalone --nproc_per_node=4 train_ddp.py
-    torchrun --standalone --nproc_per_node=4 --max-restarts=3 train_ddp.py --resume     # continues after a crash
+    # continues after a crash
+    torchrun --standalone --nproc_per_node=4 --max-restarts=3 train_ddp.py --resume
     torchrun --standalone --nproc_per_node=2 train_ddp.py --device cpu --epoch 10
 
 On several machines, with restarts:
@@ -10,9 +11,9 @@ On several machines, with restarts:
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 \\
         --rdzv-backend=c10d --rdzv-id=a_name --rdzv-endpoint=HOST:29400 train_ddp.py --resume
 
-Options, outputs and the global batch size are those of train.py. With --max-restarts give --resume too: the first
-attempt starts the run, later ones continue it. With several machines, give all of them the same recordings, and for
-restarts the same save_path on a shared disk.
+Options, outputs and the global batch size are those of train.py. With --max-restarts give --resume
+too: the first attempt starts the run, later ones continue it. With several machines, give all of
+them the same recordings, and for restarts the same save_path on a shared disk.
 """
 
 import os
@@ -30,7 +31,9 @@ def main() -> None:
             "(for one process: python train.py)"
         )
     if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise UserError("--overwrite would begin anew after every restart: remove the old run and give --resume")
+        raise UserError(
+            "--overwrite would begin anew after every restart: remove the old run and give --resume"
+        )
     join(use_device(config.device))
     train(config, resume, overwrite)
     leave()

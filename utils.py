@@ -27,31 +27,40 @@ import distributed
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to do."""
+    """Something the user can put right. The message is one line: what is wrong, where, and what to
+    do.
+    """
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that never abbreviates options and reports a mistake as a `UserError`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and end the process: status 0, 2 after an error the user can put right (one line
-    on standard error), 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug and keeps its traceback.
+    """Run a script's `main` and end the process: status 0, 2 after an error the user can put right
+    (one line on standard error), 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug
+    and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # file names may hold what the terminal cannot show
     try:
         main()
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes soon where another process of the job has failed
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # it comes soon where another process of the job has failed
         distributed.end_process(report(error))
     distributed.end_process(0)
 
@@ -60,9 +69,16 @@ def report(error: BaseException) -> int:
     """Say why the script ends, once for all processes of a job; returns the exit status."""
     if isinstance(error, SystemExit | KeyboardInterrupt):
         status = 130 if isinstance(error, KeyboardInterrupt) else error.code
-        if distributed.is_started_by_torchrun() and status in (130, 143) and distributed.is_first_to_fail():
+        if (
+            distributed.is_started_by_torchrun()
+            and status in (130, 143)
+            and distributed.is_first_to_fail()
+        ):
             rank = os.environ["RANK"]
-            print(f"error: process {rank} was stopped, by a user or because another one has died", file=sys.stderr)
+            print(
+                f"error: process {rank} was stopped, by a user or because another one has died",
+                file=sys.stderr,
+            )
         return status if isinstance(status, int) else int(status is not None)
     message = describe(error)
     if message is None:
@@ -74,8 +90,12 @@ def report(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str | None:
-    """The message for an error that the user can put right, or that another process has caused; else None."""
-    error = getattr(error, "inner_exception", error)  # PyTorch wraps what is raised while it compiles
+    """The message for an error that the user can put right, or that another process has caused;
+    else None.
+    """
+    error = getattr(
+        error, "inner_exception", error
+    )  # PyTorch wraps what is raised while it compiles
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
@@ -123,8 +143,8 @@ def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generato
 
 
 def use_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:N) stands for; under torchrun this process's own GPU. A GPU becomes
-    the current one of the process.
+    """The device that `name` (auto, cpu, cuda, cuda:N) stands for; under torchrun this process's
+    own GPU. A GPU becomes the current one of the process.
 
     Raises `UserError` if it is not there.
     """
@@ -137,7 +157,9 @@ def use_device(name: str) -> torch.device:
     index = int(name.partition(":")[2] or distributed.local_rank())
     count = torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"device: cuda:{index} is not there; PyTorch finds cuda:0 to cuda:{count - 1}")
+        raise UserError(
+            f"device: cuda:{index} is not there; PyTorch finds cuda:0 to cuda:{count - 1}"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -157,14 +179,17 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def set_up_numerics() -> None:
-    """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to 10 bits."""
+    """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to
+    10 bits.
+    """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next step. It would return each activation to the system, which
-    hands it out again page by page, zeroed: on the CPU that costs more of a step the larger the batch is.
+    """Have glibc keep large freed blocks for the next step. It would return each activation to the
+    system, which hands it out again page by page, zeroed: on the CPU that costs more of a step the
+    larger the batch is.
     """
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
@@ -174,12 +199,20 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the numbers of a run are computed with. The commit of this project ends in `-dirty` where files differ
-    from it, and is empty outside a clone.
+    """What the numbers of a run are computed with. The commit of this project ends in `-dirty`
+    where files differ from it, and is empty outside a clone.
     """
     commit = ""
     with contextlib.suppress(OSError):
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        command = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--exclude=*",
+        ]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),
@@ -194,7 +227,9 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it once it is written, so that no reader sees half a file."""
+    """A temporary path beside `path` that replaces it once it is written, so that no reader sees
+    half a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -212,9 +247,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame, header: bool = True) -> None:
-    """Missing values are empty; file names that are not UTF-8 and the digits of numbers can be read back exactly."""
+    """Missing values are empty; file names that are not UTF-8 and the digits of numbers can be read
+    back exactly.
+    """
     with replace_file(path) as temporary:
-        table.to_csv(temporary, index=False, header=header, lineterminator="\n", errors="surrogateescape")
+        table.to_csv(
+            temporary, index=False, header=header, lineterminator="\n", errors="surrogateescape"
+        )
 
 
 def check_writable(path: Path, remedy: str) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/compiling.py                  # batches of 16
     python benchmarks/compiling.py --batch_size 64
 
-Times the first compiled step, less a later one, with an empty cache of the compiler, and then epochs of eager and
-compiled steps in turn, on random clips.
+Times the first compiled step, less a later one, with an empty cache of the compiler, and then
+epochs of eager and compiled steps in turn, on random clips.
 """
 
 import os
@@ -35,7 +35,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for way in times:
-            trainer = Trainer(load_config(device="cpu", batch_size=size, compile=way == "compiled"), cpu)
+            trainer = Trainer(
+                load_config(device="cpu", batch_size=size, compile=way == "compiled"), cpu
+            )
             start = time.perf_counter()
             trainer.train_epoch(random_clips(size, cpu), 0)
             first[way], epochs[way] = time.perf_counter() - start, train_epochs(trainer, clips)
@@ -47,7 +49,9 @@ def main() -> None:
     eager, compiled = (statistics.median(each) for each in times.values())
     compiling, saved = first["compiled"] - compiled * size, eager - compiled
     pays = f"pays from {compiling / saved:,.0f} clips on" if saved > 0 else "does not pay"
-    print(f"eager {1 / eager:.1f} clips/s, compiled {1 / compiled:.1f} clips/s, {eager / compiled:.2f} times as fast")
+    print(
+        f"eager {1 / eager:.1f} clips/s, compiled {1 / compiled:.1f} clips/s, {eager / compiled:.2f} times as fast"
+    )
     print(f"saved {1000 * saved:.1f} ms a clip; compiling takes {compiling:.0f} s and {pays}")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 

@@ -1,15 +1,17 @@
 """What the way from recordings to batches costs in time and memory.
 
     python benchmarks/data.py --data_root /data/dcase2020 --machines '{slider: [0, 2, 4, 6], valve: [0, 2, 4, 6]}'
-    python benchmarks/data.py --full_size 1000        # fewer than the 36,283 training clips of the full set
+    # fewer than the 36,283 training clips of the full set
+    python benchmarks/data.py --full_size 1000
 
-Two sets of clips, each in a process of its own that has not seen them before: the training and test clips in data_root,
-and as many training clips as the full set has, hard links to the former in a folder beside the project's data that is
-removed again. The system has the recordings in memory. Measured: from the end of the imports to the first batch of 64,
-as a training starts; shuffled batches of 64 over an epoch, every row compared with its recording; anonymous memory.
+Two sets of clips, each in a process of its own that has not seen them before: the training and test
+clips in data_root, and as many training clips as the full set has, hard links to the former in a
+folder beside the project's data that is removed again. The system has the recordings in memory.
+Measured: from the end of the imports to the first batch of 64, as a training starts; shuffled
+batches of 64 over an epoch, every row compared with its recording; anonymous memory.
 
-The first set is also read as a first implementation does: each file with librosa, its log-mel with torchaudio, one by
-one. Times are those of this machine at this moment: compare ratios.
+The first set is also read as a first implementation does: each file with librosa, its log-mel with
+torchaudio, one by one. Times are those of this machine at this moment: compare ratios.
 """
 
 import argparse
@@ -54,9 +56,13 @@ def read_file_by_file(paths: list[Path]) -> float:
 
 
 def link_clips(config: Config, root: Path, count: int) -> None:
-    """Hard links to the training clips under the names of training clips, spread over the published machine IDs."""
+    """Hard links to the training clips under the names of training clips, spread over the published
+    machine IDs.
+    """
     sources = find_clips(config, "train")["path"].tolist()
-    machines = [(machine_type, i) for machine_type, ids in load_config().machines.items() for i in ids]
+    machines = [
+        (machine_type, i) for machine_type, ids in load_config().machines.items() for i in ids
+    ]
     for number in range(count):
         machine_type, machine_id = machines[number % len(machines)]
         path = root / machine_type / "train" / f"normal_id_{machine_id:02d}_{number:08d}.wav"
@@ -79,7 +85,9 @@ def measure(config: Config) -> dict[str, float]:
         "clips": len(clips),
         "imports to the first batch, s": first_batch,
         "shuffled batches, samples, clips/s": read_epoch(train_clips, plan, is_waveform=False),
-        "shuffled batches, float32 waveforms, clips/s": read_epoch(train_clips, plan, is_waveform=True),
+        "shuffled batches, float32 waveforms, clips/s": read_epoch(
+            train_clips, plan, is_waveform=True
+        ),
         "anonymous memory, MB": anonymous_memory(),
     }
 
@@ -102,7 +110,9 @@ def read_epoch(clips: ClipSet, plan: list[np.ndarray], is_waveform: bool) -> flo
         if inode not in expected:
             read_recording(path, row)
             expected[inode] = row[1000:1008].copy()
-        assert np.array_equal(starts[index], expected[inode]), f"{path}: a row is not where the plan says"
+        assert np.array_equal(starts[index], expected[inode]), (
+            f"{path}: a row is not where the plan says"
+        )
     return len(clips) / seconds
 
 
@@ -123,9 +133,14 @@ def measure_apart(config: Config, **changes: Any) -> dict[str, float]:
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
-        "--full_size", type=int, default=FULL_SIZE, help="clips of the second set (default: %(default)s)"
+        "--full_size",
+        type=int,
+        default=FULL_SIZE,
+        help="clips of the second set (default: %(default)s)",
     )
-    parser.add_argument("--scratch", type=Path, help="folder for the links, on the disk of the recordings")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for the links, on the disk of the recordings"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     config, options, _ = parse_command_line(parser)
     if options.child:
@@ -135,7 +150,9 @@ def main() -> None:
     paths = [path for split in splits for path in find_clips(config, split)["path"]]
     read_file_by_file(paths)  # the files come into memory, the FFT makes its plans
     baseline = read_file_by_file(paths)
-    with tempfile.TemporaryDirectory(dir=options.scratch or Path(__file__).parents[1] / "datasets") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=options.scratch or Path(__file__).parents[1] / "datasets"
+    ) as folder:
         root = Path(folder)
         save_path = str(root / "run.pth")
         for path in paths:  # those of both splits as training clips
@@ -147,11 +164,17 @@ def main() -> None:
         small = measure_apart(config, data_root=str(root / "real"), save_path=save_path)
         link_clips(config, root / "full", options.full_size)
         machines = load_config().machines
-        full = measure_apart(config, data_root=str(root / "full"), save_path=save_path, machines=machines)
+        full = measure_apart(
+            config, data_root=str(root / "full"), save_path=save_path, machines=machines
+        )
     print(f"{'file by file, all real clips, s':50} {baseline:12,.2f}")
     for name in small:
         print(f"{name:50} {small[name]:12,.2f} {full[name]:12,.2f}")
-    print(json.dumps({"file by file, s": baseline, "real": small, "full size": full, "with": versions()}))
+    print(
+        json.dumps(
+            {"file by file, s": baseline, "real": small, "full size": full, "with": versions()}
+        )
+    )
 
 
 if __name__ == "__main__":

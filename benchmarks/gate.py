@@ -1,9 +1,10 @@
-"""How far the temporal attention opens on recordings: the highest gate of each clip, by machine type.
+"""How far the temporal attention opens on recordings: the highest gate of each clip, by machine
+type.
 
     python benchmarks/gate.py --data_root /data/dcase2020 --machines '{slider: [0, 2, 4, 6], valve: [0, 2, 4, 6]}'
 
-The gate is `sigmoid(max over mels + mean over mels)` of the log-mel in dB, as published. Training and test clips
-are read.
+The gate is `sigmoid(max over mels + mean over mels)` of the log-mel in dB, as published. Training
+and test clips are read.
 """
 
 import sys
@@ -28,12 +29,16 @@ def main() -> None:
     for split in ("train", "test"):
         clips = load_clips(config, split)
         plan = batches(np.arange(len(clips)), 16)
-        for indices, (samples, _) in zip(plan, clips.batches(plan, torch.device("cpu")), strict=True):
+        for indices, (samples, _) in zip(
+            plan, clips.batches(plan, torch.device("cpu")), strict=True
+        ):
             highest = temporal_gate(front_end(samples)["log_mel"]).flatten(1).amax(dim=1).tolist()
             for index, gate in zip(indices, highest, strict=True):
                 peaks.setdefault(clips.clips["machine_type"][index], []).append(gate)
     for machine_type, gates in peaks.items():
-        print(f"{machine_type}: {len(gates)} clips, median {np.median(gates):.1e}, highest {max(gates):.1e}")
+        print(
+            f"{machine_type}: {len(gates)} clips, median {np.median(gates):.1e}, highest {max(gates):.1e}"
+        )
 
 
 if __name__ == "__main__":

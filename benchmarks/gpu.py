@@ -2,16 +2,19 @@
 
     python3 benchmarks/gpu.py --minutes 8 --output DIR
     python3 benchmarks/gpu.py --only "step, default" tests       # some of the measurements
-    python3 benchmarks/gpu.py --reference                        # on a CPU: the losses to compare with, anew
+    # on a CPU: the losses to compare with, anew
+    python3 benchmarks/gpu.py --reference
 
-DIR/gpu.md is the page, DIR/gpu.json has the same figures, DIR/gpu.log what the programs printed. All are written again
-after each figure, so that whatever ends this program costs the measurement that is running, and no more. Measurements
-run one after the other, what would be missed most first, each in a process of its own: one that fails is a row with its
-reason. Notices of the program are rows too. What does not fit into --minutes is left out.
+DIR/gpu.md is the page, DIR/gpu.json has the same figures, DIR/gpu.log what the programs printed.
+All are written again after each figure, so that whatever ends this program costs the measurement
+that is running, and no more. Measurements run one after the other, what would be missed most first,
+each in a process of its own: one that fails is a row with its reason. Notices of the program are
+rows too. What does not fit into --minutes is left out.
 
-It takes no data set: clips are random. Beside torch, torchaudio and what they bring: numpy, pandas, scipy, PyYAML,
-tqdm, pytest, filelock, pydantic (with pydantic-core, annotated-types, typing-inspection), soundfile (with cffi and
-pycparser). Without a GPU everything runs in a small form, to show that it works; its figures mean nothing.
+It takes no data set: clips are random. Beside torch, torchaudio and what they bring: numpy, pandas,
+scipy, PyYAML, tqdm, pytest, filelock, pydantic (with pydantic-core, annotated-types,
+typing-inspection), soundfile (with cffi and pycparser). Without a GPU everything runs in a small
+form, to show that it works; its figures mean nothing.
 """
 
 import argparse
@@ -52,14 +55,16 @@ from trainer import Run, Trainer
 from utils import OneLineParser, UserError, run_script, use_device, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = Path(__file__).with_name("gpu_losses.json")  # of the first steps on a CPU, by batch size and precision
+REFERENCE = Path(__file__).with_name(
+    "gpu_losses.json"
+)  # of the first steps on a CPU, by batch size and precision
 OUTPUT = Path("check_points/gpu")
 RECIPE = (34_468, 1_815, 300)  # clips to train on, clips to validate, epochs
 AIM = 9900  # clips/s: 300 epochs in 20 minutes
 COMPARED = {4: 4, 64: 20, 256: 5}  # how many steps are compared, by batch size
 MARK = "ROW "  # of the lines in which a measurement reports
-# How far losses of the first steps and scores may be from those of a CPU, as a fraction of the largest. On a CPU, bf16
-# is off fp32 by 0.003 in the losses and 0.011 in the embeddings.
+# How far losses of the first steps and scores may be from those of a CPU, as a fraction of the
+# largest. On a CPU, bf16 is off fp32 by 0.003 in the losses and 0.011 in the embeddings.
 BOUNDS = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 2e-2}
 GRAPHS = {"triton.cudagraphs": True}
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "short int": 2,
@@ -101,9 +106,15 @@ def describe_machine(place: Place) -> None:
         return
     emit("libraries", cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), capability=str(
         torch.cuda.get_device_capability()))  # fmt: skip
-    fields = "driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    fields = (
+        "driver_version,memory.total,memory.free,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    )
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    values = subprocess.check_output(command, text=True).splitlines()[place.device.index or 0].split(", ")
+    values = (
+        subprocess.check_output(command, text=True)
+        .splitlines()[place.device.index or 0]
+        .split(", ")
+    )
     emit("nvidia-smi", **dict(zip(fields.split(","), values, strict=True)))
     emit("copy", **{"GB/s": copy_speed(place) / 1e9})
 
@@ -115,18 +126,28 @@ def copy_speed(place: Place) -> float:
     return 2 * 4 * count / seconds(lambda: target.copy_(source), place.device, 5)
 
 
-def measure_step(place: Place, precision: str = "bf16", options: dict[str, Any] | None = None, batch: int = 64) -> None:
+def measure_step(
+    place: Place, precision: str = "bf16", options: dict[str, Any] | None = None, batch: int = 64
+) -> None:
     """A compiled training step: the losses of the first ones beside those of a CPU, then its speed."""
     batch, (precision,) = place.batch if place.is_small else batch, place.usable(precision)
     acceleration.OPTIONS = acceleration.OPTIONS if options is None else options
     trainer = place.trainer(batch_size=batch, precision=precision)
     start = time.perf_counter()
     losses = first_losses(trainer, batch)
-    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # for which the compiler makes no graph
-    emit("compiling and first steps", seconds=time.perf_counter() - start, **({"skips": skips} if options else {}))
+    skips = torch._dynamo.utils.counters["inductor"][
+        "cudagraph_skips"
+    ]  # for which the compiler makes no graph
+    emit(
+        "compiling and first steps",
+        seconds=time.perf_counter() - start,
+        **({"skips": skips} if options else {}),
+    )
     compare_losses(losses, batch, precision)
     clips = random_clips(batch * (2 if place.is_small else 6400 // batch), place.device)
-    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 5) / len(clips)
+    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 5) / len(
+        clips
+    )
     emit("speed", **{"clips/s": 1 / each, "ms": 1000 * each * batch, "GB": reserved_memory(place)})
 
 
@@ -136,7 +157,9 @@ def measure_uncompiled_step(place: Place) -> None:
         trainer = place.trainer(precision=precision, compile=False)
         compare_losses(first_losses(trainer, place.batch), place.batch, precision)
     clips = random_clips(place.batch * (2 if place.is_small else 50), place.device)
-    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 3) / len(clips)
+    each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 3) / len(
+        clips
+    )
     emit(f"speed in {precision}", **{"clips/s": 1 / each})
 
 
@@ -151,7 +174,9 @@ def first_losses(trainer: Trainer, batch: int) -> list[float]:
     """The losses of the first steps on random clips."""
     clips = random_clips(batch * COMPARED[batch], trainer.device)
     # From the usual scale, fp16 would pass over the first steps.
-    trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=256.0, enabled=trainer.scaler.is_enabled())
+    trainer.scaler = torch.amp.GradScaler(
+        trainer.device.type, init_scale=256.0, enabled=trainer.scaler.is_enabled()
+    )
     plan = trainer.plan(len(clips), 0)
     trainer.model.train()
     batches = zip(clips.batches(plan.shares, trainer.device), plan.mixes, strict=True)
@@ -162,7 +187,11 @@ def compare(name: str, values: Any, expected: Any, precision: str) -> None:
     """The largest difference, as a fraction of the largest value."""
     expected = np.asarray(expected, dtype=float)
     largest = np.abs(np.asarray(values, dtype=float) - expected).max() / np.abs(expected).max()
-    emit(name, difference=float(largest) if np.isfinite(largest) else "not finite", bound=BOUNDS[precision])
+    emit(
+        name,
+        difference=float(largest) if np.isfinite(largest) else "not finite",
+        bound=BOUNDS[precision],
+    )
 
 
 def reserved_memory(place: Place) -> float | None:
@@ -183,7 +212,9 @@ def run_tests(place: Place) -> None:
 
     os.chdir(ROOT)
     files = ["tests/test_dataloader.py", "tests/test_trainer.py"]
-    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Reporter()])
+    status = pytest.main(
+        ["-q", "-m", "gpu", "-p", "no:cacheprovider", *files], plugins=[Reporter()]
+    )
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with status {int(status)}")
 
@@ -195,7 +226,9 @@ def measure_recipe(place: Place) -> None:
         device=place.device.type, save_path=str(place.folder / "run.pth"), epoch=n_epochs, tensorboard=False,
         batch_size=place.batch, compile=False if place.is_small else "auto",
     )  # fmt: skip
-    run = Run(config, place.device, *(stand_ins(count, place.device) for count in (n_train, n_valid)))
+    run = Run(
+        config, place.device, *(stand_ins(count, place.device) for count in (n_train, n_valid))
+    )
     run.config = config.model_copy(update={"epoch": 3})
     spent: dict[str, float] = {}
     for name, owner, method in (
@@ -209,8 +242,14 @@ def measure_recipe(place: Place) -> None:
     def report_and_emit(is_best: bool, log: Any) -> None:
         report(is_best, log)
         whole = sum(spent.values()) * RECIPE[2] / 60 * RECIPE[0] / n_train
-        speed = {"clips/s": n_train / spent["training"], "minutes of 300 epochs": whole, "GB": reserved_memory(place)}
-        emit(f"epoch {run.epoch}", **{f"{name}, s": value for name, value in spent.items()}, **speed)
+        speed = {
+            "clips/s": n_train / spent["training"],
+            "minutes of 300 epochs": whole,
+            "GB": reserved_memory(place),
+        }
+        emit(
+            f"epoch {run.epoch}", **{f"{name}, s": value for name, value in spent.items()}, **speed
+        )
 
     run.report = report_and_emit  # type: ignore[method-assign]
     run.fit()
@@ -225,8 +264,15 @@ def timed(function: Callable[..., Any], name: str, spent: dict[str, float], *arg
 
 def stand_ins(count: int, device: torch.device) -> ClipSet:
     """Random clips in the memory of the device."""
-    rows = {"path": [Path(f"{i}.wav") for i in range(count)], "machine_type": "fan", "machine_id": "00"}
-    clips = ClipSet(pd.DataFrame(rows | {"label": np.arange(count) % CLASSES, "condition": "normal"}), num_workers=1)
+    rows = {
+        "path": [Path(f"{i}.wav") for i in range(count)],
+        "machine_type": "fan",
+        "machine_id": "00",
+    }
+    clips = ClipSet(
+        pd.DataFrame(rows | {"label": np.arange(count) % CLASSES, "condition": "normal"}),
+        num_workers=1,
+    )
     clips.samples = torch.empty((count, N_SAMPLES), dtype=torch.int16, device=device)
     for part in clips.samples.split(256):
         part.random_(-300, 300)
@@ -239,7 +285,9 @@ def measure_scoring(place: Place) -> None:
     few = random_clips(n_compared, torch.device("cpu"))
     trainer = Trainer(load_config(device="cpu", compile=False), torch.device("cpu"))
 
-    def score(device: torch.device, clips: ClipSet, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    def score(
+        device: torch.device, clips: ClipSet, precision: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         config = load_config(eval_precision=precision)
         trained = TrainedModel(Path("random.pth"), trainer.network, config, {})
         outputs = run_model(trained, clips, device)
@@ -251,13 +299,15 @@ def measure_scoring(place: Place) -> None:
         for name, *pair in zip(("scores", "embeddings"), found, expected, strict=True):
             compare(f"{precision}: {name} and the CPU's in fp32", *pair, precision)
         many = random_clips(n_clips, place.device)
-        each = seconds(partial(score, place.device, many, precision), place.device, 1 if place.is_small else 3)
+        each = seconds(
+            partial(score, place.device, many, precision), place.device, 1 if place.is_small else 3
+        )
         emit(f"{precision}: speed", **{"clips/s": n_clips / each})
 
 
 def measure_kernels(place: Place) -> None:
-    """The ten kernels of a compiled step that cost most, with the bytes of what they read and write, and how near they
-    come to the speed of a copy.
+    """The ten kernels of a compiled step that cost most, with the bytes of what they read and
+    write, and how near they come to the speed of a copy.
     """
     steps = 2 if place.is_small else 10
     speed = copy_speed(place)
@@ -281,12 +331,18 @@ def measure_kernels(place: Place) -> None:
 
 
 def sum_kernels(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Milliseconds, calls and bytes of a step, for each kernel in a trace of the profiler. Where there are none, as on
-    a CPU, the operations stand for them.
+    """Milliseconds, calls and bytes of a step, for each kernel in a trace of the profiler. Where
+    there are none, as on a CPU, the operations stand for them.
     """
-    operations = {event["args"]["External id"]: event for event in events if event.get("cat") == "cpu_op"}
-    convolutions = [event for event in operations.values() if event["name"].startswith("aten::convolution")]
-    kernels = [event for event in events if event.get("cat") == "kernel"] or list(operations.values())
+    operations = {
+        event["args"]["External id"]: event for event in events if event.get("cat") == "cpu_op"
+    }
+    convolutions = [
+        event for event in operations.values() if event["name"].startswith("aten::convolution")
+    ]
+    kernels = [event for event in events if event.get("cat") == "kernel"] or list(
+        operations.values()
+    )
     # Kernels that the same operation has launched share its bytes.
     launched = Counter(kernel["args"].get("External id") for kernel in kernels)
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"ms": 0.0, "calls": 0.0, "GB": 0.0})
@@ -296,27 +352,38 @@ def sum_kernels(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]
         row["ms"] += kernel["dur"] / 1e3 / steps
         row["calls"] += 1 / steps
         if operation:
-            share = count_bytes(enclosing(operation, convolutions)) / launched[operation["args"]["External id"]]
+            share = (
+                count_bytes(enclosing(operation, convolutions))
+                / launched[operation["args"]["External id"]]
+            )
             row["GB"] += share / 1e9 / steps
     return [{"kernel": name, **row, "GB": row["GB"] or None} for name, row in rows.items()]
 
 
 def enclosing(operation: dict[str, Any], convolutions: list[dict[str, Any]]) -> dict[str, Any]:
-    """The convolution that an operation is a part of, which says its parameters; else the operation itself."""
+    """The convolution that an operation is a part of, which says its parameters; else the operation
+    itself.
+    """
     for outer in convolutions:
-        is_within = outer["ts"] <= operation["ts"] and operation["ts"] + operation["dur"] <= outer["ts"] + outer["dur"]
+        is_within = (
+            outer["ts"] <= operation["ts"]
+            and operation["ts"] + operation["dur"] <= outer["ts"] + outer["dur"]
+        )
         if is_within and outer["tid"] == operation["tid"]:
             return outer
     return operation
 
 
 def count_bytes(operation: dict[str, Any]) -> int:
-    """Bytes of the tensors that an operation takes, each once, and of those that a convolution returns. A kernel that
-    the compiler makes takes what it writes, too.
+    """Bytes of the tensors that an operation takes, each once, and of those that a convolution
+    returns. A kernel that the compiler makes takes what it writes, too.
     """
     arguments = operation["args"]
     shapes, kinds = arguments.get("Input Dims", []), arguments.get("Input type", [])
-    counted = [count_elements(shape) * BYTES.get(kind, 0) for shape, kind in zip(shapes, kinds, strict=False)]
+    counted = [
+        count_elements(shape) * BYTES.get(kind, 0)
+        for shape, kind in zip(shapes, kinds, strict=False)
+    ]
     if operation["name"] == "aten::convolution_backward":
         return sum(counted) + counted[1] + counted[2]  # the gradients of input and weight
     if operation["name"] == "aten::convolution":
@@ -349,7 +416,10 @@ def measure_files(place: Place) -> None:
     each = seconds(train_epochs(trainer, clips), place.device, 1 if place.is_small else 3) / n_clips
     emit("training", **{"clips/s": 1 / each, "threads": n_threads})
     plan = trainer.plan(n_clips, 0).shares
-    each = seconds(lambda: [None for _ in clips.batches(plan, place.device)], place.device, 1) / n_clips
+    each = (
+        seconds(lambda: [None for _ in clips.batches(plan, place.device)], place.device, 1)
+        / n_clips
+    )
     emit("reading alone", **{"clips/s": 1 / each, "threads": n_threads})
 
 
@@ -368,7 +438,9 @@ MEASUREMENTS = {  # what would be missed most comes first
     "machine": Measurement(describe_machine, 40),
     "step, default": Measurement(measure_step, 130),
     "step, threshold 4": Measurement(partial(measure_step, options={}), 110),
-    "step, graphs of the compiler": Measurement(partial(measure_step, options=acceleration.OPTIONS | GRAPHS), 110),
+    "step, graphs of the compiler": Measurement(
+        partial(measure_step, options=acceleration.OPTIONS | GRAPHS), 110
+    ),
     "step, uncompiled": Measurement(measure_uncompiled_step, 60),
     "tests": Measurement(run_tests, 130),
     "recipe": Measurement(measure_recipe, 100),
@@ -395,7 +467,9 @@ class Page:
         self.log = (folder / "gpu.log").open("w", buffering=1)
 
     def add(self, measurement: str, **row: Any) -> None:
-        self.rows.append({"measurement": measurement, "at": round(time.monotonic() - self.start, 1), **row})
+        self.rows.append(
+            {"measurement": measurement, "at": round(time.monotonic() - self.start, 1), **row}
+        )
         write_text(self.folder / "gpu.json", json.dumps({"rows": self.rows}, indent=1) + "\n")
         write_text(self.folder / "gpu.md", self.text())
 
@@ -412,14 +486,21 @@ class Page:
         lines = ["# What a GPU makes of it", "", *summary(self.rows), "", "| at, s | measurement | what | result |",
                  "| ---: | --- | --- | --- |"]  # fmt: skip
         for row in self.rows:
-            values = {name: value for name, value in row.items() if name not in ("measurement", "at", "name")}
+            values = {
+                name: value
+                for name, value in row.items()
+                if name not in ("measurement", "at", "name")
+            }
             cells = (row["at"], row["measurement"], row["name"], show(values))
             lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
         return "\n".join(lines) + "\n"
 
 
 def show(values: dict[str, Any]) -> str:
-    words = {name: f"{value:,.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    words = {
+        name: f"{value:,.4g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+    }
     return ", ".join(f"{name} {word}" for name, word in words.items())
 
 
@@ -430,19 +511,29 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     }  # fmt: skip
     if speeds:
         best = max(speeds, key=speeds.__getitem__)
-        lines.append(f"- Fastest step of batch 64: {best}, {speeds[best]:,.0f} clips/s; the aim is {AIM:,}.")
+        lines.append(
+            f"- Fastest step of batch 64: {best}, {speeds[best]:,.0f} clips/s; the aim is {AIM:,}."
+        )
         default = speeds.get("step, default")
         if best == "step, default":
             lines.append("- That is the default.")
         elif default:
-            lines.append(f"- Not the default, which makes {default:,.0f} clips/s: {SETTINGS[best]}.")
+            lines.append(
+                f"- Not the default, which makes {default:,.0f} clips/s: {SETTINGS[best]}."
+            )
     for row in rows:
         where = f"{row['measurement']}, {row['name']}"
-        if "difference" in row and not (isinstance(row["difference"], float) and row["difference"] <= row["bound"]):
+        if "difference" in row and not (
+            isinstance(row["difference"], float) and row["difference"] <= row["bound"]
+        ):
             lines.append(
                 f"- Differs from the CPU by more than its bound: {where}, {row['difference']} > {row['bound']}."
             )
-        lines += [f"- {kind.capitalize()}: {where}: {row[kind]}" for kind in ("problem", "notice") if kind in row]
+        lines += [
+            f"- {kind.capitalize()}: {where}: {row[kind]}"
+            for kind in ("problem", "notice")
+            if kind in row
+        ]
     return lines
 
 
@@ -457,7 +548,9 @@ SETTINGS = {  # of a step of batch 64 in bf16: what they differ in from the defa
 
 
 def run_measurement(name: str, limit: float, page: Page, words: list[str]) -> None:
-    """Run a measurement in a process of its own, which is ended with all that it has started after `limit` seconds."""
+    """Run a measurement in a process of its own, which is ended with all that it has started after
+    `limit` seconds.
+    """
     process = subprocess.Popen(
         [sys.executable, __file__, *words, "--measurement", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -486,7 +579,9 @@ def kill_group(leader: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process and all that it has started when the one that started it is gone, however it ended."""
+    """End this process and all that it has started when the one that started it is gone, however it
+    ended.
+    """
 
     def wait() -> None:
         sys.stdin.read()
@@ -521,11 +616,21 @@ def write_reference() -> None:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="cuda, cuda:N, or cpu for the small form (default: auto)")
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="MEASUREMENT")
-    parser.add_argument("--minutes", type=float, default=8, help="for all of it (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"folder of the page (default: {OUTPUT})")
-    parser.add_argument("--reference", action="store_true", help=f"write {REFERENCE.name} anew, on the CPU")
+    parser.add_argument(
+        "--device", default="auto", help="cuda, cuda:N, or cpu for the small form (default: auto)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="MEASUREMENT"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="for all of it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, help=f"folder of the page (default: {OUTPUT})"
+    )
+    parser.add_argument(
+        "--reference", action="store_true", help=f"write {REFERENCE.name} anew, on the CPU"
+    )
     parser.add_argument("--measurement", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reference:
@@ -541,10 +646,14 @@ def main() -> None:
             page.add(name, name="not begun", problem=f"no time left of {options.minutes:g} minutes")
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        run_measurement(name, min(left, MEASUREMENTS[name].limit), page, ["--device", options.device])
+        run_measurement(
+            name, min(left, MEASUREMENTS[name].limit), page, ["--device", options.device]
+        )
     print(page.text())
     if any("problem" in row for row in page.rows):
-        raise UserError(f"not everything went well; {options.output / 'gpu.md'} says what, gpu.log why")
+        raise UserError(
+            f"not everything went well; {options.output / 'gpu.md'} says what, gpu.log why"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What several processes cost and give: a step's time and loss beside those of one process, the end after a fault.
+"""What several processes cost and give: a step's time and loss beside those of one process, the end
+after a fault.
 
-    python benchmarks/processes.py                      # all GPUs, or on the CPU two processes of one thread each
+    # all GPUs, or on the CPU two processes of one thread each
+    python benchmarks/processes.py
     python benchmarks/processes.py --processes 2 --batch_size 256
 
-Cost: epochs on the same random clips in one process, which on the CPU has as many threads as the processes together,
-and in several, by turns, of one global batch. Fault: the last process of a run is stopped in its second epoch, and the
-run is resumed.
+Cost: epochs on the same random clips in one process, which on the CPU has as many threads as the
+processes together, and in several, by turns, of one global batch. Fault: the last process of a run
+is stopped in its second epoch, and the run is resumed.
 
-Expected, also of several GPUs: a few milliseconds more for each step; losses equal within 1e-3 (in float32; rounding
-grows from step to step); the job ends within 40 s with a status other than 0, most of it torchrun's patience with a
-process that waits for the stopped one on its GPU; the history of the resumed run holds every epoch once.
+Expected, also of several GPUs: a few milliseconds more for each step; losses equal within 1e-3 (in
+float32; rounding grows from step to step); the job ends within 40 s with a status other than 0,
+most of it torchrun's patience with a process that waits for the stopped one on its GPU; the history
+of the resumed run holds every epoch once.
 """
 
 import argparse
@@ -42,11 +45,22 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--device", default="auto", help="cuda or cpu (default: auto)")
     parser.add_argument("--processes", type=int, help="default: the number of GPUs, two on the CPU")
-    parser.add_argument("--batch_size", type=int, default=16, help="of all processes together (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="of all processes together (default: %(default)s)",
+    )
     parser.add_argument("--precision", default="fp32", help="default: %(default)s")
-    parser.add_argument("--compile", choices=("true", "false"), default="false", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4, help="of an epoch that is timed (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="each measures both (default: %(default)s)")
+    parser.add_argument(
+        "--compile", choices=("true", "false"), default="false", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="of an epoch that is timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="each measures both (default: %(default)s)"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -68,8 +82,12 @@ def compare(device: str, processes: int, rounds: int) -> str:
         for count, results in measured.items():
             threads = str(processes // count) if device == "cpu" else "1"
             command = torchrun(count, __file__, *sys.argv[1:], "--worker")
-            results.append(run_worker(f"a step of {count} processes", command, OMP_NUM_THREADS=threads))
-    one, several = (statistics.median(result["seconds"] for result in results) for results in measured.values())
+            results.append(
+                run_worker(f"a step of {count} processes", command, OMP_NUM_THREADS=threads)
+            )
+    one, several = (
+        statistics.median(result["seconds"] for result in results) for results in measured.values()
+    )
     losses, expected = measured[processes][0]["losses"], measured[1][0]["losses"]
     difference = max(abs(loss / other - 1.0) for loss, other in zip(losses, expected, strict=True))
     return (
@@ -79,20 +97,31 @@ def compare(device: str, processes: int, rounds: int) -> str:
 
 
 def torchrun(processes: int, *words: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     return [*launcher, *words]
 
 
 def stop_and_resume(device: str, processes: int, folder: Path) -> dict[str, Any]:
-    """Train with the last of the processes stopped in the second epoch, then resume. Raises `RuntimeError` where the
-    job does not fail with one error, or where the resumed run is not whole.
+    """Train with the last of the processes stopped in the second epoch, then resume. Raises
+    `RuntimeError` where the job does not fail with one error, or where the resumed run is not
+    whole.
     """
     data, weights = folder / "data", folder / "run.pth"
     call("datasets/synthesize.py", "--output", str(data), "--test", "1")
     values = {"data_root": data, "machines": "{fan: [0, 2]}", "save_path": weights, "epoch": EPOCHS, "batch_size": 8,
               "compile": "false", "tensorboard": "false", "device": device}  # fmt: skip
-    command = torchrun(processes, "train_ddp.py", *(f"--{key}={value}" for key, value in values.items()))
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = torchrun(
+        processes, "train_ddp.py", *(f"--{key}={value}" for key, value in values.items())
+    )
+    job = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert job.stdout
     while (line := job.stdout.readline()) and not line.startswith("epoch "):
         pass
@@ -109,7 +138,11 @@ def stop_and_resume(device: str, processes: int, folder: Path) -> dict[str, Any]
     if history["epoch"].tolist() != [*range(1, EPOCHS + 1)]:
         raise RuntimeError(f"the epochs of history.csv are {history['epoch'].tolist()}")
     losses = ", ".join(f"{loss:.4g}" for loss in history["train_loss"])
-    return {"the last one stopped": said[0], "seconds to the end": round(ended, 1), "train_loss": losses}
+    return {
+        "the last one stopped": said[0],
+        "seconds to the end": round(ended, 1),
+        "train_loss": losses,
+    }
 
 
 def call(*words: str) -> None:
@@ -127,8 +160,14 @@ def work(options: argparse.Namespace) -> None:
         device=device.type, batch_size=options.batch_size, precision=options.precision, lr=1e-5,
         compile=options.compile == "true",
     )  # fmt: skip
-    trainer, clips, losses = Trainer(config, device), random_clips(options.batch_size * options.steps, device), []
-    each = seconds(lambda: losses.append(trainer.train_epoch(clips, len(losses))[0]), device, repeats=5)
+    trainer, clips, losses = (
+        Trainer(config, device),
+        random_clips(options.batch_size * options.steps, device),
+        [],
+    )
+    each = seconds(
+        lambda: losses.append(trainer.train_epoch(clips, len(losses))[0]), device, repeats=5
+    )
     if is_main():
         print(json.dumps({"seconds": each / options.steps, "losses": losses}))
     leave()

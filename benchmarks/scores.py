@@ -2,13 +2,15 @@
 
     python benchmarks/scores.py --config docs/real_recordings.yaml --data_root FOLDER
 
-Trains the four modes with each seed, as reproduce.py does, and keeps the state after each epoch of the last third. Then
-it scores the test clips under the weights of the lowest validation loss, the last ones, and the mean of those that were
-kept; with the published score, the angle, and the distance to the nearest training clips: of the own ID, or of the
-whole machine type, where clips of other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights
-and score; OUTPUT/scores.md the means over all modes, and the differences to the published score under the best weights,
-with 95 % intervals that allow for other seeds and other test clips. Runs of one seed, which share their validation
-clips, count as one observation, the mean over the modes. Finished runs are not trained again.
+Trains the four modes with each seed, as reproduce.py does, and keeps the state after each epoch of
+the last third. Then it scores the test clips under the weights of the lowest validation loss, the
+last ones, and the mean of those that were kept; with the published score, the angle, and the
+distance to the nearest training clips: of the own ID, or of the whole machine type, where clips of
+other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights and score;
+OUTPUT/scores.md the means over all modes, and the differences to the published score under the best
+weights, with 95 % intervals that allow for other seeds and other test clips. Runs of one seed,
+which share their validation clips, count as one observation, the mean over the modes. Finished runs
+are not trained again.
 """
 
 import argparse
@@ -49,8 +51,12 @@ ROWS = {"mean AUC": "mean", "lowest AUC": "min"}  # of the metrics of a machine 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)")
-    parser.add_argument("--output", type=Path, default=Path("check_points/scores"), help="default: %(default)s")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("check_points/scores"), help="default: %(default)s"
+    )
     _, options, given = parse_command_line(parser)
     runs = plan(argparse.Namespace(**vars(options), inputs="published"), given)
     measured: Measured = {}
@@ -73,7 +79,9 @@ def states_folder(run: Config) -> Path:
 
 
 def train_and_keep(run: Config) -> None:
-    """Train, or go on after an interruption; the last state of each epoch of the last third stays in `states`."""
+    """Train, or go on after an interruption; the last state of each epoch of the last third stays
+    in `states`.
+    """
     last, folder = RunFiles(run.checkpoint).last, states_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -109,7 +117,11 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
             f"{states_folder(run)}: {len(states)} states, not the {expected} of the last third; remove the run, and it "
             f"is trained again"
         )
-    for weights, model in {"best": best.state["model"], "last": last, "mean": mean_of(states)}.items():
+    for weights, model in {
+        "best": best.state["model"],
+        "last": last,
+        "mean": mean_of(states),
+    }.items():
         best.network.load_state_dict(model)
         bank = pack_embeddings(run_model(best, training, device).embedding, training.labels)
         trained = replace(best, state={"embeddings": {"bank": bank}})
@@ -125,9 +137,13 @@ def mean_of(states: list[State]) -> State:
     }
 
 
-def all_scores(trained: TrainedModel, outputs: Outputs, clips: ClipSet) -> Iterator[tuple[str, np.ndarray]]:
+def all_scores(
+    trained: TrainedModel, outputs: Outputs, clips: ClipSet
+) -> Iterator[tuple[str, np.ndarray]]:
     def scores(**keys) -> np.ndarray:
-        return anomaly_scores(replace(trained, config=trained.config.model_copy(update=keys)), outputs, clips.labels)
+        return anomaly_scores(
+            replace(trained, config=trained.config.model_copy(update=keys)), outputs, clips.labels
+        )
 
     yield "published", scores(scoring="published")
     yield "angle", scores(scoring="angle")
@@ -138,8 +154,12 @@ def all_scores(trained: TrainedModel, outputs: Outputs, clips: ClipSet) -> Itera
         yield f"nearest 2 of the type, penalty {penalty}", distances
 
 
-def type_distances(trained: TrainedModel, embedding: Tensor, labels: Tensor, penalty: float) -> np.ndarray:
-    """The mean of the two smallest distances to clips of the machine type, those of other IDs larger by the penalty."""
+def type_distances(
+    trained: TrainedModel, embedding: Tensor, labels: Tensor, penalty: float
+) -> np.ndarray:
+    """The mean of the two smallest distances to clips of the machine type, those of other IDs
+    larger by the penalty.
+    """
     bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
     distances = 1.0 - normalise(embedding.double()) @ normalise(bank["embedding"].double()).T
     types, ids = np.array(machines_of_classes(trained.config)).T
@@ -162,16 +182,19 @@ def auc(draws: Draws, machine_type: str, row: str) -> np.ndarray:
 
 
 def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
-    """For each pair (weights, score) the mean over the runs of each seed, the difference to BASE with its interval, and
-    in how many runs it is higher.
+    """For each pair (weights, score) the mean over the runs of each seed, the difference to BASE
+    with its interval, and in how many runs it is higher.
     """
     one_run = seeds[0][0]
-    lines = markdown_header("weights, score", [f"{name}: {title}" for name in machine_types(one_run) for title in ROWS])
+    lines = markdown_header(
+        "weights, score", [f"{name}: {title}" for name in machine_types(one_run) for title in ROWS]
+    )
     for pair in one_run:
         cells = []
         for machine_type, row in itertools.product(machine_types(one_run), ROWS.values()):
             one, base = (
-                np.array([[auc(run[key], machine_type, row) for run in runs] for runs in seeds]) for key in (pair, BASE)
+                np.array([[auc(run[key], machine_type, row) for run in runs] for runs in seeds])
+                for key in (pair, BASE)
             )  # (seeds, modes, 1 + DRAWS, 1)
             cell = f"{one[:, :, 0].mean():.2f}"
             if pair != BASE:
@@ -188,7 +211,10 @@ def all_rows(measured: Measured) -> pd.DataFrame:
     """Each run, weights and score: the AUC of every row of the metrics, in percent."""
     return pd.DataFrame(
         {"run": name, "weights": weights, "score": score}
-        | {f"{machine_type} {row}": round(100 * drawn[0, 0], 2) for (machine_type, row), drawn in draws.items()}
+        | {
+            f"{machine_type} {row}": round(100 * drawn[0, 0], 2)
+            for (machine_type, row), drawn in draws.items()
+        }
         for name, pairs in measured.items()
         for (weights, score), draws in pairs.items()
     )

@@ -1,14 +1,18 @@
-"""Is a difference between the modes more than chance? Trainings of each mode with many seeds, in one process.
+"""Is a difference between the modes more than chance? Trainings of each mode with many seeds, in
+one process.
 
     python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --seeds 30
-    python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --minutes 10    # and again
+    # and again
+    python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --minutes 10
 
-The recordings are read once and stay in the memory of the device, and the step of a mode is compiled once. A run trains
-as train.py does, but writes no checkpoints; the weights of the lowest validation loss are evaluated as eval.py does.
-OUTPUT/seeds.csv gets a row after each run: mode, seed, epoch of the weights, validation loss, and AUC and pAUC of each
-machine ID for the three scores, as fractions. OUTPUT/seeds.md has means, and differences between the modes, whose
-intervals allow for other seeds but not for other test clips. Started again, it goes on with the runs that are missing.
-A run of the 285 recordings of docs/real_recordings.md takes a quarter of an hour on two cores.
+The recordings are read once and stay in the memory of the device, and the step of a mode is
+compiled once. A run trains as train.py does, but writes no checkpoints; the weights of the lowest
+validation loss are evaluated as eval.py does. OUTPUT/seeds.csv gets a row after each run: mode,
+seed, epoch of the weights, validation loss, and AUC and pAUC of each machine ID for the three
+scores, as fractions. OUTPUT/seeds.md has means, and differences between the modes, whose intervals
+allow for other seeds but not for other test clips. Started again, it goes on with the runs that are
+missing. A run of the 285 recordings of docs/real_recordings.md takes a quarter of an hour on two
+cores.
 
 Where the recordings have to be brought to another machine in parts:
 
@@ -53,21 +57,42 @@ from evaluation.result import evaluate
 from evaluation.tables import markdown_header, markdown_row
 from losses import MODES
 from trainer import Run
-from utils import OneLineParser, UserError, check_writable, run_script, use_device, write_csv, write_text
+from utils import (
+    OneLineParser,
+    UserError,
+    check_writable,
+    run_script,
+    use_device,
+    write_csv,
+    write_text,
+)
 
 METRICS = ("AUC", "pAUC")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=30, help="of each mode, from 1 on (default: %(default)s)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--minutes", type=float, default=np.inf, help="after which no run begins (default: no limit)")
-    parser.add_argument("--output", type=Path, default=Path("check_points/seeds"), help="default: %(default)s")
+    parser.add_argument(
+        "--seeds", type=int, default=30, help="of each mode, from 1 on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=np.inf,
+        help="after which no run begins (default: no limit)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("check_points/seeds"), help="default: %(default)s"
+    )
     config, options, given = parse_command_line(parser)
     end = time.monotonic() + 60 * options.minutes
     for key in {"mode", "seed", "save_path", "init_from"} & given.keys():
-        raise UserError(f"command line: {key}: --modes, --seeds and --output choose, and every run begins anew")
+        raise UserError(
+            f"command line: {key}: --modes, --seeds and --output choose, and every run begins anew"
+        )
     config = settle_classes(config)
     device = use_device(config.device)
     clips, test = (load_clips(config, split) for split in ("train", "test"))
@@ -81,10 +106,17 @@ def main() -> None:
         if time.monotonic() > end:
             print(f"{options.minutes:g} minutes are over; start the same command again, it goes on")
             break
-        rows.append(measure_run(config.model_copy(update={"mode": mode, "seed": seed}), device, clips, test))
+        rows.append(
+            measure_run(config.model_copy(update={"mode": mode, "seed": seed}), device, clips, test)
+        )
         write_csv(options.output / "seeds.csv", pd.DataFrame(rows))
-        auc = np.mean([value for name, value in rows[-1].items() if re.fullmatch("published/.*/AUC", name)])
-        print(f"{mode}, seed {seed}: mean AUC {100 * auc:.2f}, {rows[-1]['seconds']:.1f} s", flush=True)
+        auc = np.mean(
+            [value for name, value in rows[-1].items() if re.fullmatch("published/.*/AUC", name)]
+        )
+        print(
+            f"{mode}, seed {seed}: mean AUC {100 * auc:.2f}, {rows[-1]['seconds']:.1f} s",
+            flush=True,
+        )
     if rows:
         text = "\n".join(summarise(pd.DataFrame(rows)))
         print("\n" + text)
@@ -92,8 +124,8 @@ def main() -> None:
 
 
 def find_rows(folder: Path, config: Config, clips: str) -> list[dict[str, Any]]:
-    """The rows of the runs that are finished. Raises `UserError` where these had other clips or another
-    configuration.
+    """The rows of the runs that are finished. Raises `UserError` where these had other clips or
+    another configuration.
     """
     about, table = folder / "seeds.json", folder / "seeds.csv"
     check_writable(about, "--output names another folder")
@@ -103,20 +135,33 @@ def find_rows(folder: Path, config: Config, clips: str) -> list[dict[str, Any]]:
     try:
         before, rows = json.loads(about.read_text()), pd.read_csv(table).to_dict("records")
     except (OSError, ValueError):
-        raise UserError(f"{folder}: seeds.csv and seeds.json are not both readable; remove them") from None
+        raise UserError(
+            f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
+        ) from None
     check_configuration(config, before, about, "give the same, or --output names another folder")
     if before["clips"] != clips:
-        raise UserError(f"{about}: the finished runs had other clips; --output names another folder")
+        raise UserError(
+            f"{about}: the finished runs had other clips; --output names another folder"
+        )
     return rows
 
 
-def measure_run(config: Config, device: torch.device, clips: ClipSet, test: ClipSet) -> dict[str, Any]:
+def measure_run(
+    config: Config, device: torch.device, clips: ClipSet, test: ClipSet
+) -> dict[str, Any]:
     """Train and evaluate: a row of the table."""
     start = time.monotonic()
     run, best = train_run(config, device, clips)
     run.trainer.network.load_state_dict(best["model"])
-    trained = TrainedModel(config.checkpoint, run.trainer.network.eval(), config, best | {"embeddings": run.embed()})
-    row: dict[str, Any] = {"mode": config.mode, "seed": config.seed, "epoch": best["epoch"], "loss": run.best_loss}
+    trained = TrainedModel(
+        config.checkpoint, run.trainer.network.eval(), config, best | {"embeddings": run.embed()}
+    )
+    row: dict[str, Any] = {
+        "mode": config.mode,
+        "seed": config.seed,
+        "epoch": best["epoch"],
+        "loss": run.best_loss,
+    }
     for kind, result in evaluate(trained, test, "test", device, SCORINGS).items():
         assert result.metrics  # the clips of the folder `test` have a condition
         table = result.metrics.table
@@ -127,7 +172,9 @@ def measure_run(config: Config, device: torch.device, clips: ClipSet, test: Clip
 
 
 def train_run(config: Config, device: torch.device, clips: ClipSet) -> tuple[Run, State]:
-    """Train to the last epoch. Returns the run, and its state after the epoch of the lowest validation loss."""
+    """Train to the last epoch. Returns the run, and its state after the epoch of the lowest
+    validation loss.
+    """
     run = Run(config, device, *clips.split(config.split_ratio, config.seed))
     run.begin(None)
     best: State = {}
@@ -142,26 +189,35 @@ def train_run(config: Config, device: torch.device, clips: ClipSet) -> tuple[Run
 
 
 def summarise(table: pd.DataFrame) -> Iterator[str]:
-    """For each score the mean AUC of the IDs of each machine type: mean and deviation over the seeds, and differences
-    of the modes, seed by seed.
+    """For each score the mean AUC of the IDs of each machine type: mean and deviation over the
+    seeds, and differences of the modes, seed by seed.
     """
     values = table.melt(["mode", "seed"], [name for name in table.columns if name.endswith("/AUC")])
     values[["score", "type", "id", "metric"]] = values["variable"].str.split("/", expand=True)
     each = 100 * values.groupby(["score", "type", "mode", "seed"])["value"].mean()
     types, modes = values["type"].unique().tolist(), table["mode"].unique().tolist()
     for score in SCORINGS:
-        yield from ("", f"## {score}: mean AUC of the machine IDs, in percent", "", *markdown_header("mode", types))
+        yield from (
+            "",
+            f"## {score}: mean AUC of the machine IDs, in percent",
+            "",
+            *markdown_header("mode", types),
+        )
         for mode in modes:
             runs = [each[score, machine_type, mode] for machine_type in types]
             yield markdown_row(f"{mode} (n = {len(runs[0])})", [spread(x) for x in runs])
         yield from ("", *markdown_header(f"difference ({COVERAGE:.0%} interval)", types))
         for one, other in itertools.combinations(modes, 2):
             pairs = [(each[score, name, one] - each[score, name, other]).dropna() for name in types]
-            yield markdown_row(f"{one} minus {other}", [interval(differences) for differences in pairs])
+            yield markdown_row(
+                f"{one} minus {other}", [interval(differences) for differences in pairs]
+            )
 
 
 def spread(values: pd.Series) -> str:
-    return f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
+    return (
+        f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
+    )
 
 
 def interval(differences: pd.Series) -> str:

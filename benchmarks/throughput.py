@@ -1,13 +1,17 @@
-"""How many clips a second the front end, a training step, validation and scoring take, against a plain implementation.
+"""How many clips a second the front end, a training step, validation and scoring take, against a
+plain implementation.
 
-    python benchmarks/throughput.py                                     # on the CPU or, where there is one, the GPU
-    python benchmarks/throughput.py --settings cpu,fp32,eager,16        # device, precision, way, batch size
+    # on the CPU or, where there is one, the GPU
+    python benchmarks/throughput.py
+    # device, precision, way, batch size
+    python benchmarks/throughput.py --settings cpu,fp32,eager,16
     python benchmarks/throughput.py --settings cuda,bf16,compiled,64 cuda,bf16,compiled,256 --output throughput.json
 
-A training step runs `eager` or `compiled`. Each setting runs in a process of its own, on random samples in memory, as
-trainer.py and eval.py run it. `plain` is a first implementation on the same device: the log-mel of each clip by itself,
-eager float32 in the contiguous memory format, scoring one clip at a time. `plain, memory kept` is the same with
-`keep_freed_memory`, to tell that part apart.
+A training step runs `eager` or `compiled`. Each setting runs in a process of its own, on random
+samples in memory, as trainer.py and eval.py run it. `plain` is a first implementation on the same
+device: the log-mel of each clip by itself, eager float32 in the contiguous memory format, scoring
+one clip at a time. `plain, memory kept` is the same with `keep_freed_memory`, to tell that part
+apart.
 """
 
 import argparse
@@ -47,8 +51,12 @@ PRECISIONS = ("fp32", "bf16", "fp16", "plain", "plain-kept")
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--settings", nargs="+", metavar="DEVICE,PRECISION,WAY,BATCH", default=default_settings())
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each stage; the median counts")
+    parser.add_argument(
+        "--settings", nargs="+", metavar="DEVICE,PRECISION,WAY,BATCH", default=default_settings()
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="measurements of each stage; the median counts"
+    )
     parser.add_argument("--output", type=Path, help="file for the figures as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -64,11 +72,20 @@ def main() -> None:
     results = []
     for setting in [*plain, *settings]:
         print(f"measuring {name_of(setting)} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--worker", ",".join(map(str, setting)), "--repeats", str(options.repeats)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            ",".join(map(str, setting)),
+            "--repeats",
+            str(options.repeats),
+        ]
         results.append({"setting": setting, "seconds": run_worker(name_of(setting), command)})
     print_table(results)
     if options.output:
-        options.output.write_text(json.dumps({"results": results, "machine": machine()}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({"results": results, "machine": machine()}, indent=2) + "\n"
+        )
 
 
 def run_worker(name: str, command: list[str], **environment: str) -> Any:
@@ -92,12 +109,16 @@ def parse_setting(text: str) -> tuple[str, str, str, int]:
             return device, precision, way, int(batch)
     except ValueError:
         pass
-    raise UserError(f"--settings {text}: not DEVICE,PRECISION,WAY,BATCH such as cpu,fp32,compiled,64")
+    raise UserError(
+        f"--settings {text}: not DEVICE,PRECISION,WAY,BATCH such as cpu,fp32,compiled,64"
+    )
 
 
 def name_of(setting: tuple[str, str, str, int]) -> str:
     device, precision, way, batch = setting
-    kind = {"plain": "plain", "plain-kept": "plain, memory kept"}.get(precision, f"{precision}, {way}")
+    kind = {"plain": "plain", "plain-kept": "plain, memory kept"}.get(
+        precision, f"{precision}, {way}"
+    )
     return f"{device}, {kind}, batch {batch}"
 
 
@@ -108,16 +129,21 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
     """Seconds per clip of each stage."""
     device_name, precision, way, batch = setting
     device = torch.device(device_name)
-    # On a GPU many steps between two looks at the clock, for which it has to be waited for; on a CPU scoring takes a
-    # quarter of the time of a training step.
+    # On a GPU many steps between two looks at the clock, for which it has to be waited for; on a
+    # CPU scoring takes a quarter of the time of a training step.
     train_steps, other_steps = (1, 4) if device_name == "cpu" else (6400 // batch, 6400 // batch)
-    trained_on, clips = random_clips(batch * train_steps, device), random_clips(batch * other_steps, device)
+    trained_on, clips = (
+        random_clips(batch * train_steps, device),
+        random_clips(batch * other_steps, device),
+    )
     if precision.startswith("plain"):
         if precision == "plain-kept":
             keep_freed_memory()
         stages = plain_stages(trained_on, clips, device, batch)
     else:
-        config = load_config(device=device_name, precision=precision, batch_size=batch, compile=way == "compiled")
+        config = load_config(
+            device=device_name, precision=precision, batch_size=batch, compile=way == "compiled"
+        )
         trainer = Trainer(config, device)
         trained = TrainedModel(Path("random.pth"), trainer.network, config, {})
 
@@ -132,36 +158,53 @@ def work(setting: tuple[str, str, str, int], repeats: int) -> dict[str, float]:
             "scoring": lambda: run_model(trained, clips, device),
         }
     counts = dict.fromkeys(STAGES, len(clips)) | {"training step": len(trained_on)}
-    return {name: seconds(action, device, repeats) / counts[name] for name, action in stages.items()}
+    return {
+        name: seconds(action, device, repeats) / counts[name] for name, action in stages.items()
+    }
 
 
 def train_epochs(trainer: Trainer, clips: ClipSet) -> Callable[[], Any]:
-    """An action that trains the next epoch at each call: the plan of an epoch is drawn during the one before it."""
+    """An action that trains the next epoch at each call: the plan of an epoch is drawn during the
+    one before it.
+    """
     epochs = itertools.count()
     return lambda: trainer.train_epoch(clips, next(epochs))
 
 
 def random_clips(count: int, device: torch.device) -> ClipSet:
     """Clips whose random samples are in memory; beyond 256 they repeat."""
-    clips = ClipSet(pd.DataFrame({"path": Path(), "label": np.arange(count) % CLASSES}), num_workers=1)
-    samples = np.random.default_rng(0).integers(-300, 300, (min(count, 256), N_SAMPLES), dtype=np.int16)
+    clips = ClipSet(
+        pd.DataFrame({"path": Path(), "label": np.arange(count) % CLASSES}), num_workers=1
+    )
+    samples = np.random.default_rng(0).integers(
+        -300, 300, (min(count, 256), N_SAMPLES), dtype=np.int16
+    )
     clips.samples = torch.from_numpy(np.resize(samples, (count, N_SAMPLES))).to(device)
     return clips
 
 
-def plain_stages(trained_on: ClipSet, clips: ClipSet, device: torch.device, batch: int) -> dict[str, Callable[[], Any]]:
+def plain_stages(
+    trained_on: ClipSet, clips: ClipSet, device: torch.device, batch: int
+) -> dict[str, Callable[[], Any]]:
     """The same method without anything that this project does for speed."""
     config = load_config(batch_size=batch)
     set_up_numerics()
-    network, objective = build_network(config).to(device), Objective(config.mode, config.m, config.s)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=config.lr)
+    network, objective = (
+        build_network(config).to(device),
+        Objective(config.mode, config.m, config.s),
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad], lr=config.lr
+    )
     power = LogMel().mel.to(device)
     rng = np.random.default_rng(0)
 
     def inputs(clips: ClipSet, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for samples, labels in clips.batches(batches(np.arange(len(clips)), size), device):
             waveform = samples.float() / 32768.0
-            log_mel = torch.stack([10.0 * torch.log10(power(one) + POWER_FLOOR) for one in waveform])
+            log_mel = torch.stack(
+                [10.0 * torch.log10(power(one) + POWER_FLOOR) for one in waveform]
+            )
             yield {"waveform": waveform, "log_mel": log_mel.unsqueeze(1)}, labels
 
     def front_end() -> None:
@@ -210,14 +253,20 @@ def seconds(action: Callable[[], Any], device: torch.device, repeats: int) -> fl
 
 
 def print_table(results: list[dict]) -> None:
-    plain = {(r["setting"][0], r["setting"][3]): r["seconds"] for r in results if r["setting"][1] == "plain"}
+    plain = {
+        (r["setting"][0], r["setting"][3]): r["seconds"]
+        for r in results
+        if r["setting"][1] == "plain"
+    }
     print(f"{'':14} {'clips/s':>9} {'ms/batch':>9} {'x plain':>8}")
     for result in results:
         device, _, _, batch = setting = tuple(result["setting"])
         print(name_of(setting))
         for stage in STAGES:
             each = result["seconds"][stage]
-            print(f"  {stage:12} {1 / each:9.1f} {1000 * each * batch:9.1f} {plain[device, batch][stage] / each:8.2f}")
+            print(
+                f"  {stage:12} {1 / each:9.1f} {1000 * each * batch:9.1f} {plain[device, batch][stage] / each:8.2f}"
+            )
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
 

@@ -1,8 +1,10 @@
-"""What long recordings and machines of unknown ID cost: AUC of joined recordings, a fault within an hour.
+"""What long recordings and machines of unknown ID cost: AUC of joined recordings, a fault within an
+hour.
 
     python benchmarks/windows.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
 
-FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and for each machine type:
+FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and for each machine
+type:
 
 - the mean AUC of the IDs of the test clips one by one; of recordings of three test clips each of one ID and condition,
   joined in the order of their names, with windows 10 s and 5 s apart; and what averaging alone does: the AUC of the
@@ -12,10 +14,10 @@ FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and
 - how many of the normal ones are called anomalous.
 - the AUC against the own ID, and against the best-fitting ID of the machine type, as where the ID is not known.
 
-Then `score.py --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID, over and
-over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints when the window with the highest score starts,
-which minutes have the highest mean score of the windows that lie in them, the time, and the highest anonymous memory of
-the process.
+Then `score.py --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID,
+over and over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints when the window
+with the highest score starts, which minutes have the highest mean score of the windows that lie in
+them, the time, and the highest anonymous memory of the process.
 """
 
 import itertools
@@ -62,17 +64,23 @@ def main() -> None:
             trained = load_model(path, config, given)
             clips = load_clips(trained.config, "test")
             joined = join_recordings(clips.recordings, folder / "joined")
-            rows += [{"checkpoint": path.stem, **row} for row in measure(trained, clips, joined, device)]
+            rows += [
+                {"checkpoint": path.stem, **row} for row in measure(trained, clips, joined, device)
+            ]
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="%.2f"))
         print(table.groupby("machine_type").mean(numeric_only=True).to_string(float_format="%.2f"))
         for minutes, fault in ((10, 9), (60, 40)):
-            recording = join_with_fault(clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault)
+            recording = join_with_fault(
+                clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault
+            )
             for path in options.checkpoints:
                 print(listen(path, recording, clips.recordings.iloc[0]), flush=True)
 
 
-def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.device) -> Iterator[dict[str, object]]:
+def measure(
+    trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.device
+) -> Iterator[dict[str, object]]:
     """For each machine type what the head of this file lists."""
     single = score(trained, clips, device)
     recordings = {}
@@ -85,17 +93,26 @@ def measure(trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.d
     for machine_type, of_type in single.groupby("machine_type", sort=False):
         shuffled = (of_type.sample(frac=1, random_state=seed) for seed in range(WAYS))
         drawn = np.array([mean_auc(means_of_threes(clips)) for clips in shuffled])
-        expected, joined_scores = means_of_threes(of_type), of(recordings[10.0], machine_type)["exact_score"]
+        expected, joined_scores = (
+            means_of_threes(of_type),
+            of(recordings[10.0], machine_type)["exact_score"],
+        )
         yield {
             "machine_type": machine_type,
             "single": mean_auc(of_type),
             "threes": drawn.mean(),
             "from": np.percentile(drawn, 2.5),
             "to": np.percentile(drawn, 97.5),
-            **{f"joined, {hop:g} s": mean_auc(of(table, machine_type)) for hop, table in recordings.items()},
+            **{
+                f"joined, {hop:g} s": mean_auc(of(table, machine_type))
+                for hop, table in recordings.items()
+            },
             "off by": f"{np.abs(np.sort(expected['exact_score']) - np.sort(joined_scores)).max():.0e}",
             "called, single": called(of_type),
-            **{f"called, {hop:g} s": called(of(table, machine_type)) for hop, table in recordings.items()},
+            **{
+                f"called, {hop:g} s": called(of(table, machine_type))
+                for hop, table in recordings.items()
+            },
             "best ID": mean_auc(of(unknown, machine_type)),
         }
 
@@ -114,7 +131,9 @@ def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -
     outputs, machines = run_model(trained, clips, device), machines_of_classes(trained.config)
     table = clips.recordings.assign(exact_score=np.inf)
     for label, (machine_type, _) in enumerate(machines):
-        scores = clips.over_windows(anomaly_scores(trained, outputs, torch.full((len(clips),), label)), "mean")
+        scores = clips.over_windows(
+            anomaly_scores(trained, outputs, torch.full((len(clips),), label)), "mean"
+        )
         is_type = table["machine_type"] == machine_type
         table.loc[is_type, "exact_score"] = np.minimum(table["exact_score"], scores)[is_type]
     return table
@@ -123,7 +142,12 @@ def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -
 def mean_auc(table: pd.DataFrame) -> float:
     groups = [group for _, group in table.groupby("machine_id")]
     return 100 * float(
-        np.mean([roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"]) for group in groups])
+        np.mean(
+            [
+                roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"])
+                for group in groups
+            ]
+        )
     )
 
 
@@ -154,19 +178,25 @@ def join(paths: Sequence[Path], file: Path) -> Path:
 
 
 def join_recordings(clips: pd.DataFrame, root: Path) -> Path:
-    """A data folder with the test clips of each ID and condition joined; what is left over is left out."""
+    """A data folder with the test clips of each ID and condition joined; what is left over is left
+    out.
+    """
     for (machine_type, machine_id, condition), group in clips.groupby([*MACHINE, "condition"]):
         paths, prefix = group["path"].tolist(), "normal" if condition == NORMAL else "anomaly"
         for number in range(len(paths) // JOINED):
             chosen = paths[JOINED * number : JOINED * (number + 1)]
-            join(chosen, root / machine_type / "test" / f"{prefix}_id_{machine_id}_{number:04d}.wav")
+            join(
+                chosen, root / machine_type / "test" / f"{prefix}_id_{machine_id}_{number:04d}.wav"
+            )
     return root
 
 
 def join_with_fault(clips: pd.DataFrame, file: Path, minutes: int, fault: int) -> Path:
     """So many minutes of the first machine, normal but for the minute after that of the fault."""
     own = clips[(clips[MACHINE] == clips[MACHINE].iloc[0]).all(axis=1)]
-    normal, anomalous = (own["path"][own["condition"] == condition].tolist() for condition in (NORMAL, ANOMALOUS))
+    normal, anomalous = (
+        own["path"][own["condition"] == condition].tolist() for condition in (NORMAL, ANOMALOUS)
+    )
     paths = list(itertools.islice(itertools.cycle(normal), minutes * MINUTE))
     paths[fault * MINUTE : (fault + 1) * MINUTE] = anomalous[:MINUTE]
     return join(paths, file)
@@ -178,10 +208,16 @@ def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
     options = (str(recording), *machine, "--timeline", "--plots", "--json")
     began, highest, said = time.monotonic(), 0.0, recording.with_suffix(".json")
     with said.open("w") as file:
-        process = subprocess.Popen([sys.executable, ROOT / "score.py", checkpoint, *options], stdout=file)
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "score.py", checkpoint, *options], stdout=file
+        )
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+            found = [
+                line.split()[1]
+                for line in status.read_text().splitlines()
+                if line.startswith("RssAnon")
+            ]
             highest = max(highest, *(int(kilobytes) / 1e3 for kilobytes in found), 0.0)
             time.sleep(0.05)
     seconds = time.monotonic() - began

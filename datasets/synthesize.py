@@ -1,26 +1,35 @@
-"""Make a small set of machine sounds from code alone, in the layout of DCASE 2020 Task 2 or of 2023.
+"""Make a small set of machine sounds from code alone, in the layout of DCASE 2020 Task 2 or of
+2023.
 
-    python datasets/synthesize.py                           # 576 clips, 185 MB, in datasets/synthetic
-    python datasets/synthesize.py --seed 7 --overwrite      # other recordings of the same machines instead
-    python datasets/synthesize.py --train 64 --overwrite    # more clips; the earlier ones stay the same
-    python datasets/synthesize.py --form 2023               # sections and domains, in datasets/synthetic_2023
+    # 576 clips, 185 MB, in datasets/synthetic
+    python datasets/synthesize.py
+    # other recordings of the same machines instead
+    python datasets/synthesize.py --seed 7 --overwrite
+    # more clips; the earlier ones stay the same
+    python datasets/synthesize.py --train 64 --overwrite
+    # sections and domains, in datasets/synthetic_2023
+    python datasets/synthesize.py --form 2023
 
-A clip is OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav: 10 s, 16 kHz, mono, 16-bit PCM.
-There are six machine types with three IDs each; per ID, --train normal clips to train on, and --test normal and
---test anomalous clips to test on. A clip depends on the seed and on its own name only. The set shows that the code
-works; it says nothing about real machines.
+A clip is OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav: 10 s, 16 kHz, mono, 16-bit
+PCM. There are six machine types with three IDs each; per ID, --train normal clips to train on, and
+--test normal and --test anomalous clips to test on. A clip depends on the seed and on its own name
+only. The set shows that the code works; it says nothing about real machines.
 
-In the form of 2023 a machine type has one section with two domains, and a clip is OUTPUT/<type>/{train,test}/
-section_00_{source,target}_{train,test}_{normal,anomaly}_NNNN_spd_<speed>.wav. In the source domain the machine runs at
-two speeds, in the target domain at a third one and in a louder factory. --train is the number of source clips, with an
-eighth as many of the target domain; --test that of each domain.
+In the form of 2023 a machine type has one section with two domains, and a clip is
+OUTPUT/<type>/{train,test}/
+section_00_{source,target}_{train,test}_{normal,anomaly}_NNNN_spd_<speed>.wav. In the source domain
+the machine runs at two speeds, in the target domain at a third one and in a louder factory. --train
+is the number of source clips, with an eighth as many of the target domain; --test that of each
+domain.
 
-The sound of a machine is the tones of its shaft, broadband noise, and knocks where it moves in strokes, filtered by
-the resonances of its housing; the noise of a factory is added. The IDs of a type differ in speed and resonances. Speed,
-resonances and levels vary a little between the normal clips of an ID. An anomalous clip has one of FAULTS.
+The sound of a machine is the tones of its shaft, broadband noise, and knocks where it moves in
+strokes, filtered by the resonances of its housing; the noise of a factory is added. The IDs of a
+type differ in speed and resonances. Speed, resonances and levels vary a little between the normal
+clips of an ID. An anomalous clip has one of FAULTS.
 
-OUTPUT/synthetic.json is empty until the last clip is written. A folder that holds the very set asked for is left
-alone, a set that was broken off is made again, and a folder without that file is never touched unless it is empty.
+OUTPUT/synthetic.json is empty until the last clip is written. A folder that holds the very set
+asked for is left alone, a set that was broken off is made again, and a folder without that file is
+never touched unless it is empty.
 """
 
 import json
@@ -51,7 +60,9 @@ class Machine(NamedTuple):
     blades: int  # or vanes or gear teeth that pass in one revolution
     resonances_hz: tuple[float, float, float]  # of the housing
     noise: float  # level of the noise of air, water or friction, where that of the tones is 1
-    stroke_s: float | None = None  # from one stroke to the next; None for a machine that only rotates
+    stroke_s: float | None = (
+        None  # from one stroke to the next; None for a machine that only rotates
+    )
 
 
 TYPES = {
@@ -62,9 +73,17 @@ TYPES = {
     "ToyConveyor": Machine(66, 8, (720, 1800, 4500), noise=1.1, stroke_s=0.86),
     "valve": Machine(160, 3, (1550, 3500, 6000), noise=1.1, stroke_s=0.55),
 }
-MACHINES = {machine_type: [1, 2, 3] if machine_type.startswith("Toy") else [0, 2, 4] for machine_type in TYPES}
+MACHINES = {
+    machine_type: [1, 2, 3] if machine_type.startswith("Toy") else [0, 2, 4]
+    for machine_type in TYPES
+}
 FORMS = ("2020", "2023")
-FAULTS = ("slow", "loose", "worn", "dry")  # weak motor, loose housing, damaged bearing, more friction
+FAULTS = (
+    "slow",
+    "loose",
+    "worn",
+    "dry",
+)  # weak motor, loose housing, damaged bearing, more friction
 
 
 class Clip(NamedTuple):
@@ -118,7 +137,9 @@ def filtered(sound: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def impulses(count: np.ndarray) -> np.ndarray:
-    """An impulse wherever this rising curve passes a whole number, with the energy of 10 ms of noise of rms 1."""
+    """An impulse wherever this rising curve passes a whole number, with the energy of 10 ms of
+    noise of rms 1.
+    """
     return np.sqrt(0.01 * RATE) * (np.diff(np.floor(count), prepend=np.floor(count[0])) > 0)
 
 
@@ -130,14 +151,21 @@ def machine_sound(clip: Clip, severity: dict[str, float], rng: np.random.Generat
     tuning = 0.95**variant * (1 - 0.22 * severity["loose"])
 
     turns = rng.random() + speed * machine.shaft_hz * TIME
-    # The exponential function makes harmonics of the cosine of the blades; the shaft modulates them.
+    # The exponential function makes harmonics of the cosine of the blades; the shaft modulates
+    # them.
     tones = np.exp(6 * np.cos(2 * np.pi * machine.blades * turns) + 0.5 * np.cos(2 * np.pi * turns))
     sound = factor(rng, 0.15) * (tones - tones.mean()) / tones.std()
-    sound += factor(rng, 0.15) * machine.noise * (1 + 4 * severity["dry"]) * rng.normal(size=SAMPLES)
-    sound += 3 * severity["worn"] * impulses(3.6 * turns)  # 3.6 balls pass the damage in one revolution
+    sound += (
+        factor(rng, 0.15) * machine.noise * (1 + 4 * severity["dry"]) * rng.normal(size=SAMPLES)
+    )
+    sound += (
+        3 * severity["worn"] * impulses(3.6 * turns)
+    )  # 3.6 balls pass the damage in one revolution
     if machine.stroke_s:
         strokes = rng.random() + speed / machine.stroke_s * TIME
-        sound *= np.clip(5 * np.sin(2 * np.pi * strokes), 0.1, 1)  # moves in the first half of a stroke, then rests
+        sound *= np.clip(
+            5 * np.sin(2 * np.pi * strokes), 0.1, 1
+        )  # moves in the first half of a stroke, then rests
         sound += 3 * factor(rng, 0.15) * impulses(strokes)
     peaks_hz = [peak_hz * tuning * factor(rng, 0.012) for peak_hz in machine.resonances_hz]
     responses = [factor(rng, 0.15) * resonance(peak_hz) for peak_hz in peaks_hz]
@@ -152,14 +180,19 @@ def synthesize(clip: Clip, seed: int) -> np.ndarray:
         severity[FAULTS[clip.number % len(FAULTS)]] = rng.uniform(0.3, 1)
     factory = filtered(rng.normal(size=SAMPLES), np.maximum(FREQUENCY, 50) ** rng.uniform(-1, -0.7))
     loudness = 1.5 if clip.domain == "target" else 1.0
-    sound = machine_sound(clip, severity, rng) + loudness * rng.uniform(0.4, 0.8) * factory / factory.std()
+    sound = (
+        machine_sound(clip, severity, rng)
+        + loudness * rng.uniform(0.4, 0.8) * factory / factory.std()
+    )
     rms = np.clip(0.01 * factor(rng, 0.2), 0.005, 0.02)
     return np.clip(sound * rms / np.sqrt(np.mean(sound**2)), -1, 1)
 
 
 def clips_of_set(form: str, train: int, test: int) -> list[Clip]:
     counts = {("train", "normal"): train, ("test", "normal"): test, ("test", "anomaly"): test}
-    machines = [(machine_type, machine_id) for machine_type, ids in MACHINES.items() for machine_id in ids]
+    machines = [
+        (machine_type, machine_id) for machine_type, ids in MACHINES.items() for machine_id in ids
+    ]
     domains = [""]
     if form == "2023":
         machines, domains = [(machine_type, 0) for machine_type in MACHINES], ["source", "target"]
@@ -187,7 +220,9 @@ def make_set(output: Path, clips: list[Clip], seed: int) -> None:
         for path in folder.glob(clip.pattern):
             path.unlink()
     # Ctrl-C reaches the workers too: they leave the message to this process.
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         written = pool.map(partial(write, output=output, seed=seed), clips, chunksize=4)
         for _ in tqdm(written, total=len(clips), unit="clip"):
             pass
@@ -195,31 +230,58 @@ def make_set(output: Path, clips: list[Clip], seed: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="default: datasets/synthetic, or datasets/synthetic_2023")
-    parser.add_argument("--train", type=int, default=16, help="training clips per ID (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=8, help="test clips per ID, of each label (default: %(default)s)")
+    parser.add_argument(
+        "--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: datasets/synthetic, or datasets/synthetic_2023"
+    )
+    parser.add_argument(
+        "--train", type=int, default=16, help="training clips per ID (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test",
+        type=int,
+        default=8,
+        help="test clips per ID, of each label (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=2023, help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="replace the clips of an earlier run")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the clips of an earlier run"
+    )
     options = parser.parse_args(arguments)
-    output = options.output or Path("datasets/synthetic" if options.form == "2020" else "datasets/synthetic_2023")
+    output = options.output or Path(
+        "datasets/synthetic" if options.form == "2020" else "datasets/synthetic_2023"
+    )
     if min(options.train, options.test) < 1:
         raise UserError(f"--train {options.train} --test {options.test}: both must be at least 1")
     if options.form == "2023" and max(options.train, options.test) > 10_000:
-        raise UserError(f"--train {options.train} --test {options.test}: names of 2023 have numbers of four digits")
+        raise UserError(
+            f"--train {options.train} --test {options.test}: names of 2023 have numbers of four digits"
+        )
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is not a folder: choose another --output")
 
     clips = clips_of_set(options.form, options.train, options.test)
     mark = output / "synthetic.json"
     found = mark.read_text() if mark.is_file() else ""
-    wanted = json.dumps({"form": options.form, "train": options.train, "test": options.test, "seed": options.seed})
-    done = found == wanted and not options.overwrite and all((output / clip.name).is_file() for clip in clips)
+    wanted = json.dumps(
+        {"form": options.form, "train": options.train, "test": options.test, "seed": options.seed}
+    )
+    done = (
+        found == wanted
+        and not options.overwrite
+        and all((output / clip.name).is_file() for clip in clips)
+    )
     if not done:
         if output.is_dir() and not mark.is_file() and any(output.iterdir()):
-            raise UserError(f"{output} holds files that were not made by this script: choose another --output")
+            raise UserError(
+                f"{output} holds files that were not made by this script: choose another --output"
+            )
         if found not in ("", wanted) and not options.overwrite:  # empty: a set that was broken off
-            raise UserError(f"{output} holds another set: choose another --output, or add --overwrite")
+            raise UserError(
+                f"{output} holds another set: choose another --output, or add --overwrite"
+            )
         output.mkdir(parents=True, exist_ok=True)
         mark.write_text("")
         make_set(output, clips, options.seed)

@@ -1,11 +1,15 @@
-"""Draw the figures of README.md, each for light and for dark pages: docs/NAME.png and docs/NAME_dark.png.
+"""Draw the figures of README.md, each for light and for dark pages: docs/NAME.png and
+docs/NAME_dark.png.
 
-    python docs/figures.py method check_points/demo.pth --data_root datasets/synthetic        # after make demo
+    # after make demo
+    python docs/figures.py method check_points/demo.pth --data_root datasets/synthetic
     python docs/figures.py angles check_points/real/{cross_entropy,arcface,arcmix,noisy_arcmix}_{2023,1,2}.pth \\
-        --data_root FOLDER                                                                    # see real_recordings.md
+        # see real_recordings.md
+        --data_root FOLDER
 
-method follows a normal clip of MACHINE from the waveform to the embedding, and shows the angles and scores of all test
-clips of this machine. angles compares configurations over all of their seeds and clips.
+method follows a normal clip of MACHINE from the waveform to the embedding, and shows the angles and
+scores of all test clips of this machine. angles compares configurations over all of their seeds and
+clips.
 """
 
 import sys
@@ -38,7 +42,9 @@ TEXT, PAGE = "#e6edf3", "#0d1117"  # of a dark page
 THEMES = {
     "": {},
     "_dark": {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT
+        ),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAGE),
     },
 }
@@ -54,7 +60,9 @@ TITLES = {
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("figure", choices=("method", "angles"))
-    parser.add_argument("checkpoint", nargs="+", type=Path, help="files of trained weights, one for method")
+    parser.add_argument(
+        "checkpoint", nargs="+", type=Path, help="files of trained weights, one for method"
+    )
     config, options, given = parse_command_line(parser)
     if options.figure == "method" and len(options.checkpoint) > 1:
         raise UserError("method takes one checkpoint")
@@ -62,7 +70,9 @@ def main() -> None:
     results: list[Result] = []
     for path in options.checkpoint:
         trained = load_model(path, config, given)
-        results += evaluate(trained, load_clips(trained.config, "test"), "test", device, ["published"]).values()
+        results += evaluate(
+            trained, load_clips(trained.config, "test"), "test", device, ["published"]
+        ).values()
     for suffix, theme in THEMES.items():
         path = DOCS / f"{options.figure}{suffix}.png"
         with matplotlib.rc_context(theme):
@@ -73,10 +83,14 @@ def main() -> None:
 
 
 def draw_method(result: Result, path: Path) -> None:
-    """A clip on its way from the waveform to the embedding; angle and score of all test clips of its machine."""
+    """A clip on its way from the waveform to the embedding; angle and score of all test clips of
+    its machine.
+    """
     clips = result.known.set_index(["machine_type", "machine_id"]).sort_index()
     if MACHINE not in clips.index or result.trained.config.input != list(PUBLISHED_CHANNELS):
-        raise UserError(f"{result.trained.path}: method shows {' '.join(MACHINE)} and the three published channels")
+        raise UserError(
+            f"{result.trained.path}: method shows {' '.join(MACHINE)} and the three published channels"
+        )
     clips = clips.loc[[MACHINE]]
     with figure(path, WIDTH, 4.6) as drawn:
         drawn.set_layout_engine("none")
@@ -86,7 +100,9 @@ def draw_method(result: Result, path: Path) -> None:
         score = drawn.add_axes((0.6, 0.1, 0.37, 0.24))
         normal = clips[clips["condition"] == NORMAL]
         draw_inputs(result, normal["path"].iloc[0], waveform, channels)
-        drawn.text(0.5, 0.49, "MobileFaceNet: embedding of 128 numbers", ha="center", va="center", bbox=BOX)
+        drawn.text(
+            0.5, 0.49, "MobileFaceNet: embedding of 128 numbers", ha="center", va="center", bbox=BOX
+        )
         drawn.text(0.22, 0.39, "angle to the centre\nof its machine ID", ha="center", va="center")
         draw_machine_angles(clips, angle)
         draw_machine_scores(clips, score)
@@ -99,19 +115,30 @@ def draw_method(result: Result, path: Path) -> None:
 
 def draw_arrow(drawn: Figure, start: tuple[float, float], end: tuple[float, float]) -> None:
     colour = matplotlib.rcParams["text.color"]
-    arrow = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=8, shrinkA=0, shrinkB=0, color=colour)
+    arrow = FancyArrowPatch(
+        start, end, arrowstyle="-|>", mutation_scale=8, shrinkA=0, shrinkB=0, color=colour
+    )
     drawn.add_artist(arrow)
 
 
 @torch.no_grad()
 def draw_inputs(result: Result, path: Path, waveform: Axes, channels: Sequence[Axes]) -> None:
-    """The waveform of a recording, and the channels that are made of it, each with colours of its own."""
-    network, samples = result.trained.network.cpu(), read_samples(path, 0.0, result.trained.config.channel)
+    """The waveform of a recording, and the channels that are made of it, each with colours of its
+    own.
+    """
+    network, samples = (
+        result.trained.network.cpu(),
+        read_samples(path, 0.0, result.trained.config.channel),
+    )
     inputs = FrontEnd(PUBLISHED_CHANNELS)(samples)
-    waveform.plot(np.arange(samples.shape[1]) / SAMPLE_RATE, inputs["waveform"][0], lw=0.2, color="0.5")
+    waveform.plot(
+        np.arange(samples.shape[1]) / SAMPLE_RATE, inputs["waveform"][0], lw=0.2, color="0.5"
+    )
     waveform.set(title="waveform, 10 s", xlim=(0, SECONDS))
     waveform.set_axis_off()
-    for axis, name, image in zip(channels, PUBLISHED_CHANNELS, network.features(**inputs)[0].numpy(), strict=True):
+    for axis, name, image in zip(
+        channels, PUBLISHED_CHANNELS, network.features(**inputs)[0].numpy(), strict=True
+    ):
         axis.imshow(image, origin="lower", aspect="auto", cmap="viridis")
         axis.set(title=TITLES[name], xticks=[], yticks=[])
 
@@ -130,7 +157,14 @@ def draw_machine_angles(clips: pd.DataFrame, axis: Axes) -> None:
 def draw_machine_scores(clips: pd.DataFrame, axis: Axes) -> None:
     for condition, marker in ((NORMAL, "o"), (ANOMALOUS, "x")):
         chosen = clips[clips["condition"] == condition]
-        axis.plot(chosen["angle"], chosen["score"], marker, ms=3, color=CONDITIONS[condition][0], label=condition)
+        axis.plot(
+            chosen["angle"],
+            chosen["score"],
+            marker,
+            ms=3,
+            color=CONDITIONS[condition][0],
+            label=condition,
+        )
     axis.axhline(clips["threshold"].iloc[0], color="0.5", linestyle=":", label="threshold")
     axis.set(title="anomaly score", xlabel="angle (°)")
     axis.legend()

@@ -11,7 +11,15 @@ import scipy.stats
 from config import COMPUTATION_KEYS, show_value
 from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
-from evaluation.tables import in_words, markdown_header, markdown_row, percent, published_rows, summary, titles
+from evaluation.tables import (
+    in_words,
+    markdown_header,
+    markdown_row,
+    percent,
+    published_rows,
+    summary,
+    titles,
+)
 from utils import UserError, write_csv, write_text
 
 EXPLANATION = f"""\
@@ -27,9 +35,11 @@ tells nothing of its seeds: then the interval allows for other test clips alone.
 
 
 def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The runs of each configuration, which differ in their seed only, by what tells it from the others.
+    """The runs of each configuration, which differ in their seed only, by what tells it from the
+    others.
 
-    Raises `UserError` where the checkpoints have not scored the same clips, none has a label, or two are of one run.
+    Raises `UserError` where the checkpoints have not scored the same clips, none has a label, or
+    two are of one run.
     """
     if any(result.metrics is None for result in results):
         raise UserError("nothing to compare: the condition of the clips is not known")
@@ -62,8 +72,8 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
 
 
 def settings_of(result: Result) -> dict[str, str]:
-    """The keys of the training that are neither seed nor computation, or the file of a bare state dict; and the kind of
-    score.
+    """The keys of the training that are neither seed nor computation, or the file of a bare state
+    dict; and the kind of score.
     """
     scoring = {"scoring": result.trained.config.scoring}
     if "config" not in result.trained.state:
@@ -76,21 +86,32 @@ def settings_of(result: Result) -> dict[str, str]:
 
 
 def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
-    """Write comparison.md, with the figure of this name in it, and comparison.csv; print the tables."""
+    """Write comparison.md, with the figure of this name in it, and comparison.csv; print the
+    tables.
+    """
     metrics = metrics_of(next(iter(groups.values()))[0])
     *types, _ = metrics.table.index.unique("machine_type")
     sections = {f"Average over {len(types)} machine types": tables_of(groups, AVERAGE, split)}
     sections |= {machine_type: tables_of(groups, machine_type, split) for machine_type in types}
     sections["Runs, average over machine types"] = run_table(groups)
-    lines = [line for title, table in sections.items() for line in (f"## {title}, in percent", "", *table, "")]
+    lines = [
+        line
+        for title, table in sections.items()
+        for line in (f"## {title}, in percent", "", *table, "")
+    ]
     text = "\n".join([*lines, EXPLANATION])
     if metrics.rule.text:
         text += f"\nDomains: {metrics.rule.text}.\n"
     print("\n" + text)
     picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
     write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
-    write_csv(folder / "comparison.csv", pd.concat([all_rows(run) for runs in groups.values() for run in runs]))
-    print(f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}")
+    write_csv(
+        folder / "comparison.csv",
+        pd.concat([all_rows(run) for runs in groups.values() for run in runs]),
+    )
+    print(
+        f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}"
+    )
 
 
 def metrics_of(result: Result) -> Metrics:
@@ -102,16 +123,22 @@ def metrics_of(result: Result) -> Metrics:
 
 
 def tables_of(groups: dict[str, list[Result]], machine_type: str, split: str) -> list[str]:
-    """The configurations, each with the published figures where there are any, and their differences."""
+    """The configurations, each with the published figures where there are any, and their
+    differences.
+    """
     columns = titles(metrics_of(next(iter(groups.values()))[0]).rule)
     draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
     lines = markdown_header("configuration", columns)
     for name, runs in groups.items():
         lines.append(markdown_row(f"{name} (n = {len(runs)})", spread(draws[name])))
-        published = published_rows(runs[0].trained.config, split, metrics_of(runs[0])).get(machine_type)
+        published = published_rows(runs[0].trained.config, split, metrics_of(runs[0])).get(
+            machine_type
+        )
         if published:
             cells = [f"{value:.2f}" for value in published]
-            lines.append(markdown_row(f"{name}, published", [*cells, *["-"] * (len(columns) - len(cells))]))
+            lines.append(
+                markdown_row(f"{name}, published", [*cells, *["-"] * (len(columns) - len(cells))])
+            )
     if len(groups) > 1:
         lines += ["", *markdown_header(f"difference ({COVERAGE:.0%} interval)", columns)]
     for one, other in find_pairs(groups):
@@ -122,7 +149,9 @@ def tables_of(groups: dict[str, list[Result]], machine_type: str, split: str) ->
 
 
 def find_pairs(groups: dict[str, list[Result]]) -> list[tuple[str, str]]:
-    """The configurations to compare: all, but not two that differ in the training and in the kind of score."""
+    """The configurations to compare: all, but not two that differ in the training and in the kind
+    of score.
+    """
     trainings = {name: [run.trained.path for run in runs] for name, runs in groups.items()}
     scorings = {name: runs[0].trained.config.scoring for name, runs in groups.items()}
     return [
@@ -136,7 +165,9 @@ def show_difference(one: np.ndarray, other: np.ndarray) -> list[str]:
     cells = []
     for value, half in 100 * np.transpose(difference(one, other)):
         is_missing = np.isnan(value)
-        cells.append("-" if is_missing else f"{value:+.2f} ({value - half:+.2f} to {value + half:+.2f})")
+        cells.append(
+            "-" if is_missing else f"{value:+.2f} ({value - half:+.2f} to {value + half:+.2f})"
+        )
     return cells
 
 
@@ -177,15 +208,18 @@ def spread(runs: np.ndarray) -> list[str]:
     if len(runs) == 1:
         return [percent(mean) for mean in means]
     deviations = runs[:, 0].std(axis=0, ddof=1)
-    return [f"{percent(mean)} ± {percent(deviation)}" for mean, deviation in zip(means, deviations, strict=True)]
+    return [
+        f"{percent(mean)} ± {percent(deviation)}"
+        for mean, deviation in zip(means, deviations, strict=True)
+    ]
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The difference of the means of two configurations, and half the width of its interval `(n,)`.
 
-    The variance of the seeds has the degrees of freedom of each side, that of the test clips infinitely many. The
-    effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4). Where a side is a single run, nothing is
-    known of its seeds, and their variance is left out.
+    The variance of the seeds has the degrees of freedom of each side, that of the test clips
+    infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
+    Where a side is a single run, nothing is known of its seeds, and their variance is left out.
     """
     drawn = one.mean(axis=0) - other.mean(axis=0)
     variance = drawn[1:].var(axis=0)

@@ -1,7 +1,7 @@
 """Figures of an evaluation, as PNG files at the width of a paper's column or page.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart too; normal and anomalous also differ in
-line or marker.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart too; normal and
+anomalous also differ in line or marker.
 """
 
 import textwrap
@@ -26,13 +26,25 @@ from dataloader import read
 from evaluation.metrics import AVERAGE, MAX_FPR
 from evaluation.result import Result
 from model import CHANNELS, FrontEnd
-from model.tastgram import HOP_LENGTH, N_FRAMES, N_MELS, N_SAMPLES, SAMPLE_RATE, SECONDS, temporal_gate
+from model.tastgram import (
+    HOP_LENGTH,
+    N_FRAMES,
+    N_MELS,
+    N_SAMPLES,
+    SAMPLE_RATE,
+    SECONDS,
+    temporal_gate,
+)
 from utils import UserError, replace_file
 
 COLUMN, PAGE = 3.5, 7.2  # inches
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 BLUE, GREEN, RED = COLOURS[0], COLOURS[2], COLOURS[5]
-CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}  # colour and line
+CONDITIONS = {
+    NORMAL: (BLUE, "-"),
+    ANOMALOUS: (RED, "--"),
+    UNLABELLED: ("0.6", "-"),
+}  # colour and line
 SCORES = {
     "published": "cross-entropy",
     "angle": "degrees to own centre",
@@ -43,7 +55,10 @@ STYLE = {
     "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
 }  # fmt: skip
 MAX_POINTS = 5000  # of the embedding map
-MAX_COLUMNS, COLUMNS_PER_SECOND = 1440, 15  # of the log-mel of a whole recording; a column has two frames or more
+MAX_COLUMNS, COLUMNS_PER_SECOND = (
+    1440,
+    15,
+)  # of the log-mel of a whole recording; a column has two frames or more
 PANEL = COLUMN / 2  # inches: width of one of several panels
 TITLE_LETTERS = 26  # in a line above a panel
 
@@ -59,7 +74,9 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 @contextmanager
-def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(
+    path: Path, count: int, width: float, row_height: float
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of `count` panels in rows."""
     across = min(round(width / PANEL), count)
     rows = -(-count // across)
@@ -71,7 +88,9 @@ def panels(path: Path, count: int, width: float, row_height: float) -> Iterator[
 
 
 def as_it_is(text: str) -> str:
-    """Text that matplotlib shows, whatever is in a file name: neither a formula nor bytes that are not UTF-8."""
+    """Text that matplotlib shows, whatever is in a file name: neither a formula nor bytes that are
+    not UTF-8.
+    """
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
@@ -94,13 +113,17 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
 
 
 def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """The angle between embedding and own class centre, normal and anomalous clips, a panel per group of results."""
+    """The angle between embedding and own class centre, normal and anomalous clips, a panel per
+    group of results.
+    """
     clips = {name: pd.concat([result.known for result in group]) for name, group in groups.items()}
     with panels(path, len(clips), COLUMN, 1.6) as (drawn, axes):
         bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
         for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
             draw_histograms(axis, of_group, "angle", bins)
-            axis.set(title=as_it_is(textwrap.fill(name, TITLE_LETTERS)), xlabel="angle to own centre (°)")
+            axis.set(
+                title=as_it_is(textwrap.fill(name, TITLE_LETTERS)), xlabel="angle to own centre (°)"
+            )
         axes[0].set_ylabel("density")
         drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
@@ -110,7 +133,15 @@ def draw_histograms(axis: Axes, clips: pd.DataFrame, column: str, bins: Any) -> 
         values = clips.loc[clips["condition"] == condition, column]
         if len(values):
             axis.hist(values, bins, density=True, color=colour, alpha=0.3)
-            axis.hist(values, bins, density=True, color=colour, histtype="step", linestyle=line, label=condition)
+            axis.hist(
+                values,
+                bins,
+                density=True,
+                color=colour,
+                histtype="step",
+                linestyle=line,
+                label=condition,
+            )
     axis.set_yticks([])
 
 
@@ -123,11 +154,25 @@ def draw_roc(result: Result, path: Path) -> None:
         axis.axvspan(0, MAX_FPR, color="0.9", lw=0, label=f"pAUC region (to {MAX_FPR:g})")
         for number, (machine_type, value) in enumerate(auc.items()):
             clips = result.known[result.known["machine_type"] == machine_type]
-            false, true, _ = roc_curve(clips["condition"] == ANOMALOUS, clips["score"], drop_intermediate=False)
+            false, true, _ = roc_curve(
+                clips["condition"] == ANOMALOUS, clips["score"], drop_intermediate=False
+            )
             line, colour = ("-", "--", "-.", ":")[number // 2 % 4], COLOURS[number % len(COLOURS)]
-            axis.plot(false, true, line, color=colour, label=as_it_is(f"{machine_type}, AUC {100 * value:.1f} %"))
+            axis.plot(
+                false,
+                true,
+                line,
+                color=colour,
+                label=as_it_is(f"{machine_type}, AUC {100 * value:.1f} %"),
+            )
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
-        axis.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        axis.set(
+            xlabel="false positive rate",
+            ylabel="true positive rate",
+            xlim=(0, 1),
+            ylim=(0, 1.01),
+            aspect="equal",
+        )
         axis.legend(loc="lower right")
 
 
@@ -161,33 +206,52 @@ def draw_scores(result: Result, path: Path) -> None:
 
 
 def read_samples(path: Path, start: float, channel: int) -> torch.Tensor:
-    """The samples of the window of a recording that starts at this second, as a batch of one, int16 `(1, T)`."""
+    """The samples of the window of a recording that starts at this second, as a batch of one, int16
+    `(1, T)`.
+    """
     samples = np.empty(N_SAMPLES, dtype=np.int16)
     read(samples, channel, path, start)
     return torch.from_numpy(samples).unsqueeze(0)
 
 
 def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
-    """The score of each window of a recording, at its middle, with the threshold, over the log-mel. The row is one of
-    `recordings.score_recordings`.
+    """The score of each window of a recording, at its middle, with the threshold, over the log-mel.
+    The row is one of `recordings.score_recordings`.
     """
-    starts, scores = (np.array([window[name] for window in row["windows"]]) for name in ("start", "score"))
+    starts, scores = (
+        np.array([window[name] for window in row["windows"]]) for name in ("start", "score")
+    )
     seconds = starts[-1] + SECONDS
     unit, name = (60, "min") if seconds > 120 else (1, "s")
     middles, worst = starts + SECONDS / 2, row["worst"]["start"]
     decisions = np.array([window["decision"] or UNLABELLED for window in row["windows"]])
     with figure(path, PAGE, 3.2) as drawn:
         score, image = drawn.subplots(2, 1, sharex=True)
-        score.axvspan(worst / unit, (worst + SECONDS) / unit, color="0.85", lw=0, label="worst window")
+        score.axvspan(
+            worst / unit, (worst + SECONDS) / unit, color="0.85", lw=0, label="worst window"
+        )
         score.plot(middles / unit, scores, color="0.6", lw=0.6)
         for decision in [name for name in CONDITIONS if name in decisions]:
             chosen, label = decisions == decision, decision if row["decision"] else None
-            score.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=CONDITIONS[decision][0], label=label)
+            score.plot(
+                middles[chosen] / unit,
+                scores[chosen],
+                ".",
+                ms=3,
+                color=CONDITIONS[decision][0],
+                label=label,
+            )
         if row["threshold"] is not None:
             score.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
         score.set(ylabel=f"score\n({SCORES[config.scoring]})", ylim=(0, None))
         log_mel = whole_log_mel(Path(row["file"]), starts[-1], config.channel)
-        image.imshow(log_mel, origin="lower", aspect="auto", extent=(0, seconds / unit, 0, N_MELS), cmap="viridis")
+        image.imshow(
+            log_mel,
+            origin="lower",
+            aspect="auto",
+            extent=(0, seconds / unit, 0, N_MELS),
+            cmap="viridis",
+        )
         image.set(xlabel=f"time ({name})", ylabel="mel bin", xlim=(0, seconds / unit))
         machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
         verdict = f", {row['decision']}" if row["decision"] else ""
@@ -198,8 +262,8 @@ def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
 
 @torch.no_grad()
 def whole_log_mel(path: Path, last: float, channel: int) -> np.ndarray:
-    """The log-mel `(M, N)` in dB of a recording whose last window starts at this second: the mean over the frames in
-    each of N stretches of equal length.
+    """The log-mel `(M, N)` in dB of a recording whose last window starts at this second: the mean
+    over the frames in each of N stretches of equal length.
     """
     front_end, seconds = FrontEnd(["sgram"]), last + SECONDS
     count = min(MAX_COLUMNS, int(seconds * COLUMNS_PER_SECOND))
@@ -215,8 +279,8 @@ def whole_log_mel(path: Path, last: float, channel: int) -> np.ndarray:
 
 @torch.no_grad()
 def draw_tastgram(result: Result, path: Path) -> None:
-    """The input channels of the first clip known to be normal (else the first), its first 10 s, and the gate of the
-    attention.
+    """The input channels of the first clip known to be normal (else the first), its first 10 s, and
+    the gate of the attention.
     """
     normal = result.clips[result.clips["condition"] == NORMAL]
     clip = (normal if len(normal) else result.clips).iloc[0]
@@ -227,10 +291,14 @@ def draw_tastgram(result: Result, path: Path) -> None:
     with figure(path, COLUMN, 1.35 * (len(images) + 1)) as drawn:
         axes = drawn.subplots(len(images) + 1, 1, sharex=True)
         for axis, (name, image) in zip(axes, images.items(), strict=False):
-            shown = axis.imshow(image, origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis")
+            shown = axis.imshow(
+                image, origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis"
+            )
             axis.set(title=name if name == "tgram" else f"{name} (dB)", ylabel="row")
             drawn.colorbar(shown, ax=axis)
-        axes[-1].plot(np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE, np.maximum(gate, 1e-45), color=BLUE)
+        axes[-1].plot(
+            np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE, np.maximum(gate, 1e-45), color=BLUE
+        )
         if gate.max() < 0.01:
             axes[-1].set_yscale("log")
         else:
@@ -245,24 +313,48 @@ def draw_embedding(result: Result, path: Path) -> None:
     chosen = np.unique(np.linspace(0, len(result.clips) - 1, MAX_POINTS).astype(int))
     clips, embedding = result.clips.iloc[chosen], result.embedding[chosen].astype(np.float64)
     perplexity = min(30.0, (len(chosen) - 1) / 3)
-    x, y = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0).fit_transform(embedding).T
+    x, y = (
+        TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
+        .fit_transform(embedding)
+        .T
+    )
     is_anomaly = (clips["condition"] == ANOMALOUS).to_numpy()
     machines = clips["machine_type"].str.cat(clips["machine_id"], sep=" ").to_numpy()
-    names, markers = list(dict.fromkeys(machines)), "osD^v<>"  # markers of the IDs that have the same colour
+    names, markers = (
+        list(dict.fromkeys(machines)),
+        "osD^v<>",
+    )  # markers of the IDs that have the same colour
     with figure(path, PAGE, 4.2) as drawn:
         axis = drawn.subplots()
         for number, name in enumerate(names):
-            colour, marker = COLOURS[number % len(COLOURS)], markers[number // len(COLOURS) % len(markers)]
-            normal, anomalous = ((machines == name) & (is_anomaly == condition) for condition in (False, True))
-            axis.scatter(x[normal], y[normal], s=10, color=colour, marker=marker, label=as_it_is(name), linewidths=0)
+            colour, marker = (
+                COLOURS[number % len(COLOURS)],
+                markers[number // len(COLOURS) % len(markers)],
+            )
+            normal, anomalous = (
+                (machines == name) & (is_anomaly == condition) for condition in (False, True)
+            )
+            axis.scatter(
+                x[normal],
+                y[normal],
+                s=10,
+                color=colour,
+                marker=marker,
+                label=as_it_is(name),
+                linewidths=0,
+            )
             axis.scatter(x[anomalous], y[anomalous], s=10, color=colour, marker="x", linewidths=0.7)
         axis.scatter([], [], s=10, color="0.4", marker="x", label="anomalous")
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 18, markerscale=1.5)
+        axis.legend(
+            loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 18, markerscale=1.5
+        )
 
 
 def read_history(trained: TrainedModel) -> pd.DataFrame:
-    """The epochs of the whole run from history.csv; where that is gone, those up to the best, from the checkpoint."""
+    """The epochs of the whole run from history.csv; where that is gone, those up to the best, from
+    the checkpoint.
+    """
     path = RunFiles(trained.path).history
     if not path.exists():
         return pd.DataFrame(trained.state.get("history", []))
@@ -279,8 +371,12 @@ def draw_history(history: pd.DataFrame, path: Path) -> None:
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)
         for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-            axis.plot(history["epoch"], history[f"train_{name}"], color=BLUE, label="training (mixed)")
-            axis.plot(history["epoch"], history[f"valid_{name}"], "--", color=RED, label="validation")
+            axis.plot(
+                history["epoch"], history[f"train_{name}"], color=BLUE, label="training (mixed)"
+            )
+            axis.plot(
+                history["epoch"], history[f"valid_{name}"], "--", color=RED, label="validation"
+            )
             axis.set(xlabel="epoch", ylabel=name)
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         lr.plot(history["epoch"], history["lr"], color=GREEN)

@@ -1,8 +1,10 @@
-"""AUC, pAUC and mAUC of anomaly scores, those of each domain and the official score; with bootstrap intervals.
+"""AUC, pAUC and mAUC of anomaly scores, those of each domain and the official score; with bootstrap
+intervals.
 
-The rows of a set of clips: for each machine type those of its IDs (`00`, ...), then `pooled` (all its clips together),
-`mean` and `min` over its IDs; and for the type `average` the means of these three over the types. Where clips have
-domains, `hmean` too: the harmonic mean over the IDs of a type, and for `average` over the IDs of all types.
+The rows of a set of clips: for each machine type those of its IDs (`00`, ...), then `pooled` (all
+its clips together), `mean` and `min` over its IDs; and for the type `average` the means of these
+three over the types. Where clips have domains, `hmean` too: the harmonic mean over the IDs of a
+type, and for `average` over the IDs of all types.
 """
 
 import sys
@@ -29,9 +31,13 @@ def area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def partial_area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """The area up to a false positive rate of MAX_FPR, standardised as in scikit-learn: 0.5 for chance, 1 at best."""
+    """The area up to a false positive rate of MAX_FPR, standardised as in scikit-learn: 0.5 for
+    chance, 1 at best.
+    """
     width = np.diff(false)
-    inside = np.clip(MAX_FPR - false[:, :-1], 0.0, width)  # the part of each step that lies below MAX_FPR
+    inside = np.clip(
+        MAX_FPR - false[:, :-1], 0.0, width
+    )  # the part of each step that lies below MAX_FPR
     slope = np.divide(np.diff(true), width, out=np.zeros_like(width), where=width > 0)
     partial = np.sum(inside * (true[:, :-1] + slope * inside / 2), axis=1)
     chance = MAX_FPR**2 / 2
@@ -39,7 +45,9 @@ def partial_area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 class Measure(NamedTuple):
-    """A metric of the normal clips of one domain and the anomalous ones of another; "" stands for all clips."""
+    """A metric of the normal clips of one domain and the anomalous ones of another; "" stands for
+    all clips.
+    """
 
     metric: Callable[[np.ndarray, np.ndarray], np.ndarray]
     normal: str = ""
@@ -80,14 +88,16 @@ OWN_ANOMALIES = Rule(
     "rule of DCASE 2021: AUC and pAUC of a domain take its clips alone",
 )
 
-# By (machine type, row) the columns of the rule `(1 + DRAWS, columns)`: first of the clips themselves, then of
-# resampled ones. A metric is NaN where it has no normal or no anomalous clips.
+# By (machine type, row) the columns of the rule `(1 + DRAWS, columns)`: first of the clips
+# themselves, then of resampled ones. A metric is NaN where it has no normal or no anomalous clips.
 Draws = dict[tuple[str, str], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The columns of each (machine type, row), with the bounds of their intervals, and the draws behind them."""
+    """The columns of each (machine type, row), with the bounds of their intervals, and the draws
+    behind them.
+    """
 
     rule: Rule
     table: pd.DataFrame
@@ -108,15 +118,19 @@ def find_rule(clips: pd.DataFrame) -> Rule:
     if not clips["domain"].any():
         return NO_DOMAINS
     folders = {path.parent.name for path in clips["path"]}
-    return OWN_ANOMALIES if any(TEST_FOLDERS.get(folder) for folder in folders) else SHARED_ANOMALIES
+    return (
+        OWN_ANOMALIES if any(TEST_FOLDERS.get(folder) for folder in folders) else SHARED_ANOMALIES
+    )
 
 
-def measure(clips: pd.DataFrame, rule: Rule = NO_DOMAINS, draws: int = DRAWS, seed: int = SEED) -> Metrics:
-    """The metrics of clips with the columns `machine_type`, `machine_id`, `condition` and `score`, and `domain` where
-    the rule has domains.
+def measure(
+    clips: pd.DataFrame, rule: Rule = NO_DOMAINS, draws: int = DRAWS, seed: int = SEED
+) -> Metrics:
+    """The metrics of clips with the columns `machine_type`, `machine_id`, `condition` and `score`,
+    and `domain` where the rule has domains.
 
-    Clips are resampled with replacement within machine ID, condition and domain. For the same seed the same clips are
-    drawn whatever the scores, so that two models can be compared draw by draw.
+    Clips are resampled with replacement within machine ID, condition and domain. For the same seed
+    the same clips are drawn whatever the scores, so that two models can be compared draw by draw.
     """
     rng, result, of_ids = np.random.default_rng(seed), Draws(), []
     types = clips["machine_type"].unique().tolist()
@@ -126,24 +140,34 @@ def measure(clips: pd.DataFrame, rule: Rule = NO_DOMAINS, draws: int = DRAWS, se
             is_anomaly = (own["condition"] == ANOMALOUS).to_numpy()
             domain = own["domain"].to_numpy(str) if rule.official else np.full(len(own), "")
             counts = resample(is_anomaly, domain, draws, rng)
-            groups[str(machine_id)] = Group(is_anomaly, domain, own["score"].to_numpy(float), counts)
+            groups[str(machine_id)] = Group(
+                is_anomaly, domain, own["score"].to_numpy(float), counts
+            )
         rows = {machine_id: compute(group, rule) for machine_id, group in groups.items()}
         per_id = list(rows.values())
-        rows["pooled"] = compute(Group(*(np.concatenate(x, axis=-1) for x in zip(*groups.values(), strict=True))), rule)
+        rows["pooled"] = compute(
+            Group(*(np.concatenate(x, axis=-1) for x in zip(*groups.values(), strict=True))), rule
+        )
         rows["mean"], rows["min"] = combine(per_id, np.mean), combine(per_id, np.min)
         if rule.official:
             rows["hmean"] = combine_harmonically(per_id, rule)
         result |= {(machine_type, name): row for name, row in rows.items()}
         of_ids += per_id
     for name in ("pooled", "mean", "min"):
-        result[AVERAGE, name] = combine([result[machine_type, name] for machine_type in types], np.mean)
+        result[AVERAGE, name] = combine(
+            [result[machine_type, name] for machine_type in types], np.mean
+        )
     if rule.official:
         result[AVERAGE, "hmean"] = combine_harmonically(of_ids, rule)
     return Metrics(rule, make_table(result, rule), result)
 
 
-def resample(is_anomaly: np.ndarray, domain: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each clip counts `(1 + draws, n)`: once, then as drawn among those of its condition and domain."""
+def resample(
+    is_anomaly: np.ndarray, domain: np.ndarray, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """How often each clip counts `(1 + draws, n)`: once, then as drawn among those of its condition
+    and domain.
+    """
     counts = np.ones((1 + draws, len(is_anomaly)), dtype=np.float32)
     for condition in (False, True):
         for of_domain in np.unique(domain):
@@ -151,7 +175,9 @@ def resample(is_anomaly: np.ndarray, domain: np.ndarray, draws: int, rng: np.ran
             size = len(chosen)
             if size:
                 drawn = rng.integers(size, size=(draws, size)) + np.arange(draws)[:, None] * size
-                counts[1:, chosen] = np.bincount(drawn.ravel(), minlength=draws * size).reshape(draws, size)
+                counts[1:, chosen] = np.bincount(drawn.ravel(), minlength=draws * size).reshape(
+                    draws, size
+                )
     return counts
 
 
@@ -180,8 +206,8 @@ def select(group: Group, normal: str, anomalous: str) -> Group:
 
 
 def roc_curves(group: Group) -> tuple[np.ndarray, np.ndarray] | None:
-    """False and true positive rates `(draws, points)` after each group of equal scores, from the highest down; None
-    where all clips are normal, or all anomalous.
+    """False and true positive rates `(draws, points)` after each group of equal scores, from the
+    highest down; None where all clips are normal, or all anomalous.
     """
     if group.is_anomaly.all() or not group.is_anomaly.any():
         return None
@@ -196,7 +222,9 @@ def roc_curves(group: Group) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def combine(rows: Sequence[np.ndarray], function: Callable[..., np.ndarray]) -> np.ndarray:
-    """Each column of several rows combined draw by draw, leaving out rows without AUC, and values that are missing."""
+    """Each column of several rows combined draw by draw, leaving out rows without AUC, and values
+    that are missing.
+    """
     rated = [row for row in rows if not np.isnan(row[0, 0])]
     result = np.full_like(rows[0], np.nan)
     for column in range(result.shape[1]):
@@ -206,7 +234,9 @@ def combine(rows: Sequence[np.ndarray], function: Callable[..., np.ndarray]) -> 
 
 
 def combine_harmonically(rows: Sequence[np.ndarray], rule: Rule) -> np.ndarray:
-    """The same with the harmonic mean; the official score is that of all values it consists of, in all rows."""
+    """The same with the harmonic mean; the official score is that of all values it consists of, in
+    all rows.
+    """
     result = combine(rows, harmonic_mean)
     result[:, -len(COUNTS) :] = combine(rows, np.mean)[:, -len(COUNTS) :]
     result[:, rule.columns.index(OFFICIAL)] = official_score(rows, rule)

@@ -1,4 +1,6 @@
-"""A trained model as one ONNX file: made with PyTorch's exporter, compared with eval.py in ONNX Runtime."""
+"""A trained model as one ONNX file: made with PyTorch's exporter, compared with eval.py in ONNX
+Runtime.
+"""
 
 import contextlib
 import hashlib
@@ -28,15 +30,24 @@ from utils import UserError, versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # by the larger of the two a score may differ from that of eval.py
-LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0)  # of the signals that are compared; 1 is full scale
+LEVELS = (
+    1.0,
+    0.3,
+    0.1,
+    0.03,
+    0.01,
+    0.003,
+    0.001,
+    0.0,
+)  # of the signals that are compared; 1 is full scale
 CPU = torch.device("cpu")
 
 # ---- Making the model ----
 
 
 def make_model(trained: TrainedModel) -> onnx.ModelProto:
-    """`samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and `embedding` `(N, E)`, float32, with the metadata
-    of `describe`.
+    """`samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and `embedding` `(N, E)`, float32,
+    with the metadata of `describe`.
     """
     model = trace(ScoringGraph(trained))
     clear_notes(model)
@@ -67,16 +78,27 @@ def trace(graph: ScoringGraph) -> onnx.ModelProto:
 
 
 def clear_notes(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes for its developers: traces of this program, with the paths of this computer."""
+    """Remove what the exporter notes for its developers: traces of this program, with the paths of
+    this computer.
+    """
     graph = model.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    for part in (
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
         del part.metadata_props[:]
         part.doc_string = ""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings: they concern optional packages and steps that are not used here."""
+    """Silence the libraries' warnings: they concern optional packages and steps that are not used
+    here.
+    """
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -89,9 +111,9 @@ def quiet() -> Iterator[None]:
 
 
 def describe(trained: TrainedModel) -> dict[str, str]:
-    """The metadata, lists as JSON: machines in the order of the columns of `scores`, and the threshold of each (null
-    where there is none); sample rate in Hz; the windows of `score.py`, their length and the time from one to the next
-    in seconds, and how their scores are combined.
+    """The metadata, lists as JSON: machines in the order of the columns of `scores`, and the
+    threshold of each (null where there is none); sample rate in Hz; the windows of `score.py`,
+    their length and the time from one to the next in seconds, and how their scores are combined.
     """
     config, machines = trained.config, list(first_classes(trained.config))
     thresholds = find_thresholds(trained)
@@ -124,17 +146,21 @@ def hash_weights(network: TASTgramMFN) -> str:
 
 
 def compare(content: bytes, trained: TrainedModel) -> float:
-    """The largest difference between the scores of an ONNX file with this content and those of eval.py, on the CPU:
-    against every machine ID, for signals from full scale to silence.
+    """The largest difference between the scores of an ONNX file with this content and those of
+    eval.py, on the CPU: against every machine ID, for signals from full scale to silence.
 
-    Raises `UserError` where a difference is larger than RELATIVE and ABSOLUTE allow, or a score is not finite.
+    Raises `UserError` where a difference is larger than RELATIVE and ABSOLUTE allow, or a score is
+    not finite.
     """
     clips = synthetic_clips()
     assert clips.samples is not None
     samples = clips.samples.numpy().astype(np.float32) / 32768.0
     machines = first_classes(trained.config)
     expected = scores_against(trained, run_model(trained, clips, CPU, "eval.py"), machines.values())
-    check_finite(trained, pd.DataFrame(list(machines) * len(clips), columns=MACHINE).assign(score=expected.ravel()))
+    check_finite(
+        trained,
+        pd.DataFrame(list(machines) * len(clips), columns=MACHINE).assign(score=expected.ravel()),
+    )
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     parts = (samples[:1], samples[1:])  # any number of clips is possible
     scores = np.concatenate([session.run(["scores"], {"samples": part})[0] for part in parts])

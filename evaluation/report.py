@@ -39,23 +39,40 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         "n_hardest": HARDEST,
         "config": yaml.safe_dump(config, sort_keys=False, default_flow_style=None),
     }
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     write_text(path, template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content))
 
 
 def metric_table(metrics: Metrics) -> pd.DataFrame:
     """The metrics as text."""
     table = metrics.table
-    cells = {name: [with_interval(row, name) for _, row in table.iterrows()] for name in metrics.rule.rates}
-    counts = {name: table[name].map(lambda count: "-" if pd.isna(count) else f"{count:g}") for name in COUNTS}
-    return table.index.to_frame(index=False).assign(**cells, **{name: text.to_numpy() for name, text in counts.items()})
+    cells = {
+        name: [with_interval(row, name) for _, row in table.iterrows()]
+        for name in metrics.rule.rates
+    }
+    counts = {
+        name: table[name].map(lambda count: "-" if pd.isna(count) else f"{count:g}")
+        for name in COUNTS
+    }
+    return table.index.to_frame(index=False).assign(
+        **cells, **{name: text.to_numpy() for name, text in counts.items()}
+    )
 
 
 def hardest_clips(result: Result) -> list[dict]:
-    clips = result.hardest[["path", "worst", *MACHINE, "condition", "exact_score"]].to_dict("records")
+    clips = result.hardest[["path", "worst", *MACHINE, "condition", "exact_score"]].to_dict(
+        "records"
+    )
     front_end, channel = FrontEnd(["sgram"]), result.trained.config.channel
     return [
-        clip | {"png": in_base64(small_picture(front_end, read_samples(clip["path"], clip["worst"], channel)))}
+        clip
+        | {
+            "png": in_base64(
+                small_picture(front_end, read_samples(clip["path"], clip["worst"], channel))
+            )
+        }
         for clip in clips
     ]
 

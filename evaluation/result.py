@@ -1,4 +1,6 @@
-"""What a checkpoint says of the clips of a split: what tables, figures, report and comparison are made of."""
+"""What a checkpoint says of the clips of a split: what tables, figures, report and comparison are
+made of.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +25,13 @@ HARDEST = 3  # clips of each condition and machine ID
 
 @dataclass(frozen=True)
 class Result:
-    """`clips` has a row per recording: what `find_clips` gives, the `score` in `score_dtype`, the `exact_score`
-    (float64) that decisions rest on, the `angle` to the nearest centre of its ID in degrees, the second `worst` at
-    which the window with the highest score starts, `threshold`, and `decision` (1 for anomalous, missing without a
-    threshold). Over several windows scores and angle are combined as `over_windows` says, and the `embedding` `(n, E)`,
-    which belongs to these rows, is the mean. `metrics` are of the recordings whose condition is known; None without
-    any. `about` says by name what was evaluated.
+    """`clips` has a row per recording: what `find_clips` gives, the `score` in `score_dtype`, the
+    `exact_score` (float64) that decisions rest on, the `angle` to the nearest centre of its ID in
+    degrees, the second `worst` at which the window with the highest score starts, `threshold`, and
+    `decision` (1 for anomalous, missing without a threshold). Over several windows scores and angle
+    are combined as `over_windows` says, and the `embedding` `(n, E)`, which belongs to these rows,
+    is the mean. `metrics` are of the recordings whose condition is known; None without any. `about`
+    says by name what was evaluated.
     """
 
     trained: TrainedModel
@@ -51,21 +54,32 @@ class Result:
 
     @property
     def hardest(self) -> pd.DataFrame:
-        """Of each machine ID the normal clips with the highest and the anomalous ones with the lowest scores."""
+        """Of each machine ID the normal clips with the highest and the anomalous ones with the
+        lowest scores.
+        """
         ordered = self.clips.sort_values("exact_score", kind="stable")
-        normal, anomalous = (ordered[ordered["condition"] == condition] for condition in (NORMAL, ANOMALOUS))
-        chosen = [clips.groupby(MACHINE, sort=False).head(HARDEST) for clips in (normal[::-1], anomalous)]
+        normal, anomalous = (
+            ordered[ordered["condition"] == condition] for condition in (NORMAL, ANOMALOUS)
+        )
+        chosen = [
+            clips.groupby(MACHINE, sort=False).head(HARDEST) for clips in (normal[::-1], anomalous)
+        ]
         return pd.concat(chosen).sort_values("label", kind="stable")
 
 
 def evaluate(
     trained: TrainedModel, clip_set: ClipSet, split: str, device: torch.device, kinds: Sequence[str]
 ) -> dict[str, Result]:
-    """Score the clips of a split ("test" or "evaluation"), measure and decide, for each of these kinds of score."""
+    """Score the clips of a split ("test" or "evaluation"), measure and decide, for each of these
+    kinds of score.
+    """
     trained = with_embeddings(trained, kinds, device)
     outputs = run_model(trained, clip_set, device)
     configs = {kind: trained.config.model_copy(update={"scoring": kind}) for kind in kinds}
-    return {kind: judge(replace(trained, config=own), outputs, clip_set, split) for kind, own in configs.items()}
+    return {
+        kind: judge(replace(trained, config=own), outputs, clip_set, split)
+        for kind, own in configs.items()
+    }
 
 
 def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str) -> Result:
@@ -76,7 +90,9 @@ def judge(trained: TrainedModel, outputs: Outputs, clip_set: ClipSet, split: str
         "angle": angles(trained, outputs.embedding, clip_set.labels),
     }
     rule = trained.config.over_windows
-    of_recordings = {name: clip_set.over_windows(values, rule) for name, values in of_windows.items()}
+    of_recordings = {
+        name: clip_set.over_windows(values, rule) for name, values in of_windows.items()
+    }
     clips = clip_set.recordings.assign(**of_recordings, worst=clip_set.worst_starts(exact_scores))
     check_finite(trained, clips)
     thresholds = find_thresholds(trained)
@@ -98,7 +114,9 @@ def check_finite(trained: TrainedModel, clips: pd.DataFrame) -> None:
         raise UserError(
             f"{trained.path}: it has no embeddings of training clips of {machines}, so nothing is near them"
         )
-    raise UserError(f"{trained.path}: {len(bad)} of {len(clips)} scores are not finite numbers ({machines})")
+    raise UserError(
+        f"{trained.path}: {len(bad)} of {len(clips)} scores are not finite numbers ({machines})"
+    )
 
 
 def describe_windows(config: Config, split: str) -> str:
@@ -108,7 +126,9 @@ def describe_windows(config: Config, split: str) -> str:
 def find_thresholds(trained: TrainedModel) -> pd.DataFrame:
     """The threshold of each machine of which there are held-out clips."""
     config = trained.config
-    return fit_thresholds(config.machines, held_out_scores(trained), config.threshold, config.threshold_percentile)
+    return fit_thresholds(
+        config.machines, held_out_scores(trained), config.threshold, config.threshold_percentile
+    )
 
 
 def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str, Any]:
@@ -118,9 +138,19 @@ def describe(trained: TrainedModel, clips: pd.DataFrame, split: str) -> dict[str
         "checkpoint": str(trained.path),
         "mode": trained.config.mode,
         "scoring": trained.config.scoring,
-        **({"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}),
-        **({"windows": describe_windows(trained.config, split)} if trained.config.window == "all" else {}),
-        **({"classes": show_value("classes", classes)} if isinstance(classes := trained.config.classes, dict) else {}),
+        **(
+            {"neighbours": trained.config.neighbours} if trained.config.scoring == "nearest" else {}
+        ),
+        **(
+            {"windows": describe_windows(trained.config, split)}
+            if trained.config.window == "all"
+            else {}
+        ),
+        **(
+            {"classes": show_value("classes", classes)}
+            if isinstance(classes := trained.config.classes, dict)
+            else {}
+        ),
         "input": trained.config.input,
         "seed": training.get("seed"),
         "epoch of the weights": trained.state.get("epoch"),

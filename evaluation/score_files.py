@@ -32,33 +32,43 @@ FILE_NAMES = "anomaly_score_<type>_id_<XX>.csv or anomaly_score_<type>_section_<
 
 
 def evaluate_score_files(folder: Path, data_root: Path) -> None:
-    """Measure the scores in a folder, print the metrics and write them into its folder `metrics`. Conditions and
-    domains are those that the names of the clips tell, or else the lists of labels in data_root.
+    """Measure the scores in a folder, print the metrics and write them into its folder `metrics`.
+    Conditions and domains are those that the names of the clips tell, or else the lists of labels
+    in data_root.
     """
     files, scores = read_score_files(folder)
     form, output = form_of(files), folder / "metrics"
-    check_writable(output / "metrics.csv", "the metrics are written beside the score files; copy these elsewhere")
+    check_writable(
+        output / "metrics.csv",
+        "the metrics are written beside the score files; copy these elsewhere",
+    )
     labels = read_labels(data_root, form, files)
     report_missing(files, labels)
     rows = [
-        (file.path, file.machine_type, file.name.machine_id, *label_of(file, labels)) for file in files if file.name
+        (file.path, file.machine_type, file.name.machine_id, *label_of(file, labels))
+        for file in files
+        if file.name
     ]
-    clips = pd.DataFrame(rows, columns=["path", *MACHINE, "condition", "domain"]).assign(score=scores)
+    clips = pd.DataFrame(rows, columns=["path", *MACHINE, "condition", "domain"]).assign(
+        score=scores
+    )
     known = known_clips(clips)
     if len(known) < len(clips):
         message = f"{len(clips) - len(known)} of {len(clips)} clips are not in {form.labels} under {data_root}"
         if known.empty:
             raise UserError(f"{message}, so there is nothing to measure; {form.get_labels}")
         notice(f"{message} and count in no metric ({form.get_labels})")
-    counts = ", ".join(f"{count} {name}" for name, count in clips["condition"].value_counts().items())
+    counts = ", ".join(
+        f"{count} {name}" for name, count in clips["condition"].value_counts().items()
+    )
     about = {"score files": str(folder), "clips": counts, "evaluated with": versions()}
     show_metrics(measure(known, find_rule(known)), f"Score files of {folder}", about, output, {})
     print(f"metrics of {len(known)} clips: {output}")
 
 
 def read_score_files(folder: Path) -> tuple[list[File], list[float]]:
-    """The clips and their scores. Raises `UserError` for a file of another name or without scores, and for lines that
-    are not those of a clip of its section.
+    """The clips and their scores. Raises `UserError` for a file of another name or without scores,
+    and for lines that are not those of a clip of its section.
     """
     paths = sorted(folder.glob("anomaly_score_*.csv"))
     if not paths:
@@ -74,7 +84,10 @@ def read_score_files(folder: Path) -> tuple[list[File], list[float]]:
         if not lines:
             raise UserError(f"{path}: no scores in it; bring them, or remove the file")
         for number, cells in lines:
-            where, score = f"{path}, line {number}", to_number(cells[1]) if len(cells) == 2 else math.nan
+            where, score = (
+                f"{path}, line {number}",
+                to_number(cells[1]) if len(cells) == 2 else math.nan,
+            )
             if not math.isfinite(score):
                 raise UserError(f"{where}: not `<file name>,<score>`")
             clip = Path(match["machine_type"], match["folder"] or "test", Path(cells[0]).name)
@@ -102,6 +115,12 @@ def report_missing(files: Sequence[File], labels: Labels) -> None:
     """Say which clips of the lists, of machines that there are scores of, have no score."""
     machines = {(file.machine_type, file.name.machine_id) for file in files if file.name}
     scored = {(file.machine_type, file.path.stem) for file in files}
-    listed = [clip for clip in labels if (clip[0], clip[1].split("_")[1]) in machines and clip not in scored]
+    listed = [
+        clip
+        for clip in labels
+        if (clip[0], clip[1].split("_")[1]) in machines and clip not in scored
+    ]
     if listed:
-        notice(f"{len(listed)} clips of the lists have no score and count in no metric, such as {' '.join(listed[0])}")
+        notice(
+            f"{len(listed)} clips of the lists have no score and count in no metric, such as {' '.join(listed[0])}"
+        )

@@ -2,9 +2,10 @@
 
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
-Needs onnxruntime, numpy and soundfile. Prints the line of `score.py`, up to the last digit: file, machine,
-score, threshold, decision, and where a longer recording is worst. Without a machine ID, that of the type counts which
-fits the recording best. Unlike score.py it does not resample, and does not notice a WAV file that is cut short.
+Needs onnxruntime, numpy and soundfile. Prints the line of `score.py`, up to the last digit: file,
+machine, score, threshold, decision, and where a longer recording is worst. Without a machine ID,
+that of the type counts which fits the recording best. Unlike score.py it does not resample, and
+does not notice a WAV file that is cut short.
 """
 
 import json
@@ -17,16 +18,24 @@ import soundfile
 Scores = tuple[np.ndarray, np.ndarray]
 
 
-def score_windows(session: onnxruntime.InferenceSession, about: dict[str, str], recording: str) -> Scores:
-    """The seconds at which the windows start, and their scores against each machine ID `(windows, machines)`."""
+def score_windows(
+    session: onnxruntime.InferenceSession, about: dict[str, str], recording: str
+) -> Scores:
+    """The seconds at which the windows start, and their scores against each machine ID `(windows,
+    machines)`.
+    """
     rate, channel = int(about["sample_rate"]), int(about["channel"])
     length, hop = (round(float(about[name]) * rate) for name in ("window", "hop"))
     scores = []
     with soundfile.SoundFile(recording) as file:
         if file.samplerate != rate:
-            raise ValueError(f"its rate is {file.samplerate} Hz, not {rate}: sox IN.wav -r {rate} OUT.wav")
+            raise ValueError(
+                f"its rate is {file.samplerate} Hz, not {rate}: sox IN.wav -r {rate} OUT.wav"
+            )
         if file.frames == 0 or channel >= file.channels:
-            raise ValueError(f"it has {file.frames} samples of {file.channels} channels; channel {channel} is needed")
+            raise ValueError(
+                f"it has {file.frames} samples of {file.channels} channels; channel {channel} is needed"
+            )
         last = max(file.frames - length, 0)
         starts = [*range(0, last, hop), last]
         for start in starts:
@@ -34,13 +43,19 @@ def score_windows(session: onnxruntime.InferenceSession, about: dict[str, str], 
             audio = file.read(length, always_2d=True)[:, channel]
             if not np.isfinite(audio).all():
                 raise ValueError("it holds NaN or infinite samples")
-            samples = np.clip(np.round(audio * 32768), -32768, 32767) / 32768  # 16 bits, as in training
-            samples = np.resize(samples, (1, length)).astype(np.float32)  # a short recording is repeated
+            samples = (
+                np.clip(np.round(audio * 32768), -32768, 32767) / 32768
+            )  # 16 bits, as in training
+            samples = np.resize(samples, (1, length)).astype(
+                np.float32
+            )  # a short recording is repeated
             scores.append(session.run(["scores"], {"samples": samples})[0][0].astype(float))
     return np.array(starts) / rate, np.array(scores)
 
 
-def describe(starts: np.ndarray, scores: np.ndarray, threshold: float | None, rule: str) -> tuple[float, list[str]]:
+def describe(
+    starts: np.ndarray, scores: np.ndarray, threshold: float | None, rule: str
+) -> tuple[float, list[str]]:
     """The score against one machine ID, and the cells of the line from the score on."""
     score = scores.max() if rule == "max" else scores.mean()
     cells = [f"{score:.6g}", "-", "-"]
@@ -50,7 +65,11 @@ def describe(starts: np.ndarray, scores: np.ndarray, threshold: float | None, ru
         hundredths = round(100 * round(starts[scores.argmax()], 2))
         seconds = f"{hundredths % 6000 / 100:05.2f}".removesuffix(".00")
         worst = f"worst at {hundredths // 360000}:{hundredths // 6000 % 60:02d}:{seconds} ({scores.max():.6g})"
-        count = "" if threshold is None else f", {(scores > threshold).sum()} of {len(scores)} windows anomalous"
+        count = (
+            ""
+            if threshold is None
+            else f", {(scores > threshold).sum()} of {len(scores)} windows anomalous"
+        )
         cells.append(worst + count)
     return score, cells
 
@@ -60,11 +79,19 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
     about = session.get_modelmeta().custom_metadata_map
     machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
     wanted = f"{int(machine_id):02d}" if machine_id.isdecimal() else machine_id
-    columns = [i for i, (name, own) in enumerate(machines) if name == machine_type and (own == wanted or not wanted)]
+    columns = [
+        i
+        for i, (name, own) in enumerate(machines)
+        if name == machine_type and (own == wanted or not wanted)
+    ]
     if not columns:
-        raise ValueError(f"{model} knows no such machine; it knows {', '.join(map(' '.join, machines))}")
+        raise ValueError(
+            f"{model} knows no such machine; it knows {', '.join(map(' '.join, machines))}"
+        )
     starts, scores = score_windows(session, about, recording)
-    described = [describe(starts, scores[:, i], thresholds[i], about["over_windows"]) for i in columns]
+    described = [
+        describe(starts, scores[:, i], thresholds[i], about["over_windows"]) for i in columns
+    ]
     best = min(range(len(columns)), key=lambda i: described[i][0])
     print(recording, " ".join(machines[columns[best]]), *described[best][1], sep="\t")
 

@@ -1,4 +1,5 @@
-"""MobileFaceNet (Chen et al., CCBR 2018) as the method uses it: spectrogram channels -> 128-d embedding.
+"""MobileFaceNet (Chen et al., CCBR 2018) as the method uses it: spectrogram channels -> 128-d
+embedding.
 
 Attribute names and layer order are those of the published weight files.
 """
@@ -21,9 +22,11 @@ BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
 
 
 class WholeMapConv2d(nn.Conv2d):
-    """A depthwise convolution whose kernel is as large as its input: `(B, C, H, W)` -> `(B, C, 1, 1)`.
+    """A depthwise convolution whose kernel is as large as its input: `(B, C, H, W)` -> `(B, C, 1,
+    1)`.
 
-    Computed as a product and a sum, since libraries of convolutions have no good kernel for the gradients of this one.
+    Computed as a product and a sum, since libraries of convolutions have no good kernel for the
+    gradients of this one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,11 +35,11 @@ class WholeMapConv2d(nn.Conv2d):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the clips of all processes: with several of them, each computes with the statistics of the whole
-    batch, and keeps the same running ones.
+    """Batch norm over the clips of all processes: with several of them, each computes with the
+    statistics of the whole batch, and keeps the same running ones.
 
-    One collective forward and one backward. A process contributes its mean and variance, computed exactly; in float64
-    nothing is lost where these are put together.
+    One collective forward and one backward. A process contributes its mean and variance, computed
+    exactly; in float64 nothing is lost where these are put together.
     """
 
     running_mean: Tensor
@@ -47,10 +50,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         dtype = self.weight.dtype  # float32, also where x is in half precision
-        own_var, own_mean = (value.double() for value in torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0))
+        own_var, own_mean = (
+            value.double() for value in torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
+        )
         own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
-        own = torch.cat([own_count * own_mean, own_count * (own_var + own_mean.square()), own_count])
-        total, total_square, count = sum_over_ranks(own).split([self.num_features, self.num_features, 1])
+        own = torch.cat(
+            [own_count * own_mean, own_count * (own_var + own_mean.square()), own_count]
+        )
+        total, total_square, count = sum_over_ranks(own).split(
+            [self.num_features, self.num_features, 1]
+        )
         mean = total / count
         var = total_square / count - mean.square()
         with torch.no_grad():
@@ -87,7 +96,9 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; residual where the shape allows it."""
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; residual where the shape
+    allows it.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -111,8 +122,8 @@ class Bottleneck(nn.Module):
 class MobileFaceNet(nn.Module):
     """Features `(B, channels, 128, 313)` -> embedding `(B, 128)`.
 
-    `fc_out` is the plain linear classifier of the cross-entropy baseline. It is always there, since the published
-    weight files hold it, but the embedding does not pass through it.
+    `fc_out` is the plain linear classifier of the cross-entropy baseline. It is always there, since
+    the published weight files hold it, but the embedding does not pass through it.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -122,7 +133,9 @@ class MobileFaceNet(nn.Module):
         blocks, width = [], 64
         for expansion, outputs, repeats, first_stride in BOTTLENECKS:
             for repeat in range(repeats):
-                blocks.append(Bottleneck(width, outputs, first_stride if repeat == 0 else 1, expansion))
+                blocks.append(
+                    Bottleneck(width, outputs, first_stride if repeat == 0 else 1, expansion)
+                )
                 width = outputs
         self.blocks = nn.Sequential(*blocks)  # (B, 128, 8, 20)
         self.conv2 = ConvBlock(width, 512, 1)
@@ -132,7 +145,9 @@ class MobileFaceNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 height, length = module.kernel_size
-                nn.init.normal_(module.weight, std=math.sqrt(2.0 / (height * length * module.out_channels)))
+                nn.init.normal_(
+                    module.weight, std=math.sqrt(2.0 / (height * length * module.out_channels))
+                )
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.blocks(self.dw_conv1(self.conv1(features)))
@@ -142,7 +157,8 @@ class MobileFaceNet(nn.Module):
 def fold_batch_norm(network: Network) -> Network:
     """A copy of a network for evaluation, its batch norms folded into the convolutions before them.
 
-    What it computes is the same up to rounding (about 3e-7 in a cosine), with a pass over the memory less for each.
+    What it computes is the same up to rounding (about 3e-7 in a cosine), with a pass over the
+    memory less for each.
     """
     folded = copy.deepcopy(network).eval()
     for parent in list(folded.modules()):

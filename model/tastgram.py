@@ -1,7 +1,8 @@
-"""The three channels of the TASTgram: Tgram, log-mel spectrogram (Sgram) and temporally attended log-mel (TAgram).
+"""The three channels of the TASTgram: Tgram, log-mel spectrogram (Sgram) and temporally attended
+log-mel (TAgram).
 
-Choi & Choi, "Noisy-ArcMix: Additive Noisy Angular Margin Loss Combined With Mixup for Anomalous Sound
-Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F frames.
+Choi & Choi, "Noisy-ArcMix: Additive Noisy Angular Margin Loss Combined With Mixup for Anomalous
+Sound Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F frames.
 """
 
 from collections.abc import Collection
@@ -24,8 +25,9 @@ POWER_FLOOR = 2.220446049250313e-16  # added to the mel power before the logarit
 class LogMel(nn.Module):
     """Log-mel spectrogram in dB: waveform `(B, T)` -> `(B, 1, M, F)`, always in float32.
 
-    Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor statistics are
-    normalised. It has no weights and is no part of the network: its buffers must not be in the state dict.
+    Slaney mel scale and filter norm, power 2, frames centred on zero-padded ends; neither level nor
+    statistics are normalised. It has no weights and is no part of the network: its buffers must not
+    be in the state dict.
     """
 
     def __init__(self) -> None:
@@ -42,15 +44,19 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
-        with torch.autocast(waveform.device.type, enabled=False):  # half precision is off by up to 0.3 dB
+        with torch.autocast(
+            waveform.device.type, enabled=False
+        ):  # half precision is off by up to 0.3 dB
             power = self.mel(waveform.float())  # (B, M, F)
             return 10.0 * torch.log10(power + POWER_FLOOR).unsqueeze(1)
 
 
 class FrontEnd(nn.Module):
-    """What the network is fed with, by name: samples int16 `(B, T)` -> `{"waveform": (B, T), "log_mel": (B, 1, M, F)}`.
+    """What the network is fed with, by name: samples int16 `(B, T)` -> `{"waveform": (B, T),
+    "log_mel": (B, 1, M, F)}`.
 
-    The waveform lies in [-1, 1). Holds only what the channels need. Mixup works on these, each on its own.
+    The waveform lies in [-1, 1). Holds only what the channels need. Mixup works on these, each on
+    its own.
     """
 
     def __init__(self, channels: Collection[str]) -> None:
@@ -70,17 +76,20 @@ class FrontEnd(nn.Module):
 class TgramNet(nn.Module):
     """Tgram, a learned temporal representation: waveform `(B, T)` -> `(B, M, F)`.
 
-    A strided convolution with the hop and as many filters as the log-mel has bins, so that both align frame by
-    frame, then three blocks of layer norm over the frames, leaky ReLU and convolution. The attribute names,
-    spelling included, are those of the published weight files.
+    A strided convolution with the hop and as many filters as the log-mel has bins, so that both
+    align frame by frame, then three blocks of layer norm over the frames, leaky ReLU and
+    convolution. The attribute names, spelling included, are those of the published weight files.
 
-    The first convolution is computed as one matrix product over overlapping frames: with one input channel and a
-    thousand taps that is no slower anywhere, and convolution libraries may have no good kernel for it.
+    The first convolution is computed as one matrix product over overlapping frames: with one input
+    channel and a thousand taps that is no slower anywhere, and convolution libraries may have no
+    good kernel for it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_extrctor = nn.Conv1d(1, N_MELS, kernel_size=1024, stride=HOP_LENGTH, padding=512, bias=False)
+        self.conv_extrctor = nn.Conv1d(
+            1, N_MELS, kernel_size=1024, stride=HOP_LENGTH, padding=512, bias=False
+        )
         self.conv_encoder = nn.Sequential(
             *(
                 nn.Sequential(
@@ -107,6 +116,7 @@ def temporal_gate(log_mel: Tensor) -> Tensor:
 def temporal_attention(log_mel: Tensor) -> Tensor:
     """TAgram: each frame of `log_mel` `(..., M, F)` in dB, weighted by its gate.
 
-    As published the gate is that of the dB values themselves, so that it is all but shut on quiet recordings.
+    As published the gate is that of the dB values themselves, so that it is all but shut on quiet
+    recordings.
     """
     return temporal_gate(log_mel) * log_mel

@@ -12,14 +12,19 @@ from model.tastgram import TgramNet, temporal_attention
 PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
 CHANNELS = (*PUBLISHED_CHANNELS,)  # all there are, in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
-CENTRES = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")  # the weights of both
+CENTRES = (
+    "arcface.weight",
+    "mobilefacenet.fc_out.weight",
+    "mobilefacenet.fc_out.bias",
+)  # the weights of both
 
 
 class CosineHead(nn.Module):
     """Cosine of the angle between an embedding and the centre of each class: `(B, E)` -> `(B, C)`.
 
-    With `sub_centers` > 1 (sub-centre ArcFace, Deng et al., ECCV 2020) a class has several centres, neighbouring
-    rows of `weight`, of which the closest counts. The angular margin is added by the loss, which knows the labels.
+    With `sub_centers` > 1 (sub-centre ArcFace, Deng et al., ECCV 2020) a class has several centres,
+    neighbouring rows of `weight`, of which the closest counts. The angular margin is added by the
+    loss, which knows the labels.
     """
 
     def __init__(self, num_classes: int, sub_centers: int = 1) -> None:
@@ -34,13 +39,15 @@ class CosineHead(nn.Module):
 
 
 class TASTgramMFN(nn.Module):
-    """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)`, embedding `(B, E)`.
+    """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)`,
+    embedding `(B, E)`.
 
     `FrontEnd` makes the inputs; one that no channel needs may be left out.
 
-    The similarity is the cosine to each class centre with `head="arcface"`, and the output of the plain linear
-    layer with `head="fc_out"`. Both heads are always built, as in the published weight files; the one that is not
-    used is frozen. Of the input channels only those named in `channels` are built, stacked in the order `CHANNELS`.
+    The similarity is the cosine to each class centre with `head="arcface"`, and the output of the
+    plain linear layer with `head="fc_out"`. Both heads are always built, as in the published weight
+    files; the one that is not used is frozen. Of the input channels only those named in `channels`
+    are built, stacked in the order `CHANNELS`.
     """
 
     def __init__(
@@ -61,7 +68,9 @@ class TASTgramMFN(nn.Module):
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
         self.arcface = CosineHead(num_classes, sub_centers)
         unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
-        unused.requires_grad_(False)  # parameters without gradient would stop DistributedDataParallel
+        unused.requires_grad_(
+            False
+        )  # parameters without gradient would stop DistributedDataParallel
 
     def move_to(self, device: torch.device) -> "TASTgramMFN":
         """Move the network to a device, in the memory format in which its convolutions are fastest."""
@@ -80,7 +89,9 @@ class TASTgramMFN(nn.Module):
             stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, waveform: Tensor | None = None, log_mel: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32

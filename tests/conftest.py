@@ -25,10 +25,14 @@ def tone(seed: int, seconds: float = 10.0, rate: int = 16_000) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     pitch = rng.uniform(60, 600)
-    return 0.005 * sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3)) + rng.normal(0, 0.003, len(time))
+    return 0.005 * sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3)) + rng.normal(
+        0, 0.003, len(time)
+    )
 
 
-def write_clip(path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16") -> Path:
+def write_clip(
+    path: Path, samples: np.ndarray, rate: int = 16_000, subtype: str = "PCM_16"
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, samples, rate, subtype=subtype)
     return path
@@ -52,25 +56,33 @@ def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: i
 
 
 def write_sections(root: Path, train_clips: int = 4) -> Path:
-    """A data folder in the layout of 2023, with two machine types of one section; a section has two attributes in the
-    source domain and one in the target domain, with a test clip for each and for each condition.
+    """A data folder in the layout of 2023, with two machine types of one section; a section has two
+    attributes in the source domain and one in the target domain, with a test clip for each and for
+    each condition.
     """
     for seed, machine_type in enumerate(("bearing", "fan")):
         folder = root / machine_type
         for number in range(train_clips):
             for domain, speed in (("source", 1 + number % 2), ("target", 3)):
                 name = f"section_00_{domain}_train_normal_{number:04d}_vel_{speed}.wav"
-                write_clip(folder / "train" / name, tone(100 * seed + 10 * speed + number, seconds=1.0))
+                write_clip(
+                    folder / "train" / name, tone(100 * seed + 10 * speed + number, seconds=1.0)
+                )
         for speed, domain in ((1, "source"), (2, "source"), (3, "target")):
             for condition in ("normal", "anomaly"):
                 name = f"section_00_{domain}_test_{condition}_{speed:04d}_vel_{speed}.wav"
-                write_clip(folder / "test" / name, tone(100 * seed + 10 * speed + len(condition), seconds=1.0))
+                write_clip(
+                    folder / "test" / name,
+                    tone(100 * seed + 10 * speed + len(condition), seconds=1.0),
+                )
     return root
 
 
 def clips_of(data_root: Path, split: str = "train", **keys) -> ClipSet:
     """The clips of a set, for keys of the configuration."""
-    return load_clips(load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys), split)
+    return load_clips(
+        load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys), split
+    )
 
 
 def copy_test_clips(data_root: Path, root: Path, machines=MACHINES) -> None:
@@ -87,8 +99,8 @@ def remove_embeddings(path: Path) -> dict:
 
 
 def make_lively(folder: Path) -> None:
-    """Give run.pth weights under which clips differ, which one epoch on a few clips does not achieve, and held-out
-    scores of every machine, of which fan 02 has too few of its own.
+    """Give run.pth weights under which clips differ, which one epoch on a few clips does not
+    achieve, and held-out scores of every machine, of which fan 02 has too few of its own.
     """
     rng, rows = np.random.default_rng(0), []
     for *machine, shape, scale, count in (
@@ -97,11 +109,17 @@ def make_lively(folder: Path) -> None:
         ("valve", "01", 45, 0.43, 30),
     ):
         rows += [(*machine, score) for score in rng.gamma(shape, scale, count).tolist()]
-    held_out = dict(zip(("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True))
+    held_out = dict(
+        zip(
+            ("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True
+        )
+    )
     state = load_checkpoint(folder / "run.pth") | {"held_out": held_out}
     del state["embeddings"]  # which are those of other weights
     state["model"] = {
-        name: value[: len(state["model"][name])] if value.ndim else value  # the centres of three classes
+        name: value[: len(state["model"][name])]
+        if value.ndim
+        else value  # the centres of three classes
         for name, value in reference.parameters().items()
     }
     save_checkpoint(state, folder / "run.pth")
@@ -122,13 +140,17 @@ def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
 
 
 def count_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """AUC: the share of the pairs in which the anomalous clip has the higher score; a tie is half a pair."""
+    """AUC: the share of the pairs in which the anomalous clip has the higher score; a tie is half a
+    pair.
+    """
     halves = sum(2 * (a > n) + (a == n) for a in anomalous for n in normal)
     return Fraction(halves, 2 * len(normal) * len(anomalous))
 
 
 def count_first_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """pAUC: the area below a false positive rate of 0.1, standardised; between two thresholds the curve is a line."""
+    """pAUC: the area below a false positive rate of 0.1, standardised; between two thresholds the
+    curve is a line.
+    """
     limit, area, x0, y0 = Fraction(1, 10), Fraction(0), Fraction(0), Fraction(0)
     for threshold in sorted({*normal, *anomalous}, reverse=True):
         x1 = Fraction(sum(n >= threshold for n in normal), len(normal))
@@ -146,7 +168,9 @@ def train_in(folder: Path, data_root: Path, **overrides) -> None:
     words = iter(arguments(folder, data_root, **overrides))
     options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
     paths = {name: options.pop(name) for name in ("data_root", "save_path")}
-    train(load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()}))
+    train(
+        load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()})
+    )
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +180,9 @@ def data_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Call a script's `main` with options in this process; returns exit status, standard output and error."""
+    """Call a script's `main` with options in this process; returns exit status, standard output and
+    error.
+    """
 
     def call_script(main, *words: str):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])

@@ -1,7 +1,9 @@
-"""Run by torchrun in test_distributed.py: eight mixed steps and a validation, which must not depend on the processes.
+"""Run by torchrun in test_distributed.py: eight mixed steps and a validation, which must not depend
+on the processes.
 
-With `--reference` steps on the reference inputs, the last batch of which is short; else epochs on recordings, the last
-batch of each is short. With `--double` the network computes in float64, without validation.
+With `--reference` steps on the reference inputs, the last batch of which is short; else epochs on
+recordings, the last batch of each is short. With `--double` the network computes in float64,
+without validation.
 """
 
 import sys
@@ -12,7 +14,16 @@ import torch
 
 from config import Config, parse_command_line
 from dataloader import load_clips
-from distributed import barrier, is_main, is_started_by_torchrun, join, leave, rank, sum_over_ranks, world_size
+from distributed import (
+    barrier,
+    is_main,
+    is_started_by_torchrun,
+    join,
+    leave,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from losses import Mix, divide_mix
 from model import FrontEnd
 from trainer import Trainer
@@ -27,7 +38,8 @@ def build_trainer(config: Config, dtype: torch.dtype) -> Trainer:
     torch.set_default_dtype(torch.float32)
     trainer.front_end = FrontEnd(config.input)  # the same numbers for all: always in float32
     trainer.network.register_forward_pre_hook(
-        lambda _, arguments, inputs: (arguments, {name: x.to(dtype) for name, x in inputs.items()}), with_kwargs=True
+        lambda _, arguments, inputs: (arguments, {name: x.to(dtype) for name, x in inputs.items()}),
+        with_kwargs=True,
     )
     return trainer
 
@@ -39,7 +51,9 @@ def steps_on_reference(trainer: Trainer) -> list[float]:
     trainer.model.train()
     for number, (lam, partner) in enumerate(reference.mixing()):
         partner = partner if number < 7 else torch.tensor([2, 0, 1])
-        rows, mix = divide_mix(Mix(torch.tensor(lam, dtype=torch.float32), partner), rank(), world_size())
+        rows, mix = divide_mix(
+            Mix(torch.tensor(lam, dtype=torch.float32), partner), rank(), world_size()
+        )
         loss = trainer.step(samples[rows], labels[rows], mix, len(partner))[0]
         losses.append(sum_over_ranks(loss * len(mix.partner) / len(partner)).item())
     return losses

@@ -1,9 +1,10 @@
 """Recordings spoilt on purpose: what a folder of real ones may hold after years on somebody's disk.
 
-`broken(kind, path)` makes one of `BROKEN`. `spoilt_recordings(count)` makes `count` of them at random from intact
-16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and says of each what a reader may make of it. The intact files are
-synthetic unless the environment variable RECORDINGS names a folder of real ones, in any depth:
-RECORDINGS=/data/dcase2020 python -m pytest -m slow tests/test_audio.py tests/test_dataloader.py
+`broken(kind, path)` makes one of `BROKEN`. `spoilt_recordings(count)` makes `count` of them at
+random from intact 16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and says of each what a
+reader may make of it. The intact files are synthetic unless the environment variable RECORDINGS
+names a folder of real ones, in any depth: RECORDINGS=/data/dcase2020 python -m pytest -m slow
+tests/test_audio.py tests/test_dataloader.py
 """
 
 import contextlib
@@ -29,8 +30,8 @@ NOT_A_CLIP = "passed over"  # its name is none of a clip
 
 @dataclass(frozen=True)
 class Spoilt:
-    """A recording, what was done to it, and the samples it must give: None if it must be refused, `NOT_A_CLIP` if it
-    must not be taken for a clip.
+    """A recording, what was done to it, and the samples it must give: None if it must be refused,
+    `NOT_A_CLIP` if it must not be taken for a clip.
     """
 
     path: Path
@@ -38,7 +39,9 @@ class Spoilt:
     expected: np.ndarray | str | None
 
 
-Made = tuple[bytes | None, np.ndarray | None]  # the file's new content (None: as it is), and the samples expected
+Made = tuple[
+    bytes | None, np.ndarray | None
+]  # the file's new content (None: as it is), and the samples expected
 
 
 def wav(samples: np.ndarray, kind: int, bits: int, rate: int = 16_000, order: str = "<") -> bytes:
@@ -47,7 +50,14 @@ def wav(samples: np.ndarray, kind: int, bits: int, rate: int = 16_000, order: st
     frame = bits // 8
     form = struct.pack(f"{order}HHIIHH", kind, 1, rate, rate * frame, frame, bits)
     riff = b"RIFF" if order == "<" else b"RIFX"
-    chunks = b"fmt " + struct.pack(f"{order}I", 16) + form + b"data" + struct.pack(f"{order}I", len(raw)) + raw
+    chunks = (
+        b"fmt "
+        + struct.pack(f"{order}I", 16)
+        + form
+        + b"data"
+        + struct.pack(f"{order}I", len(raw))
+        + raw
+    )
     return riff + struct.pack(f"{order}I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
@@ -64,27 +74,39 @@ def audio_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
 
 
 def data_size_too_large(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    size = len(content) - HEADER + rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
+    size = (
+        len(content)
+        - HEADER
+        + rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
+    )
     return content[:40] + struct.pack("<I", size) + content[44:], None
 
 
 def data_size_too_small(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
     """As a shorter clip may look, with something else behind it."""
     size = rng.choice([0, 2, 1000, rng.randrange(0, len(content) - HEADER - 100)])
-    return content[:40] + struct.pack("<I", size) + content[44:], samples[: size // 2] if size >= 2 else None
+    return content[:40] + struct.pack("<I", size) + content[44:], samples[
+        : size // 2
+    ] if size >= 2 else None
 
 
 def riff_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
     """Programs that were killed leave 0 there; nothing needs it."""
-    return content[:4] + struct.pack("<I", rng.choice([0, 1, 36, 2**31, 2**32 - 1])) + content[8:], samples
+    return content[:4] + struct.pack("<I", rng.choice([0, 1, 36, 2**31, 2**32 - 1])) + content[
+        8:
+    ], samples
 
 
 def format_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    return content[:16] + struct.pack("<I", rng.choice([0, 2, 15, 17, 18, 40, 1000, 2**32 - 1])) + content[20:], None
+    return content[:16] + struct.pack(
+        "<I", rng.choice([0, 2, 15, 17, 18, 40, 1000, 2**32 - 1])
+    ) + content[20:], None
 
 
 def format_changed(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """One number of the format other than it was: kind, channels, rate, bytes a second, bytes a frame, bits."""
+    """One number of the format other than it was: kind, channels, rate, bytes a second, bytes a
+    frame, bits.
+    """
     offset, width = rng.choice([(20, 2), (22, 2), (24, 4), (28, 4), (32, 2), (34, 2)])
     old = int.from_bytes(content[offset : offset + width], "little")
     new = old ^ (1 << rng.randrange(8 * width))
@@ -169,7 +191,9 @@ DAMAGES = [*CONTENT, *FILES]
 
 
 def mutate(folder: Path, sources: Sequence[Path], count: int, seed: int) -> list[Spoilt]:
-    """`count` spoilt recordings `normal_id_00_NNNNNNNN.wav` in the folder, the same for the same sources and seed."""
+    """`count` spoilt recordings `normal_id_00_NNNNNNNN.wav` in the folder, the same for the same
+    sources and seed.
+    """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     spoilt = []
@@ -226,8 +250,8 @@ def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random)
 
 @contextlib.contextmanager
 def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
-    """A folder with a data set in `data`, whose machine fan has spoilt recordings among intact ones. All is done as an
-    ordinary user, whom the rights of a file stop, and within five minutes.
+    """A folder with a data set in `data`, whose machine fan has spoilt recordings among intact
+    ones. All is done as an ordinary user, whom the rights of a file stop, and within five minutes.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -238,7 +262,9 @@ def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
         else:
             sources = [write_clip(folder / f"{index}.wav", tone(index)) for index in range(5)]
         spoilt = mutate(folder / "data" / "fan" / "train", sources, count, seed=20)
-        faulthandler.dump_traceback_later(300, exit=True)  # a reader that hangs in C code hears no signal
+        faulthandler.dump_traceback_later(
+            300, exit=True
+        )  # a reader that hangs in C code hears no signal
         user = os.geteuid()
         if user == 0:
             os.seteuid(NOBODY)
@@ -250,7 +276,8 @@ def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
 
 
 each_damage_and_200 = pytest.mark.parametrize(
-    "count", [pytest.param(len(DAMAGES), id="each"), pytest.param(200, id="200", marks=pytest.mark.slow)]
+    "count",
+    [pytest.param(len(DAMAGES), id="each"), pytest.param(200, id="200", marks=pytest.mark.slow)],
 )
 
 # ---- Recordings that cannot be used, one by one ----
@@ -301,7 +328,9 @@ def broken(kind: str, path: Path) -> None:
         path.unlink()
         path.mkdir()
     elif kind == "flac cut":
-        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000, format="FLAC")
+        soundfile.write(
+            path, np.random.default_rng(0).normal(0, 0.1, 32_000), 16_000, format="FLAC"
+        )
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
     elif kind == "big-endian, cut":

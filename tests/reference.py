@@ -1,9 +1,9 @@
 """Reference values of the method, and the inputs they were computed on.
 
-`data/reference_values.npz` holds numbers computed once with the published PyTorch implementation (float32, CPU,
-torch 2.11): log-mel, Tgram, TAgram, embedding, logits, score, the margin head alone, gradient norms of the first
-step and losses of eight steps in three modes. The inputs are made here from a seed, with numpy's frozen legacy
-generator: the same bits with every numpy release.
+`data/reference_values.npz` holds numbers computed once with the published PyTorch implementation
+(float32, CPU, torch 2.11): log-mel, Tgram, TAgram, embedding, logits, score, the margin head alone,
+gradient norms of the first step and losses of eight steps in three modes. The inputs are made here
+from a seed, with numpy's frozen legacy generator: the same bits with every numpy release.
 """
 
 import json
@@ -26,18 +26,24 @@ SHAPES = {
 def waveforms() -> torch.Tensor:
     """(4, 160000) float32, exact multiples of 1/32768: sines, slow modulation, clicks and noise.
 
-    The rows differ in level, so that the temporal attention is open in some and shut in the quietest.
+    The rows differ in level, so that the temporal attention is open in some and shut in the
+    quietest.
     """
     rng = np.random.RandomState(SEED)
     t = np.arange(SAMPLE_RATE * SECONDS, dtype=np.float64) / SAMPLE_RATE
     rows = []
     for row in range(BATCH):
         f0 = rng.uniform(40, 400)
-        x = sum(rng.uniform(0.01, 0.1) * np.sin(2 * np.pi * f0 * (k + 1) * t + rng.uniform(0, 6)) for k in range(5))
+        x = sum(
+            rng.uniform(0.01, 0.1) * np.sin(2 * np.pi * f0 * (k + 1) * t + rng.uniform(0, 6))
+            for k in range(5)
+        )
         x = x * (1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.2, 3) * t))
         clicks = np.zeros_like(t)
         clicks[rng.randint(0, t.size, 40)] = rng.uniform(-0.5, 0.5, 40)
-        x = LEVELS[row % len(LEVELS)] * (x + clicks + rng.uniform(0.005, 0.05) * rng.standard_normal(t.size))
+        x = LEVELS[row % len(LEVELS)] * (
+            x + clicks + rng.uniform(0.005, 0.05) * rng.standard_normal(t.size)
+        )
         rows.append(np.clip(np.round(x * 32768), -32768, 32767) / 32768)
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
@@ -48,11 +54,15 @@ def samples() -> torch.Tensor:
 
 
 def labels() -> torch.Tensor:
-    return torch.from_numpy(np.random.RandomState(SEED + 1).randint(0, NUM_CLASSES, BATCH).astype(np.int64))
+    return torch.from_numpy(
+        np.random.RandomState(SEED + 1).randint(0, NUM_CLASSES, BATCH).astype(np.int64)
+    )
 
 
 def parameters() -> dict[str, torch.Tensor]:
-    """A full state dict under the names of the published weight files, filled in sorted order of the names."""
+    """A full state dict under the names of the published weight files, filled in sorted order of
+    the names.
+    """
     rng = np.random.RandomState(SEED + 3)
     state = {}
     for name in sorted(SHAPES):
@@ -68,7 +78,9 @@ def parameters() -> dict[str, torch.Tensor]:
         elif name == "arcface.weight":
             value = rng.standard_normal(shape).astype(np.float32)
         else:
-            value = (np.sqrt(2.0 / np.prod(shape[1:])) * rng.standard_normal(shape)).astype(np.float32)
+            value = (np.sqrt(2.0 / np.prod(shape[1:])) * rng.standard_normal(shape)).astype(
+                np.float32
+            )
         state[name] = torch.from_numpy(np.asarray(value))
     return state
 
@@ -81,5 +93,7 @@ def mixing() -> list[tuple[float, torch.Tensor]]:
 
 def distance(value: torch.Tensor | np.ndarray, reference: np.ndarray) -> float:
     """Relative L2 distance over a whole array."""
-    value = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value, np.float64)
+    value = np.asarray(
+        value.detach().cpu() if isinstance(value, torch.Tensor) else value, np.float64
+    )
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))

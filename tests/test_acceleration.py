@@ -1,4 +1,6 @@
-"""What is compiled, and what happens where the compiler fails: TorchInductor is replaced, but for the slow tests."""
+"""What is compiled, and what happens where the compiler fails: TorchInductor is replaced, but for
+the slow tests.
+"""
 
 import subprocess
 import sys
@@ -16,7 +18,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_what_is_compiled():
-    assert [is_to_compile(switch, CPU, 1) for switch in (True, False, "auto")] == [True, False, False]
+    assert [is_to_compile(switch, CPU, 1) for switch in (True, False, "auto")] == [
+        True,
+        False,
+        False,
+    ]
     assert is_to_compile("auto", GPU, 1)
     assert is_to_compile("auto", CPU, BREAK_EVEN)
     assert not is_to_compile(False, GPU, BREAK_EVEN)
@@ -60,7 +66,10 @@ Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this if you re
         (CXX, "/tmp/a.cpp:2:10: fatal error: Python.h: No such file or directory"),
         (LINKER, "/usr/bin/ld: cannot find -lgomp: No such file or directory"),
         (WITH_HINT, "The device has too little memory"),
-        ("[Errno 28] No space left on device: '/tmp/c'", "[Errno 28] No space left on device: '/tmp/c'"),
+        (
+            "[Errno 28] No space left on device: '/tmp/c'",
+            "[Errno 28] No space left on device: '/tmp/c'",
+        ),
         ("", "RuntimeError"),
     ],
 )
@@ -103,7 +112,9 @@ def fail(*_, **__):
 def compile_quickly(graph, inputs, options, backward=lambda graph, _: graph.forward):
     """Divide into forward and backward pass as TorchInductor does, without making code of them."""
     assert options == OPTIONS
-    return aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=backward)(graph, inputs)
+    return aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=backward)(
+        graph, inputs
+    )
 
 
 X, EXPECTED = torch.tensor([3.0, 1.0]), (37.0, [36.0, -2.0])
@@ -128,7 +139,10 @@ def test_the_backward_pass_is_compiled_with_the_forward_pass(is_failing, monkeyp
         calls.append("compiled")
         return fail() if is_failing else graph.forward
 
-    monkeypatch.setattr("torch._inductor.compile", lambda *a, **k: compile_quickly(*a, **k, backward=compile_backward))
+    monkeypatch.setattr(
+        "torch._inductor.compile",
+        lambda *a, **k: compile_quickly(*a, **k, backward=compile_backward),
+    )
     module = compiled_square()
     value = module(X)
     assert calls == ["compiled"]
@@ -145,7 +159,9 @@ def test_where_another_process_fails_this_one_runs_uncompiled_too(monkeypatch, c
         return fail
 
     monkeypatch.setattr("torch._inductor.compile", compile_and_note)
-    monkeypatch.setattr(distributed, "from_all", lambda problem: [problem, "on other: nvcc: no space"])
+    monkeypatch.setattr(
+        distributed, "from_all", lambda problem: [problem, "on other: nvcc: no space"]
+    )
     assert run(compiled_square(), X) == EXPECTED
     assert len(compiled) == 1
     assert "notice: compile: it fails on other: nvcc: no space; the steps" in capfd.readouterr().err
@@ -161,7 +177,9 @@ def test_what_has_to_be_compiled_is_an_error_that_names_the_key(monkeypatch, fai
 
 def test_a_shape_that_is_not_to_be_compiled(monkeypatch):
     calls = []
-    monkeypatch.setattr("torch._inductor.compile", lambda *a, **k: calls.append(a) or compile_quickly(*a, **k))
+    monkeypatch.setattr(
+        "torch._inductor.compile", lambda *a, **k: calls.append(a) or compile_quickly(*a, **k)
+    )
     module = compiled_square()
     assert run(module, X) == EXPECTED
     with torch.compiler.set_stance("force_eager"):
@@ -183,7 +201,11 @@ def test_the_reason_of_a_compiler_without_headers(tmp_path, data_root):
         "assert run(compiled_square(), X) == EXPECTED\n"
     )
     root = Path(__file__).parent
-    environment = {"PATH": "/usr/bin:/bin", "CXX": str(tmp_path / "cxx"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "CXX": str(tmp_path / "cxx"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", code, str(root), str(root.parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

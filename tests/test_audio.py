@@ -1,4 +1,6 @@
-"""What is made of one recording: 16-bit samples as they are, others changed as said, spoilt ones refused."""
+"""What is made of one recording: 16-bit samples as they are, others changed as said, spoilt ones
+refused.
+"""
 
 import contextlib
 import os
@@ -53,11 +55,18 @@ def test_the_first_of_several_channels_is_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rate", [44_100, pytest.param(8_000, marks=pytest.mark.slow), pytest.param(48_000, marks=pytest.mark.slow)]
+    "rate",
+    [
+        44_100,
+        pytest.param(8_000, marks=pytest.mark.slow),
+        pytest.param(48_000, marks=pytest.mark.slow),
+    ],
 )
 def test_another_sample_rate_is_resampled(tmp_path, rate):
     time = np.arange(10 * rate) / rate
-    decoded, changes = read(write_clip(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 1000 * time), rate))
+    decoded, changes = read(
+        write_clip(tmp_path / "a.wav", 0.1 * np.sin(2 * np.pi * 1000 * time), rate)
+    )
     expected = 0.1 * np.sin(2 * np.pi * 1000 * np.arange(N_SAMPLES) / 16_000)
     assert len(changes) == 1
     assert changes[0].startswith("are resampled to 16000 Hz at each reading; ")
@@ -110,10 +119,13 @@ def test_a_header_that_gives_fewer_bytes_is_believed(tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [(b"this should be pump 3", 1), (b"\ndata : 5 (should be 3)", 1), (b"bearing", 500)]
+    ("text", "count"),
+    [(b"this should be pump 3", 1), (b"\ndata : 5 (should be 3)", 1), (b"bearing", 500)],
 )
 def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
-    """Whatever they say, and however many there are: they neither spoil a recording nor hide that it is cut short."""
+    """Whatever they say, and however many there are: they neither spoil a recording nor hide that
+    it is cut short.
+    """
     expected, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
     content, text = (tmp_path / "a.wav").read_bytes(), text.ljust(40, b"\0")
     notes = count * (struct.pack("<4sI8sI", b"LIST", 12 + len(text), b"INFOICMT", len(text)) + text)
@@ -140,10 +152,14 @@ def test_windows_cover_a_recording_and_the_last_one_ends_with_it(tmp_path, secon
     assert check_recording(path, hop=hop).starts == starts
 
 
-@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")])
+@pytest.mark.parametrize(
+    ("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")]
+)
 def test_a_window_is_read_where_it_is(tmp_path, name, subtype):
     """Of the second of two channels, at a start that is no whole number of seconds."""
-    samples = np.random.default_rng(0).integers(-32768, 32768, (23 * 16_000 + 5, 2)).astype(np.int16)
+    samples = (
+        np.random.default_rng(0).integers(-32768, 32768, (23 * 16_000 + 5, 2)).astype(np.int16)
+    )
     path = write_clip(tmp_path / name, samples / 32768, subtype=subtype)
     decoded = np.empty(N_SAMPLES, dtype=np.int16)
     starts = check_recording(path, channel=1, hop=7.5).starts
@@ -188,7 +204,9 @@ def test_a_missing_channel_is_an_error(tmp_path):
 
 
 def test_what_the_first_window_leaves_out_is_said_from_two_seconds_on(tmp_path):
-    published, longer = (write_clip(tmp_path / f"{n}.wav", np.zeros(16_000 * 12 + n)) for n in (0, 1))
+    published, longer = (
+        write_clip(tmp_path / f"{n}.wav", np.zeros(16_000 * 12 + n)) for n in (0, 1)
+    )
     assert check_recording(published).changes == []
     assert check_recording(longer).changes == [
         "are longer than 12 s, and only their first 10 s count (--window all takes all)"
@@ -212,7 +230,10 @@ def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):
     samples = np.random.default_rng(0).integers(-1000, 1000, 25 * 16_000).astype(np.int16)
     soundfile.write(tmp_path / "a.flac", samples, 16_000)
     content = bytearray((tmp_path / "a.flac").read_bytes())
-    content[21] &= 0xF0  # of STREAMINFO the number of samples, which an encoder that writes to a pipe leaves at 0
+    content[21] &= (
+        # of STREAMINFO the number of samples, which an encoder that writes to a pipe leaves at 0
+        0xF0
+    )
     content[22:26] = bytes(4)
     (tmp_path / "a.flac").write_bytes(content)
     decoded, changes = read(tmp_path / "a.flac")
@@ -228,7 +249,9 @@ def test_a_wav_file_that_is_too_large_for_its_header_is_refused(tmp_path, length
     content = path.read_bytes()
     path.write_bytes(content[:40] + struct.pack("<I", length) + content[44:])
     os.truncate(path, 5 * 2**30)
-    with pytest.raises(UserError, match=r"more audio than a WAV file can say \(4 GiB\); convert it to FLAC"):
+    with pytest.raises(
+        UserError, match=r"more audio than a WAV file can say \(4 GiB\); convert it to FLAC"
+    ):
         check_recording(path, hop=10)
 
 
@@ -236,7 +259,9 @@ def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
     path = write_clip(tmp_path / "a.wav", tone(0, 25.0))
     start = check_recording(path, hop=10).starts[-1]
     write_clip(path, tone(0, 24.0))
-    with pytest.raises(UserError, match="truncated: it ends before second 25; it was longer when it was checked"):
+    with pytest.raises(
+        UserError, match="truncated: it ends before second 25; it was longer when it was checked"
+    ):
         read_recording(path, np.empty(N_SAMPLES, dtype=np.int16), start)
 
 
@@ -244,7 +269,9 @@ def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
 
 
 def is_refused(path) -> bool:
-    """By the check. Reading it all the same may be refused too, and do no worse: a file may break after the check."""
+    """By the check. Reading it all the same may be refused too, and do no worse: a file may break
+    after the check.
+    """
     try:
         check_recording(path)
     except UserError:

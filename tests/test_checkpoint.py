@@ -39,7 +39,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, fails):
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
     fails(
-        lambda: save_checkpoint({"model": weights, "config": config, "epoch": 2}, path), match="No space left on device"
+        lambda: save_checkpoint({"model": weights, "config": config, "epoch": 2}, path),
+        match="No space left on device",
     )
     assert load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
@@ -62,7 +63,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"weights": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "a.pth")
     torch.save({"model": {"a": torch.zeros(1)}, "config": {"n_layer": 1}}, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(UserError, match="neither a checkpoint of this version nor a state dict"):
+        with pytest.raises(
+            UserError, match="neither a checkpoint of this version nor a state dict"
+        ):
             load_checkpoint(tmp_path / name)
 
 
@@ -98,8 +101,14 @@ def test_the_configuration_in_a_checkpoint_is_plain(trained):
 def test_published_weights_load_into_the_published_configuration(tmp_path, capsys):
     torch.save(reference.parameters(), tmp_path / "published.pth")
     network = load_model(tmp_path / "published.pth", load_config(), {}).network
-    assert "published.pth is a bare state dict: machines, classes, mode, input" in capsys.readouterr().err
-    assert all(torch.equal(network.state_dict()[name], value) for name, value in reference.parameters().items())
+    assert (
+        "published.pth is a bare state dict: machines, classes, mode, input"
+        in capsys.readouterr().err
+    )
+    assert all(
+        torch.equal(network.state_dict()[name], value)
+        for name, value in reference.parameters().items()
+    )
 
 
 def test_windows_and_channel_are_those_of_the_training_unless_given(trained_copy):
@@ -138,7 +147,10 @@ def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, caps
     said = "notice: init_from: the weights of {} are taken, but for the class centres (arcface.weight, "
     assert said.format(tmp_path / "published.pth") in capsys.readouterr().err
     network = build_network(load_config(machines=MACHINES, input="sgram"))
-    with pytest.raises(UserError, match=r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1"):
+    with pytest.raises(
+        UserError,
+        match=r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1",
+    ):
         take_weights(network, published, tmp_path / "published.pth")
 
 
@@ -170,7 +182,9 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
         spoil(files.last, rng.randrange(len(whole)), is_cut=number % 2 == 0)
         state = load_newest(files)
         if state["epoch"] == 2:  # the byte was one between the members, which nobody reads
-            assert all(torch.equal(state["model"][name], value) for name, value in best["model"].items())
+            assert all(
+                torch.equal(state["model"][name], value) for name, value in best["model"].items()
+            )
             assert str(state["optimizer"]) == str(best["optimizer"])
         else:
             assert state["epoch"] == 1
@@ -180,7 +194,10 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
     said = "not a readable checkpoint (it is something else, or damaged); continuing from the best weights, of epoch 1"
     assert capsys.readouterr().err.count(f"{files.last}: {said}") == fallen_back
     spoil(files.best, 1000, is_cut=True)
-    with pytest.raises(UserError, match=r"run.pth: not a readable .*; bring it back, or start again with --overwrite"):
+    with pytest.raises(
+        UserError,
+        match=r"run.pth: not a readable .*; bring it back, or start again with --overwrite",
+    ):
         load_newest(files)
 
 
@@ -217,7 +234,9 @@ def test_clearing_removes_the_run_and_nothing_else(tmp_path):
     results = files.results("test")
     names = ("metrics.csv", "report.html", "decision_result_fan_id_00.csv", "figures/roc.png")
     written = [files.best, files.last, files.history, files.tensorboard / "events.out.tfevents.1"]
-    written += [folder / name for name in names for folder in (results, files.results("evaluation"))]
+    written += [
+        folder / name for name in names for folder in (results, files.results("evaluation"))
+    ]
     others = [files.folder / "mine.txt", results / "mine.txt", tmp_path / "run.other.pth"]
     for path in (*written, *others):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,8 +75,12 @@ def test_the_machines_may_be_those_of_the_folders():
 
 def test_the_windows_of_a_split():
     assert parse().hop_of("train") is parse().hop_of("test") is None
-    assert [parse("--window", "all").hop_of(split) for split in ("train", "test", "evaluation")] == [10, 5, 5]
-    assert [parse("--window", "all", "--hop", "2").hop_of(split) for split in ("train", "test")] == [2, 2]
+    assert [
+        parse("--window", "all").hop_of(split) for split in ("train", "test", "evaluation")
+    ] == [10, 5, 5]
+    assert [
+        parse("--window", "all", "--hop", "2").hop_of(split) for split in ("train", "test")
+    ] == [2, 2]
 
 
 def test_machine_types_may_look_like_numbers():
@@ -97,7 +101,11 @@ def test_every_key_is_typed_on_the_command_line():
         "threshold": "quantile", "threshold_percentile": 95.0,
     }  # fmt: skip
     assert set(values) == set(KEYS)
-    words = [word for name, value in values.items() for word in (f"--{name}", yaml.safe_dump(value).strip("\n."))]
+    words = [
+        word
+        for name, value in values.items()
+        for word in (f"--{name}", yaml.safe_dump(value).strip("\n."))
+    ]
     words = [word.replace("\n...", "").strip("'") for word in words]
     assert parse(*words).model_dump() == values
 
@@ -115,13 +123,18 @@ def test_a_file_replaces_config_yaml_and_the_command_line_both(tmp_path):
 
 
 def test_save_path_holds_mode_and_seed():
-    assert parse("--save_path", "x/{mode}_{seed}.pth", "--mode", "arcface").checkpoint == Path("x/arcface_2023.pth")
+    assert parse("--save_path", "x/{mode}_{seed}.pth", "--mode", "arcface").checkpoint == Path(
+        "x/arcface_2023.pth"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mode", "arcmx"], r"command line: mode: 'arcmx' is not one of noisy_arcmix, .*did you mean arcmix\?"),
+        (
+            ["--mode", "arcmx"],
+            r"command line: mode: 'arcmx' is not one of noisy_arcmix, .*did you mean arcmix\?",
+        ),
         (["--batchsize", "3"], r"unknown option --batchsize; did you mean --batch_size\?"),
         (["--epo", "3"], r"unknown option --epo; did you mean --epoch\?"),  # never abbreviated
         (["--lr", "fast"], r"lr: 'fast' is not a number above 0"),
@@ -135,19 +148,37 @@ def test_save_path_holds_mode_and_seed():
         (["--epoch", "1:30"], r"epoch: not valid YAML"),
         (["--epoch", "true"], r"epoch: True is not a whole number"),
         (["--epoch", "0"], r"epoch: 0 is not a whole number of at least 1"),
-        (["--batch_size", "1"], r"batch_size: 1 is not a whole number of at least 2 \(batch norm\)"),
+        (
+            ["--batch_size", "1"],
+            r"batch_size: 1 is not a whole number of at least 2 \(batch norm\)",
+        ),
         (["--split_ratio", "1"], r"split_ratio: 1 is not a number above 0 and below 1"),
         (["--m", "4"], r"m: 4 is not an angle from 0 to 3.14 radians"),
         (["--seed", "-3"], r"seed: -3 is not a whole number from 0"),
-        (["--input", "[sgram, melgram]"], r"input: \['sgram', 'melgram'\] is not a list of .*tgram, sgram, tagram"),
+        (
+            ["--input", "[sgram, melgram]"],
+            r"input: \['sgram', 'melgram'\] is not a list of .*tgram, sgram, tagram",
+        ),
         (["--input", "[]"], r"input: \[\] is not a list"),
         (["--input", "[sgram, sgram]"], r"input: .* is not a list of different channels"),
         (["--machines", "fan"], r"machines: 'fan' is not auto or a table"),
         (["--machines", "{fan: 0}"], r"machines: .* is not auto or a table of machine types"),
-        (["--machines", "{fan: [0, '00']}"], r"machines: .* is not auto or a table .* different IDs"),
-        (["--machines", "{fan: [x_y, 1]}"], r"machines: .* is not auto or a table .*words without _"),
-        (["--machines", "{fan: [x/y, 1]}"], r"machines: .* is not auto or a table .*words without _, /"),
-        (["--machines", "{fan: [mean, 1]}"], r"machines: .* is not auto or a table .*not pooled, mean or min"),
+        (
+            ["--machines", "{fan: [0, '00']}"],
+            r"machines: .* is not auto or a table .* different IDs",
+        ),
+        (
+            ["--machines", "{fan: [x_y, 1]}"],
+            r"machines: .* is not auto or a table .*words without _",
+        ),
+        (
+            ["--machines", "{fan: [x/y, 1]}"],
+            r"machines: .* is not auto or a table .*words without _, /",
+        ),
+        (
+            ["--machines", "{fan: [mean, 1]}"],
+            r"machines: .* is not auto or a table .*not pooled, mean or min",
+        ),
         (["--machines", "{fan: [-1, 1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{}"], r"machines: {} is not auto or a table"),
         (["--machines", "{fan: [1.5, 1]}"], r"machines: .* is not auto or a table"),
@@ -156,10 +187,22 @@ def test_save_path_holds_mode_and_seed():
         (["--hop", "10.5"], r"hop: 10.5 is not auto or a number of seconds"),
         (["--channel", "-1"], r"channel: -1 is not a whole number of at least 0"),
         (["--classes", "domain"], r"classes: 'domain' is not section, attributes, or a table of"),
-        (["--classes", "{fan: {'00': []}}"], r"classes: .* is not section, attributes, or a table of"),
-        (["--classes", "{fan: {'00': [a, a]}}"], r"classes: .* is not section, attributes, or a table of"),
-        (["--classes", "{fan: {'00': [a]}}"], r"classes: a table that has not the machine types and IDs of machines"),
-        (["--classes", "{}"], r"classes: a table that has not the machine types and IDs of machines"),
+        (
+            ["--classes", "{fan: {'00': []}}"],
+            r"classes: .* is not section, attributes, or a table of",
+        ),
+        (
+            ["--classes", "{fan: {'00': [a, a]}}"],
+            r"classes: .* is not section, attributes, or a table of",
+        ),
+        (
+            ["--classes", "{fan: {'00': [a]}}"],
+            r"classes: a table that has not the machine types and IDs of machines",
+        ),
+        (
+            ["--classes", "{}"],
+            r"classes: a table that has not the machine types and IDs of machines",
+        ),
         (["--machines", "{average: [0, 1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{7: [0], '7': [1]}"], r"machines: .* is not auto or a table"),
         (["--machines", "{../fan: [0, 1]}"], r"machines: .* is not auto or a table"),
@@ -168,7 +211,10 @@ def test_save_path_holds_mode_and_seed():
         (["--device", "gpu"], r"device: 'gpu' is not auto, cpu, cuda or cuda:N"),
         (["--precision", "fp8"], r"precision: 'fp8' is not one of auto, fp32, bf16, fp16"),
         (["--save_path", "weights"], r"save_path: 'weights' is not a file name that ends in .pth"),
-        (["--save_path", "{mdoe}.pth"], r"save_path: .* without braces but those of {mode} and {seed}"),
+        (
+            ["--save_path", "{mdoe}.pth"],
+            r"save_path: .* without braces but those of {mode} and {seed}",
+        ),
         (["--save_path", "x/.pth"], r"save_path: 'x/.pth' is not a file name"),
         (["--tensorboard", "maybe"], r"tensorboard: 'maybe' is not true or false"),
         (["--tensorboard", "1"], r"tensorboard: 1 is not true or false"),
@@ -188,7 +234,10 @@ def test_errors_on_the_command_line(fails, words, message):
     [
         ("learning_rate: 1\n", r"my.yaml: unknown key 'learning_rate'"),
         ("batch_sise: 1\n", r"my.yaml: unknown key 'batch_sise'; did you mean batch_size\?"),
-        ("data_root: 2020\n", r"my.yaml: data_root: 2020 is not the name of a folder \(a number needs quotes\)"),
+        (
+            "data_root: 2020\n",
+            r"my.yaml: data_root: 2020 is not the name of a folder \(a number needs quotes\)",
+        ),
         ("lr: [1]\n", r"my.yaml: lr: \[1\] is not a number above 0"),
         ("lr:\n", r"my.yaml: lr: None is not a number above 0"),
         ("mode: noisy_arcmx\n", r"my.yaml: mode: .* did you mean noisy_arcmix\?"),
@@ -220,7 +269,9 @@ def test_a_config_yaml_without_a_key_is_an_error(tmp_path, monkeypatch):
 
 def test_help_lists_every_key_with_meaning_and_default(call):
     """Each of the scripts that it concerns."""
-    outputs = {main: " ".join(call(main, "--help")[1].split()) for main in (train.main, eval_script.main)}
+    outputs = {
+        main: " ".join(call(main, "--help")[1].split()) for main in (train.main, eval_script.main)
+    }
     for name, meaning in describe_keys().items():
         listing = [words for words in outputs.values() if f"--{name} VALUE" in words]
         assert listing, name

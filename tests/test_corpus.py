@@ -41,17 +41,27 @@ def touch(*paths: Path) -> None:
 
 def labels_of(machines: Machines) -> dict[tuple[str, str], int]:
     """The class of each machine, with `classes: section`."""
-    return {machine: own[""] for machine, own in number_classes(load_config(machines=machines)).items()}
+    return {
+        machine: own[""] for machine, own in number_classes(load_config(machines=machines)).items()
+    }
 
 
 # ---- Which clips ----
 
 
 def test_labels_follow_the_order_of_the_table():
-    assert labels_of({"pump": [4, 0], "fan": [1]}) == {("pump", "04"): 0, ("pump", "00"): 1, ("fan", "01"): 2}
+    assert labels_of({"pump": [4, 0], "fan": [1]}) == {
+        ("pump", "04"): 0,
+        ("pump", "00"): 1,
+        ("fan", "01"): 2,
+    }
     labels = labels_of(load_config().machines)
     assert (labels["fan", "00"], labels["pump", "00"], labels["slider", "00"]) == (0, 7, 14)
-    assert (labels["ToyCar", "01"], labels["ToyConveyor", "01"], labels["valve", "06"]) == (21, 28, 40)
+    assert (labels["ToyCar", "01"], labels["ToyConveyor", "01"], labels["valve", "06"]) == (
+        21,
+        28,
+        40,
+    )
 
 
 def test_find_clips(tmp_path, capsys):
@@ -60,7 +70,9 @@ def test_find_clips(tmp_path, capsys):
     write_clip(root / "fan/train/anomaly_id_00_00000000.wav", tone(1, 0.1))
     (root / "fan/train/._normal_id_00_00000000.wav").touch()
     (root / "fan/train/notes.txt").touch()
-    shutil.move(root / "valve/test/normal_id_01_00000000.wav", root / "valve/test/NORMAL_ID_01_extra.WAV")
+    shutil.move(
+        root / "valve/test/normal_id_01_00000000.wav", root / "valve/test/NORMAL_ID_01_extra.WAV"
+    )
     clips = listed(root, MACHINES, "train")
     assert list(clips.columns) == COLUMNS
     assert list(zip(clips["machine_type"], clips["machine_id"], clips["label"], strict=True)) == [
@@ -69,9 +81,15 @@ def test_find_clips(tmp_path, capsys):
     assert set(clips["condition"]) == {NORMAL}
     assert clips["path"][5] == root / "fan/train/normal_id_02_00000001.wav"
     said = capsys.readouterr().err
-    assert "skipped 2 files not named normal_id_XX_*.wav or .flac: ._normal_id_00_00000000.wav, notes.txt\n" in said
+    assert (
+        "skipped 2 files not named normal_id_XX_*.wav or .flac: ._normal_id_00_00000000.wav, notes.txt\n"
+        in said
+    )
     assert "skipped 1 file of IDs outside the table of machines: normal_id_07_00000000.wav" in said
-    assert "skipped 1 file named anomaly: training takes normal ones only: anomaly_id_00_00000000.wav" in said
+    assert (
+        "skipped 1 file named anomaly: training takes normal ones only: anomaly_id_00_00000000.wav"
+        in said
+    )
     clips = listed(root, MACHINES, "test")
     conditions = clips["condition"][clips["machine_type"] == "valve"]
     assert conditions.tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, NORMAL]
@@ -96,17 +114,23 @@ def test_ids_without_clips_are_named(data_root, capsys):
 
 def test_missing_folders(data_root, capsys):
     machines = {"fan": [0], "pump": [0]}
-    with pytest.raises(UserError, match=r"no folder .*pump/train .*datasets/download.py.*datasets/synthesize.py"):
+    with pytest.raises(
+        UserError, match=r"no folder .*pump/train .*datasets/download.py.*datasets/synthesize.py"
+    ):
         listed(data_root, machines, "train")
     assert len(listed(data_root, machines, "test")) == 4
     assert "no test folder for pump" in capsys.readouterr().err
     with pytest.raises(UserError, match="no folder"):
         listed(data_root, {"pump": [0]}, "test")
-    with pytest.raises(UserError, match=r"no clips found: looked for .*normal_id_XX.*datasets/download.py"):
+    with pytest.raises(
+        UserError, match=r"no clips found: looked for .*normal_id_XX.*datasets/download.py"
+    ):
         listed(data_root, {"fan": [5]}, "train")
     with pytest.raises(UserError, match="training clips of one class only"):
         listed(data_root, {"fan": [0, 5]}, "train")
-    with pytest.raises(UserError, match=r"no folder \S*nowhere \(looked for .*datasets/download.py"):
+    with pytest.raises(
+        UserError, match=r"no folder \S*nowhere \(looked for .*datasets/download.py"
+    ):
         listed(data_root / "nowhere", {"fan": [0]}, "train")
 
 
@@ -137,16 +161,25 @@ def test_machines_are_found_in_the_training_folders(tmp_path, monkeypatch, capsy
 
 
 def test_folders_without_machines(tmp_path):
-    with pytest.raises(UserError, match=r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav"):
+    with pytest.raises(
+        UserError,
+        match=r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav",
+    ):
         find_classes(tmp_path, AUTO)[0]
-    with pytest.raises(UserError, match=r"no folder \S*/nowhere: looked for .*docs/years.md names the data"):
+    with pytest.raises(
+        UserError, match=r"no folder \S*/nowhere: looked for .*docs/years.md names the data"
+    ):
         find_classes(tmp_path / "nowhere", AUTO)
     config = load_config(data_root=str(tmp_path), machines="auto")
     touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
-    with pytest.raises(UserError, match="training clips of one class only, and the method learns by"):
+    with pytest.raises(
+        UserError, match="training clips of one class only, and the method learns by"
+    ):
         find_clips(settle_classes(config), "train")
     touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
-    with pytest.raises(UserError, match=r"machines: {'fan': \[0, 'mean'\]} is not .*, not pooled, mean or min"):
+    with pytest.raises(
+        UserError, match=r"machines: {'fan': \[0, 'mean'\]} is not .*, not pooled, mean or min"
+    ):
         settle_classes(config)
 
 
@@ -155,7 +188,10 @@ def test_ids_may_be_words(tmp_path, capsys):
     clips = listed(tmp_path, {"press": ["line-4", "line-3"]}, "train")
     assert clips["machine_id"].tolist() == ["line-3", "line-4"]
     assert clips["label"].tolist() == [1, 0]
-    assert "skipped 1 file of IDs outside the table of machines: normal_id_3_1.wav" in capsys.readouterr().err
+    assert (
+        "skipped 1 file of IDs outside the table of machines: normal_id_3_1.wav"
+        in capsys.readouterr().err
+    )
 
 
 # ---- Evaluation clips, whose names do not tell ----
@@ -170,15 +206,24 @@ def test_published_label_list():
         "fan": [1, 3, 5], "pump": [1, 3, 5], "slider": [1, 3, 5], "valve": [1, 3, 5],
         "ToyCar": [5, 6, 7], "ToyConveyor": [4, 5, 6],
     }  # fmt: skip
-    assert machines == {(machine_type, machine_id) for machine_type, ids in table.items() for machine_id in ids}
+    assert machines == {
+        (machine_type, machine_id) for machine_type, ids in table.items() for machine_id in ids
+    }
     lines = PUBLISHED_LABELS.read_text().splitlines()
-    assert list(conditions.values()).count(ANOMALOUS) == sum(",anomaly_id_" in line for line in lines)
+    assert list(conditions.values()).count(ANOMALOUS) == sum(
+        ",anomaly_id_" in line for line in lines
+    )
     assert conditions["fan", "id_01_00000000"] == NORMAL
     assert conditions["fan", "id_01_00000001"] == ANOMALOUS
 
 
 def test_evaluation_clips_take_their_condition_from_the_list(tmp_path, capsys):
-    for name in ("id_00_00000000.wav", "id_00_00000001.wav", "id_02_00000000.flac", "normal_id_00_00000000.wav"):
+    for name in (
+        "id_00_00000000.wav",
+        "id_00_00000001.wav",
+        "id_02_00000000.flac",
+        "normal_id_00_00000000.wav",
+    ):
         write_clip(tmp_path / "fan/evaluation" / name, tone(0, 0.1))
     machines = {"fan": [0, 2], "valve": [1]}
     clips = listed(tmp_path, machines, "evaluation")
@@ -194,11 +239,15 @@ def test_evaluation_clips_take_their_condition_from_the_list(tmp_path, capsys):
     )
     conditions = listed(tmp_path, machines, "evaluation")["condition"]
     assert conditions.tolist() == [NORMAL, UNLABELLED, ANOMALOUS]
-    with pytest.raises(UserError, match=r"no folder .*valve/evaluation .*id_XX_.*download.py --parts evaluation"):
+    with pytest.raises(
+        UserError, match=r"no folder .*valve/evaluation .*id_XX_.*download.py --parts evaluation"
+    ):
         listed(tmp_path, {"valve": [1]}, "evaluation")
 
 
-@pytest.mark.parametrize("line", ["id_00_00000000.wav,1", "id_00_00000000.wav,normal_id_00_00000000.wav,2"])
+@pytest.mark.parametrize(
+    "line", ["id_00_00000000.wav,1", "id_00_00000000.wav,normal_id_00_00000000.wav,2"]
+)
 def test_a_label_list_with_something_else_in_it(tmp_path, line):
     (tmp_path / LABEL_LIST).write_text(f"fan\n{line}\n")
     with pytest.raises(UserError, match=r"eval_data_list.csv, line 2: not `<file name>,"):
@@ -234,15 +283,24 @@ def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
 @pytest.mark.parametrize(
     ("liar", "message"),
     [
-        ("train/section_0_source_train_normal_0009_pat_00.wav", "begins as that of a section and is not section_XX_"),
+        (
+            "train/section_0_source_train_normal_0009_pat_00.wav",
+            "begins as that of a section and is not section_XX_",
+        ),
         ("train/section_0a_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
         ("train/section_000_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
         ("train/section_00_train_normal_0009_pat_00.wav", "begins as that of a section"),
         ("train/section_00_source_train_normal_9_pat_00.wav", "begins as that of a section"),
         ("train/section_00_source_train_normal_0009_pat__00.wav", "begins as that of a section"),
-        ("train/section_00_source_target_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        (
+            "train/section_00_source_target_train_normal_0009_pat_00.wav",
+            "begins as that of a section",
+        ),
         ("train/section_00_source_train_normal_0009_target_00.wav", "speak of two domains"),
-        ("train/section_00_source_test_normal_0009_pat_00.wav", "named as a clip of test, and in the folder train"),
+        (
+            "train/section_00_source_test_normal_0009_pat_00.wav",
+            "named as a clip of test, and in the folder train",
+        ),
         (
             "train/section_00_source_train_normal_0009_pat.wav",
             "its attributes are 1 words and those of .* 2, which cannot be pairs",
@@ -252,22 +310,40 @@ def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
             "its attributes are 2 words and those of .* 3, which cannot be pairs",
         ),
         ("train/normal_id_00_00000000.wav", "are named as in different years of the challenge"),
-        ("test/section_00_source_train_normal_0009_pat_00.wav", "named as a clip of train, and in the folder test"),
-        ("source_test/section_00_target_test_normal_0009.wav", "name and folder speak of two domains"),
+        (
+            "test/section_00_source_train_normal_0009_pat_00.wav",
+            "named as a clip of train, and in the folder test",
+        ),
+        (
+            "source_test/section_00_target_test_normal_0009.wav",
+            "name and folder speak of two domains",
+        ),
         ("test/anomaly_id_00_00000000.wav", "are named as in different years of the challenge"),
         (
             "evaluation/section_00_0000.wav",
             "named like this belong into train, test, source_test, target_test; move it",
         ),
-        ("source_test/section_00_source_test_normal_0001_pat_01.wav", "is in .*/valve/test too; remove one of them"),
+        (
+            "source_test/section_00_source_test_normal_0001_pat_01.wav",
+            "is in .*/valve/test too; remove one of them",
+        ),
     ],
 )
 def test_names_that_lie(tmp_path, liar, message):
     """An error that names the file; of a mixture of forms, and of attributes, two of them."""
     split = "train" if liar.startswith("train") else "test"
     other_split = "test" if split == "train" else "train"
-    honest = [f"section_00_{domain}_{split}_normal_000{i}_pat_0{i}.wav" for i, domain in ((1, "source"), (2, "target"))]
-    touch(*(tmp_path / machine_type / split / name for name in honest for machine_type in ("fan", "valve")))
+    honest = [
+        f"section_00_{domain}_{split}_normal_000{i}_pat_0{i}.wav"
+        for i, domain in ((1, "source"), (2, "target"))
+    ]
+    touch(
+        *(
+            tmp_path / machine_type / split / name
+            for name in honest
+            for machine_type in ("fan", "valve")
+        )
+    )
     listed(tmp_path, {"fan": [0], "valve": [0]}, split)
     touch(tmp_path / "valve" / liar)
     with pytest.raises(UserError, match=message) as error:
@@ -324,11 +400,14 @@ def test_evaluation_clips_of_later_years_have_their_labels_in_lists(tmp_path):
         tmp_path / "fan/test/section_00_0000.wav",
     )
     lists = [
-        tmp_path / f"ground_truth_{kind}" / "ground_truth_ToyTank_section_00_test.csv" for kind in ("data", "domain")
+        tmp_path / f"ground_truth_{kind}" / "ground_truth_ToyTank_section_00_test.csv"
+        for kind in ("data", "domain")
     ]
     touch(*lists)
     lists[0].write_text("section_00_0000.wav,0\nsection_00_0001.wav,1\r\n\nsection_00_0002.wav,1\n")
-    lists[1].write_text("\ufeffsection_00_0000.wav,1\nsection_00_0001.wav,0\nsection_00_0002.wav,1\n")
+    lists[1].write_text(
+        "\ufeffsection_00_0000.wav,1\nsection_00_0001.wav,0\nsection_00_0002.wav,1\n"
+    )
     clips = listed(tmp_path, {"ToyTank": [0], "fan": [0]}, "evaluation")
     assert clips["condition"].tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, UNLABELLED, UNLABELLED]
     assert clips["domain"].tolist() == ["target", "source", "target", "", ""]
@@ -337,25 +416,41 @@ def test_evaluation_clips_of_later_years_have_their_labels_in_lists(tmp_path):
                           ("section_00_0000.wav,1\nsection_00_0000.wav,0", "line 2: .* is given twice"),
                           ("section_00_0000.wav", "line 1: not `<file name>,<0 or 1>`")):  # fmt: skip
         lists[1].write_text(f"{line}\n")
-        with pytest.raises(UserError, match=f"ground_truth_domain/ground_truth_ToyTank_section_00_test.csv, {message}"):
+        with pytest.raises(
+            UserError,
+            match=f"ground_truth_domain/ground_truth_ToyTank_section_00_test.csv, {message}",
+        ):
             listed(tmp_path, {"ToyTank": [0]}, "evaluation")
 
 
 def test_no_clips_of_a_section(tmp_path, capsys):
-    touch(tmp_path / "fan/test/section_00_source_test_normal_0000.wav", tmp_path / "fan/test/section_01_0000.wav")
+    touch(
+        tmp_path / "fan/test/section_00_source_test_normal_0000.wav",
+        tmp_path / "fan/test/section_01_0000.wav",
+    )
     listed(tmp_path, {"fan": [0], "pump": [0]}, "test")
     assert "no test folder for pump" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"looked for .*/test/section_XX_.*; what is there is for --split evaluation"):
+    with pytest.raises(
+        UserError,
+        match=r"looked for .*/test/section_XX_.*; what is there is for --split evaluation",
+    ):
         listed(tmp_path, {"fan": [1]}, "test")
     with pytest.raises(
-        UserError, match=r"looked for .*/test/section_XX_XXXX.wav .*; what is there is for --split test"
+        UserError,
+        match=r"looked for .*/test/section_XX_XXXX.wav .*; what is there is for --split test",
     ):
         listed(tmp_path, {"fan": [0]}, "evaluation")
-    with pytest.raises(UserError, match=r"looked for .*; docs/years.md names the data of each year"):
-        listed(tmp_path, {"fan": [7]}, "test")
-    touch(tmp_path / "fan/train/section_00_source_train_0000.wav", tmp_path / "fan/train/section_00_0000.wav")
     with pytest.raises(
-        UserError, match=r"no clips found: looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX"
+        UserError, match=r"looked for .*; docs/years.md names the data of each year"
+    ):
+        listed(tmp_path, {"fan": [7]}, "test")
+    touch(
+        tmp_path / "fan/train/section_00_source_train_0000.wav",
+        tmp_path / "fan/train/section_00_0000.wav",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"no clips found: looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX",
     ):
         listed(tmp_path, {"fan": [0]}, "train")
 
@@ -369,7 +464,9 @@ def test_the_attributes_of_an_id_make_its_classes(tmp_path, capsys):
                 ("valve", "00", 0, "pat_01"), ("valve", "00", 1, "pat_00"), ("valve", "00", 2, "pat_01"),
                 ("fan", "01", 0, "noAttribute"), ("fan", "00", 0, "m-n_W"), ("fan", "00", 1, "m-n_X"))),
           tmp_path / "valve/test/section_00_source_test_anomaly_0000_pat_07.wav")  # fmt: skip
-    config = settle_classes(load_config(data_root=str(tmp_path), machines="auto", classes="attributes"))
+    config = settle_classes(
+        load_config(data_root=str(tmp_path), machines="auto", classes="attributes")
+    )
     assert config.classes == {
         "fan": {"00": ["m-n_W", "m-n_X"], "01": ["noAttribute"]}, "valve": {"00": ["pat_00", "pat_01"]}
     }  # fmt: skip
@@ -378,18 +475,30 @@ def test_the_attributes_of_an_id_make_its_classes(tmp_path, capsys):
     assert "5 classes by attributes: fan 00 (2), fan 01 (1), valve 00 (2)\n" in said
     assert settle_classes(config) is config
     assert find_clips(config, "train")["label"].tolist() == [0, 1, 2, 4, 3, 4]
-    assert find_clips(config, "test")["label"].tolist() == [3], "the first class, whatever the attributes"
+    assert find_clips(config, "test")["label"].tolist() == [3], (
+        "the first class, whatever the attributes"
+    )
     assert alternatives(config).tolist() == [[0, 1], [1, 0], [2, 2], [3, 4], [4, 3]]
     touch(tmp_path / "valve/train/section_00_source_train_normal_0003_pat_02.wav")
     assert len(find_clips(config, "train")) == 6
-    assert "skipped 1 file with attributes outside the table of classes: section_00_source" in capsys.readouterr().err
+    assert (
+        "skipped 1 file with attributes outside the table of classes: section_00_source"
+        in capsys.readouterr().err
+    )
 
 
 def test_attributes_of_one_id_are_classes_enough(tmp_path):
-    touch(*(tmp_path / f"valve/train/section_00_source_train_normal_0000_pat_0{i}.wav" for i in range(2)))
+    touch(
+        *(
+            tmp_path / f"valve/train/section_00_source_train_normal_0000_pat_0{i}.wav"
+            for i in range(2)
+        )
+    )
     with pytest.raises(UserError, match="training clips of one class only"):
         listed(tmp_path, {"valve": [0]}, "train")
-    config = settle_classes(load_config(data_root=str(tmp_path), machines={"valve": [0]}, classes="attributes"))
+    config = settle_classes(
+        load_config(data_root=str(tmp_path), machines={"valve": [0]}, classes="attributes")
+    )
     assert find_clips(config, "train")["label"].tolist() == [0, 1]
 
 

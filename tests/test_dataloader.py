@@ -58,12 +58,16 @@ def test_file_names_need_not_be_utf_8(tmp_path):
 
 def test_all_broken_recordings_are_named_before_training(tmp_path, fails):
     root = write_set(tmp_path / "data")
-    paths = [root / f"fan/train/normal_id_02_{index:08d}.wav" for index in range(10, 10 + len(BROKEN))]
+    paths = [
+        root / f"fan/train/normal_id_02_{index:08d}.wav" for index in range(10, 10 + len(BROKEN))
+    ]
     for kind, path in zip(BROKEN, paths, strict=True):
         broken(kind, path)
     total = 12 + len(BROKEN)
     said = fails(
-        train.main, *arguments(tmp_path, root), match=f"{len(BROKEN)} of {total} recordings cannot be used, replace"
+        train.main,
+        *arguments(tmp_path, root),
+        match=f"{len(BROKEN)} of {total} recordings cannot be used, replace",
     )
     assert all(f"{path} (" in said for path in paths)
     assert not (tmp_path / "run.pth").exists()
@@ -73,7 +77,11 @@ def test_all_broken_recordings_are_named_before_training(tmp_path, fails):
 def test_training_names_each_spoilt_recording_that_cannot_be_used(count, fails):
     with spoilt_recordings(count) as (folder, spoilt):
         refused = [one for one in spoilt if one.expected is None]
-        said = fails(train.main, *arguments(folder, folder / "data"), match=f"{len(refused)} of .* cannot be used")
+        said = fails(
+            train.main,
+            *arguments(folder, folder / "data"),
+            match=f"{len(refused)} of .* cannot be used",
+        )
         for one in refused:
             assert f"{one.path.name} (" in said, one
         names = sorted(one_line(one.path.name) for one in spoilt if one.expected is NOT_A_CLIP)
@@ -114,7 +122,9 @@ def test_batches_follow_the_plan(data_root, num_workers, epoch):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(data_root, monkeypatch, num_workers):
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(
+    data_root, monkeypatch, num_workers
+):
     """However slow the consumer is: it waits here until all that is read ahead has been read."""
     clips, is_read = train_clips(data_root, num_workers), threading.Semaphore(0)
     read_recording = dataloader.read_recording
@@ -125,7 +135,9 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(data_root, monke
 
     monkeypatch.setattr(dataloader, "read_recording", counted)
     plan = shuffled_batches(12, 5, seed=0, epoch=0)
-    for indices, due, (samples, labels) in zip(plan, (5 + 5, 2, 0), clips.batches(plan, CPU), strict=True):
+    for indices, due, (samples, labels) in zip(
+        plan, (5 + 5, 2, 0), clips.batches(plan, CPU), strict=True
+    ):
         for _ in range(due):
             assert is_read.acquire(timeout=60), "the next batch is read meanwhile"
         while is_read.acquire(timeout=0.05):
@@ -199,7 +211,9 @@ def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monke
     assert capsys.readouterr().err.startswith(said)
     assert kept("cuda", gpu, needed) == both
     assert kept("cpu", gpu, needed + others) == none
-    with pytest.raises(UserError, match=r"data_device: cuda: the samples take .* GB, and .* GB of cuda:0 are free"):
+    with pytest.raises(
+        UserError, match=r"data_device: cuda: the samples take .* GB, and .* GB of cuda:0 are free"
+    ):
         kept("cuda", gpu, needed - 1)
     assert kept("auto", CPU, needed) == none
     assert kept("cpu", CPU, needed) == none
@@ -212,9 +226,13 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device, table = torch.device(device), train_clips(data_root).clips
-    part = ClipSet(table.iloc[np.arange(150) % 12], 2).split(0.9, seed=0)[0]  # read in more than one batch
+    part = ClipSet(table.iloc[np.arange(150) % 12], 2).split(0.9, seed=0)[
+        0
+    ]  # read in more than one batch
     plan, before = shuffled_batches(135, 50, seed=0, epoch=0), part.fingerprint()
-    from_files = [(samples.cpu().clone(), labels.cpu()) for samples, labels in part.batches(plan, device)]
+    from_files = [
+        (samples.cpu().clone(), labels.cpu()) for samples, labels in part.batches(plan, device)
+    ]
     if device.type == "cuda":
         keep_on_gpu([part], "cuda", device, 0)
     else:
@@ -239,7 +257,9 @@ def write_long_set(root: Path) -> Path:
     """Of each of two machines, four recordings for training; of 25 s and, every second one, of 8 s."""
     for number, machine in enumerate(("fan/train/normal_id_00", "fan/train/normal_id_02")):
         for index in range(4):
-            write_clip(root / f"{machine}_{index}.wav", tone(10 * number + index, (25.0, 8.0)[index % 2]))
+            write_clip(
+                root / f"{machine}_{index}.wav", tone(10 * number + index, (25.0, 8.0)[index % 2])
+            )
     return root
 
 
@@ -261,7 +281,10 @@ def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
     assert clips_of(tmp_path, **LONG, hop=5).clips["start"][:4].tolist() == [0, 5, 10, 15]
     first = clips_of(tmp_path, machines=LONG["machines"])
     assert first.clips["start"].tolist() == [0] * 8
-    assert "4 of 8 recordings are longer than 12 s, and only their first 10 s count" in capsys.readouterr().err
+    assert (
+        "4 of 8 recordings are longer than 12 s, and only their first 10 s count"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_windows_of_a_recording_stay_together(tmp_path):
@@ -283,7 +306,10 @@ def test_values_of_windows_are_combined(tmp_path):
     assert means.dtype == np.float32
     assert means.tolist() == [14, 12, 10, 8, 6, 4, 2, 0]
     assert highest.tolist() == [15, 12, 11, 8, 7, 4, 3, 0]
-    assert clips.over_windows(np.stack([values, -values], axis=1), "mean")[:2].tolist() == [[14, -14], [12, -12]]
+    assert clips.over_windows(np.stack([values, -values], axis=1), "mean")[:2].tolist() == [
+        [14, -14],
+        [12, -12],
+    ]
     assert clips.worst_starts(values).tolist() == [0] * 8
     assert clips.worst_starts(-values).tolist() == [15, 0] * 4
 
@@ -337,7 +363,14 @@ def test_an_epoch_has_every_clip_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize(
     ("count", "size", "least", "sizes"),
-    [(9, 4, 2, [4, 5]), (3, 2, 2, [3]), (10, 4, 2, [4, 4, 2]), (11, 8, 4, [11]), (1, 4, 1, [1]), (0, 4, 1, [])],
+    [
+        (9, 4, 2, [4, 5]),
+        (3, 2, 2, [3]),
+        (10, 4, 2, [4, 4, 2]),
+        (11, 8, 4, [11]),
+        (1, 4, 1, [1]),
+        (0, 4, 1, []),
+    ],
 )
 def test_a_last_batch_that_is_too_small_joins_the_one_before(count, size, least, sizes):
     assert [len(batch) for batch in batches(np.arange(count), size, least)] == sizes

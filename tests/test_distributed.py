@@ -25,12 +25,30 @@ pytestmark = pytest.mark.ddp
 
 
 def torchrun(
-    processes: int, *words: str, script: Path = ROOT / "train_ddp.py", options=("--standalone",), **environment
+    processes: int,
+    *words: str,
+    script: Path = ROOT / "train_ddp.py",
+    options=("--standalone",),
+    **environment,
 ) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        f"--nproc_per_node={processes}",
+    ]
+    environment = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        | environment
+    )
     return subprocess.run(
-        [*launcher, script, *map(str, words)], capture_output=True, text=True, env=environment, timeout=600
+        [*launcher, script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
     )
 
 
@@ -39,14 +57,20 @@ def errors(result: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_it_takes_the_options_of_train_and_says_how_it_is_started(fails):
-    fails(train_ddp.main, "--lr", "1", match="torchrun --standalone --nproc_per_node=N train_ddp.py")
+    fails(
+        train_ddp.main, "--lr", "1", match="torchrun --standalone --nproc_per_node=N train_ddp.py"
+    )
 
 
 def test_a_restart_may_not_overwrite(fails, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("utils.distributed.end_process", sys.exit)
-    fails(train_ddp.main, "--overwrite", match="--overwrite would begin anew after every restart: remove the old run")
+    fails(
+        train_ddp.main,
+        "--overwrite",
+        match="--overwrite would begin anew after every restart: remove the old run",
+    )
 
 
 # Leaves the run after so many epochs, as if it had been stopped there.
@@ -83,7 +107,9 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     options = arguments(tmp_path, data_root, **keys)
     result = torchrun(2, 1, *options, script=tmp_path / "stopped.py")
     assert result.returncode == 0, result.stderr
-    assert sum(line.startswith("epoch ") for line in result.stdout.splitlines()) == 1, "rank 0 alone prints"
+    assert sum(line.startswith("epoch ") for line in result.stdout.splitlines()) == 1, (
+        "rank 0 alone prints"
+    )
     state = load_checkpoint(tmp_path / "run.last.pth")
     assert state["epoch"] == 1
     assert not any(name.startswith("module.") for name in state["model"])
@@ -94,13 +120,19 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     assert epochs(tmp_path) == ["1", "2"]
     assert call(train.main, *arguments(tmp_path / "one", data_root, **keys))[0] == 0
     for name in ("train_loss", "valid_loss"):
-        one, several = (np.array(column(folder, name), dtype=float) for folder in (tmp_path / "one", tmp_path))
-        assert several == pytest.approx(one, rel=1e-3), "rounding grows from step to step, to 2e-4 in six"
+        one, several = (
+            np.array(column(folder, name), dtype=float) for folder in (tmp_path / "one", tmp_path)
+        )
+        assert several == pytest.approx(one, rel=1e-3), (
+            "rounding grows from step to step, to 2e-4 in six"
+        )
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
-    """The tiny run has one epoch of one; a second one is asked for by editing what it was planned for."""
+    """The tiny run has one epoch of one; a second one is asked for by editing what it was planned
+    for.
+    """
     state = load_checkpoint(trained_copy / "run.last.pth")
     state["config"]["epoch"] = 2
     save_checkpoint(state, trained_copy / "run.last.pth")
@@ -127,8 +159,15 @@ INPUTS = {  # words and options of ddp_worker.py
 }
 
 
-def worker_results(processes: int, folder: Path, data_root: Path, *words: str, **options) -> dict[str, torch.Tensor]:
-    result = torchrun(processes, *arguments(folder, data_root, **options), *words, script=ROOT / "tests/ddp_worker.py")
+def worker_results(
+    processes: int, folder: Path, data_root: Path, *words: str, **options
+) -> dict[str, torch.Tensor]:
+    result = torchrun(
+        processes,
+        *arguments(folder, data_root, **options),
+        *words,
+        script=ROOT / "tests/ddp_worker.py",
+    )
     assert result.returncode == 0, result.stderr
     return torch.load(folder / "run.pth")
 
@@ -141,13 +180,15 @@ def weights(results: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("inputs", ["reference", "recordings"])
 def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp_path, data_root):
-    """Eight mixed steps with batch norm, short batches between them, in one process and in several of unequal shares.
+    """Eight mixed steps with batch norm, short batches between them, in one process and in several
+    of unequal shares.
 
     In float64; epochs add up their losses in float32.
     """
     words, options = INPUTS[inputs]
     one, several = (
-        worker_results(number, tmp_path, data_root, "--double", *words, lr=1e-4, **options) for number in (1, processes)
+        worker_results(number, tmp_path, data_root, "--double", *words, lr=1e-4, **options)
+        for number in (1, processes)
     )
     assert several["losses"].tolist() == pytest.approx(
         one["losses"].tolist(), rel=1e-6 if inputs == "recordings" else 1e-9
@@ -159,16 +200,20 @@ def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("inputs", ["reference", "recordings"])
 def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path, data_root):
-    """The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that rounding grows from
-    step to step. At 1e-4 the eighth loss differs by 1e-4 in one process already, between one thread and two.
+    """The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that
+    rounding grows from step to step. At 1e-4 the eighth loss differs by 1e-4 in one process
+    already, between one thread and two.
     """
     words, options = INPUTS[inputs]
     one, several = (
-        worker_results(number, tmp_path, data_root, *words, lr=1e-5, **options) for number in (1, processes)
+        worker_results(number, tmp_path, data_root, *words, lr=1e-5, **options)
+        for number in (1, processes)
     )
     assert several["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
     if inputs == "recordings":
-        assert several["first_scores"].tolist() == pytest.approx(one["first_scores"].tolist(), rel=1e-5)
+        assert several["first_scores"].tolist() == pytest.approx(
+            one["first_scores"].tolist(), rel=1e-5
+        )
         assert several["accuracy"] == one["accuracy"]
         assert (several["scores"] - one["scores"]).norm() <= 1e-2 * one["scores"].norm()
     assert (weights(several) - weights(one)).norm() <= 1e-2 * weights(one).norm()
@@ -273,7 +318,9 @@ def test_a_fault_of_one_process_ends_the_job(kind, rank, moment, tmp_path, data_
     print(f"{kind} of process {rank}, {moment}: {time.monotonic() - start:.1f} s")
     assert time.monotonic() - start < 30
     assert result.returncode != 0
-    cause = {"OutOfMemoryError": "out of memory", "SIGINT": "stopped", "SIGTERM": "stopped"}.get(kind, "the cause")
+    cause = {"OutOfMemoryError": "out of memory", "SIGINT": "stopped", "SIGTERM": "stopped"}.get(
+        kind, "the cause"
+    )
     assert [cause in line for line in errors(result)] == [True], result.stderr
 
 
@@ -324,19 +371,25 @@ def dying(tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
-    result = torchrun(2, "kill", rank, 2, *arguments(tmp_path, data_root, epoch=3, input="[sgram]"), script=dying)
+    result = torchrun(
+        2, "kill", rank, 2, *arguments(tmp_path, data_root, epoch=3, input="[sgram]"), script=dying
+    )
     assert result.returncode == 1
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(errors(result)) <= 1
     stopped = f"process {1 - int(rank)} was stopped, by a user or because another one has died"
     said = ("another process of the job has ended", stopped)
     assert all(any(words in line for words in said) for line in errors(result))
-    assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == (2 if rank == "1" else 1), "rank 0 writes"
+    assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == (2 if rank == "1" else 1), (
+        "rank 0 writes"
+    )
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dying):
-    result = torchrun(2, "raise", "1", 1, *arguments(tmp_path, data_root, input="[sgram]"), script=dying)
+    result = torchrun(
+        2, "raise", "1", 1, *arguments(tmp_path, data_root, input="[sgram]"), script=dying
+    )
     assert result.returncode == 1
     assert errors(result) == ["error: this process has had enough"]
 
@@ -352,18 +405,30 @@ def test_restarted_processes_resume(epoch, tmp_path, data_root, dying):
     assert result.returncode == 0, result.stderr
     ours, expected = (load_checkpoint(folder / "run.last.pth") for folder in (broken, unbroken))
     assert all(torch.equal(ours["model"][name], value) for name, value in expected["model"].items())
-    keys = [{key: value for key, value in row.items() if key != "seconds"} for row in ours["history"]]
+    keys = [
+        {key: value for key, value in row.items() if key != "seconds"} for row in ours["history"]
+    ]
     assert keys == [{key: row[key] for key in keys[0]} for row in expected["history"]]
 
 
-def on_two_machines(*words: str, options=(), **torchrun_options) -> list[subprocess.CompletedProcess]:
+def on_two_machines(
+    *words: str, options=(), **torchrun_options
+) -> list[subprocess.CompletedProcess]:
     """The multi-node form of torchrun, a process on each node, both nodes here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    nodes = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", *options)
+    nodes = (
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-id=test",
+        *options,
+    )
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda _: torchrun(1, *words, options=nodes, **torchrun_options), range(2)))
+        return list(
+            pool.map(lambda _: torchrun(1, *words, options=nodes, **torchrun_options), range(2))
+        )
 
 
 @pytest.mark.slow
@@ -371,17 +436,25 @@ def on_two_machines(*words: str, options=(), **torchrun_options) -> list[subproc
 def test_two_machines_train_as_one(dies, tmp_path, data_root, dying):
     """Also where a process is killed and all are restarted."""
     options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
-    apart, together = arguments(tmp_path / "apart", data_root, **options), arguments(tmp_path, data_root, **options)
+    apart, together = (
+        arguments(tmp_path / "apart", data_root, **options),
+        arguments(tmp_path, data_root, **options),
+    )
     assert torchrun(2, *together).returncode == 0
     if dies:
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         words = ("kill", "1", 2, *apart, "--resume")
-        results = on_two_machines(*words, options=("--max-restarts=3",), script=dying, **environment)
+        results = on_two_machines(
+            *words, options=("--max-restarts=3",), script=dying, **environment
+        )
         assert dying.with_name("died").exists()
     else:
         results = on_two_machines(*apart)
     assert [result.returncode for result in results] == [0, 0], results
-    ours, expected = (load_checkpoint(folder / "run.last.pth")["model"] for folder in (tmp_path / "apart", tmp_path))
+    ours, expected = (
+        load_checkpoint(folder / "run.last.pth")["model"]
+        for folder in (tmp_path / "apart", tmp_path)
+    )
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
@@ -391,4 +464,7 @@ def test_each_head_trains_without_unused_parameters(mode, tmp_path, data_root):
     options = arguments(tmp_path, data_root, input="[sgram]", mode=mode)
     result = torchrun(2, *options)
     assert result.returncode == 0, result.stderr
-    assert all(torch.isfinite(value).all() for value in load_checkpoint(tmp_path / "run.pth")["model"].values())
+    assert all(
+        torch.isfinite(value).all()
+        for value in load_checkpoint(tmp_path / "run.pth")["model"].values()
+    )

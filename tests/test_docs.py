@@ -1,4 +1,6 @@
-"""The pages: links that lead somewhere, commands that the scripts understand, pictures that load quickly."""
+"""The pages: links that lead somewhere, commands that the scripts understand, pictures that load
+quickly.
+"""
 
 import os
 import re
@@ -52,7 +54,9 @@ def test_readme_leads_to_every_page_and_picture():
     reached, pages = set(), [ROOT / "README.md"]
     while pages:
         page = pages.pop()
-        linked = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)} - reached
+        linked = {
+            (page.parent / link.partition("#")[0]).resolve() for link in links(page)
+        } - reached
         reached |= linked
         pages += [path for path in linked if path.suffix == ".md"]
     assert reached >= {*PAGES, *PICTURES} - {ROOT / "README.md"}
@@ -67,13 +71,23 @@ def commands() -> list[list[str]]:
         for number, text in enumerate([prose, *blocks]):
             if number % 2:
                 found += re.findall(
-                    r"(?:^|&& ) *((?:python|torchrun|make) .*?)(?=$| &&)", text.replace("\\\n", ""), flags=re.M
+                    r"(?:^|&& ) *((?:python|torchrun|make) .*?)(?=$| &&)",
+                    text.replace("\\\n", ""),
+                    flags=re.M,
                 )
             else:
-                found += re.findall(r"(?<!`)`((?:python|torchrun|make) [^`]+)`", text.replace("\n", " "))
-    assert not any(re.search(r"[;|<>]|\.\.\.|\$\(", command.split("#")[0]) for command in found), "for a shell to run"
-    script = "\n".join(f"printf '%s\\n' {command}\nprintf '\\036'" for command in dict.fromkeys(found))
-    split = subprocess.run(["bash", "-c", script], env=VARIABLES, capture_output=True, text=True, check=True)
+                found += re.findall(
+                    r"(?<!`)`((?:python|torchrun|make) [^`]+)`", text.replace("\n", " ")
+                )
+    assert not any(re.search(r"[;|<>]|\.\.\.|\$\(", command.split("#")[0]) for command in found), (
+        "for a shell to run"
+    )
+    script = "\n".join(
+        f"printf '%s\\n' {command}\nprintf '\\036'" for command in dict.fromkeys(found)
+    )
+    split = subprocess.run(
+        ["bash", "-c", script], env=VARIABLES, capture_output=True, text=True, check=True
+    )
     return [words.splitlines() for words in split.stdout.split("\036") if words]
 
 
@@ -89,11 +103,15 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     """The options exist, and those of the main scripts have values that are possible."""
     if words[0] == "make":
         text = (ROOT / "Makefile").read_text()
-        assert all(re.search(rf"^{word}:|\({word.split('=')[0]}\)", text, flags=re.M) for word in words[1:])
+        assert all(
+            re.search(rf"^{word}:|\({word.split('=')[0]}\)", text, flags=re.M) for word in words[1:]
+        )
         return
     number = next(number for number, word in enumerate(words) if word.endswith(".py"))
     script, options = words[number], words[number + 1 :]
-    (press,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/own_machines.md").read_text(), flags=re.S)
+    (press,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs/own_machines.md").read_text(), flags=re.S
+    )
     (tmp_path / "press.yaml").write_text(press)
     (tmp_path / "my.yaml").write_text("epoch: 7")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -123,12 +141,18 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["method", "angles"])
-def test_figures_are_drawn_for_light_and_dark_pages(name, call, lively, data_root, tmp_path, monkeypatch):
+def test_figures_are_drawn_for_light_and_dark_pages(
+    name, call, lively, data_root, tmp_path, monkeypatch
+):
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     monkeypatch.setattr(figures, "MACHINE", ("fan", "02"))
-    status, _, errors = call(figures.main, name, lively / "run.pth", "--data_root", data_root, "--device", "cpu")
+    status, _, errors = call(
+        figures.main, name, lively / "run.pth", "--data_root", data_root, "--device", "cpu"
+    )
     assert status == 0, errors
-    light, dark = (matplotlib.image.imread(tmp_path / f"{name}{suffix}.png") for suffix in ("", "_dark"))
+    light, dark = (
+        matplotlib.image.imread(tmp_path / f"{name}{suffix}.png") for suffix in ("", "_dark")
+    )
     assert light.shape == dark.shape
     assert light[0, 0, :3].tolist() == [1, 1, 1]
     assert dark[0, 0, :3].max() < 0.1

@@ -1,4 +1,6 @@
-"""datasets/download.py against a web server on this machine that serves small zips and can misbehave."""
+"""datasets/download.py against a web server on this machine that serves small zips and can
+misbehave.
+"""
 
 import contextlib
 import hashlib
@@ -37,8 +39,16 @@ LABELS = "eval_data_list.csv"
 # The clips of each zip by their names in it; "{}" stands for the machine type.
 CLIPS = {
     "dev_data_{}.zip": [
-        *(f"{{}}/train/normal_id_{machine:02}_{number:08}.wav" for machine in (0, 2) for number in range(3)),
-        *(f"{{}}/test/{kind}_id_{machine:02}_00000000.wav" for machine in (0, 2) for kind in ("normal", "anomaly")),
+        *(
+            f"{{}}/train/normal_id_{machine:02}_{number:08}.wav"
+            for machine in (0, 2)
+            for number in range(3)
+        ),
+        *(
+            f"{{}}/test/{kind}_id_{machine:02}_00000000.wav"
+            for machine in (0, 2)
+            for kind in ("normal", "anomaly")
+        ),
     ],
     "eval_data_train_{}.zip": [f"{{}}/train/normal_id_01_{number:08}.wav" for number in range(3)],
     "eval_data_test_{}.zip": [f"{{}}/test/id_01_{number:08}.wav" for number in range(2)],
@@ -51,8 +61,8 @@ TYPES = ("fan", "ToyCar")
 class Site:
     """A web server with the files of a small data set.
 
-    `faults` are used up one per request of a file (GET), then `fault` holds for all. A fault is a function that
-    answers in place of the server. `requests` lists "<method> <file> <range>".
+    `faults` are used up one per request of a file (GET), then `fault` holds for all. A fault is a
+    function that answers in place of the server. `requests` lists "<method> <file> <range>".
     """
 
     def __init__(self) -> None:
@@ -100,7 +110,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def answer(handler: Handler, body: bytes, length: int | None = None) -> None:
-    """Answer as a good server does; with `length`, the connection ends after that many bytes of the rest."""
+    """Answer as a good server does; with `length`, the connection ends after that many bytes of the
+    rest.
+    """
     first = int(handler.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
     if first and first >= len(body):
         handler.start(416, 0, Content_Range=f"bytes */{len(body)}")
@@ -176,11 +188,15 @@ class World:
             records[part] = {"record": record, "file": file.replace("{}", "{type}"), "zips": {}}
             self.parts[part] = {}
             for machine_type in TYPES:
-                clips = {name.format(machine_type): rng.randbytes(CLIP_BYTES) for name in CLIPS[file]}
+                clips = {
+                    name.format(machine_type): rng.randbytes(CLIP_BYTES) for name in CLIPS[file]
+                }
                 self.parts[part] |= {place_of(name, part): clip for name, clip in clips.items()}
                 site.files[file.format(machine_type)] = make_zip(clips)
                 records[part]["zips"][machine_type] = {"clips": len(clips)}
-        rows = [f"{Path(clip).name},normal_{Path(clip).name},0" for clip in self.parts["evaluation"]]
+        rows = [
+            f"{Path(clip).name},normal_{Path(clip).name},0" for clip in self.parts["evaluation"]
+        ]
         site.files[LABELS] = "\n".join(["fan", *rows, ""]).encode()
         self.table = {
             "url": site.url,
@@ -191,7 +207,9 @@ class World:
         self.write_table()
 
     def write_table(self) -> None:
-        """Bring the sizes and md5 in the table in line with the site. Evaluation sizes stay unknown."""
+        """Bring the sizes and md5 in the table in line with the site. Evaluation sizes stay
+        unknown.
+        """
         for part, file in PARTS.items():
             for machine_type, row in self.table["parts"][part]["zips"].items():
                 content = self.site.files[file.format(machine_type)]
@@ -225,7 +243,9 @@ class World:
         return str(error.value)
 
     def run_apart(self, prepare=lambda: None) -> int:
-        """Run as a script in a process of its own; the exit status, or minus the signal that ended it."""
+        """Run as a script in a process of its own; the exit status, or minus the signal that ended
+        it.
+        """
         process = FORK.Process(target=lambda: (prepare(), run_script(self.run)))
         self.site.victim = process
         process.start()
@@ -233,10 +253,16 @@ class World:
         return process.exitcode
 
     def expected(self, *parts: str) -> dict[str, bytes]:
-        return {name: clip for part in parts or PARTS_OF_PAPER for name, clip in self.parts[part].items()}
+        return {
+            name: clip
+            for part in parts or PARTS_OF_PAPER
+            for name, clip in self.parts[part].items()
+        }
 
     def run_to_completion(self) -> None:
-        """A run, after all that went wrong before, ends with everything there and nothing left over."""
+        """A run, after all that went wrong before, ends with everything there and nothing left
+        over.
+        """
         self.site.fault = answer
         self.run()
         self.assert_complete()
@@ -244,7 +270,9 @@ class World:
     def assert_complete(self) -> None:
         assert tree(self.output) == self.expected()
         left = {path.name for path in (self.output / ".download").iterdir()}
-        assert left == {f"{stem}_{t}.json" for stem in ("dev_data", "eval_data_train") for t in TYPES}
+        assert left == {
+            f"{stem}_{t}.json" for stem in ("dev_data", "eval_data_train") for t in TYPES
+        }
 
     def part_size(self, file: str = "dev_data_fan.zip") -> int:
         return (self.output / ".download" / f"{file}.part").stat().st_size
@@ -269,7 +297,9 @@ def world(tmp_path, monkeypatch):
 
 def test_fetches_and_merges_development_and_additional(world, capsys):
     world.run_to_completion()
-    assert world.site.requests == [f"GET {file.format(t)}" for file in list(CLIPS)[:2] for t in TYPES]
+    assert world.site.requests == [
+        f"GET {file.format(t)}" for file in list(CLIPS)[:2] for t in TYPES
+    ]
     shown = capsys.readouterr()
     assert "dev_data_fan.zip: 100%" in shown.err
     assert "B/s]" in shown.err
@@ -363,7 +393,9 @@ def test_server_is_asked_for_the_bytes_as_they_are(world):
     """A compressed answer would have other lengths and ranges than the file."""
     encodings = set()
     world.site.faults = [
-        lambda handler, body: encodings.add(handler.headers["Accept-Encoding"]) or answer(handler, body)
+        lambda handler, body: (
+            encodings.add(handler.headers["Accept-Encoding"]) or answer(handler, body)
+        )
     ]
     world.run()
     assert encodings == {"identity"}
@@ -411,7 +443,9 @@ def test_connection_cut_at_the_same_place_for_ever_is_given_up(world):
         handler.close_connection = True
 
     world.site.fault = cut_from_start
-    world.fail(r"dev_data_fan\.zip.*: the connection is lost at byte 1000 again and again; start again later")
+    world.fail(
+        r"dev_data_fan\.zip.*: the connection is lost at byte 1000 again and again; start again later"
+    )
     assert len(world.site.requests) == 1 + download.TRIES
     world.run_to_completion()
 
@@ -503,7 +537,9 @@ def test_full_disk_in_the_middle(world, monkeypatch):
 
 
 def die_at(moment: int, output: Path):
-    """Make the process kill itself at the so many-th time that it opens, renames, makes or deletes a file."""
+    """Make the process kill itself at the so many-th time that it opens, renames, makes or deletes
+    a file.
+    """
     moments = iter(range(1, moment))
 
     def hook(event: str, arguments: tuple) -> None:
@@ -517,11 +553,15 @@ def die_at(moment: int, output: Path):
 def assert_survives_death_at(world: World, moment: int) -> int:
     status = world.run_apart(die_at(moment, world.output))
     assert status in (0, -signal.SIGKILL)
-    assert tree(world.output).items() <= world.expected().items(), "half a clip under its final name"
+    assert tree(world.output).items() <= world.expected().items(), (
+        "half a clip under its final name"
+    )
     for marker in world.output.glob(".download/*.json"):
         counts = json.loads(marker.read_text())["clips"]
         for group, count in counts.items():
-            assert len(list(world.output.glob(f"{group}_*.wav"))) == count, "a marker before its clips"
+            assert len(list(world.output.glob(f"{group}_*.wav"))) == count, (
+                "a marker before its clips"
+            )
     world.run()
     assert tree(world.output) == world.expected()
     return status
@@ -582,7 +622,10 @@ def test_published_table_needs_no_network_for_the_default_parts(tmp_path, capsys
 
 def test_published_table():
     table = yaml.safe_load(SCRIPT.with_name("dcase2020_task2.yaml").read_text())
-    clips = {part: sum(row["clips"] for row in rows["zips"].values()) for part, rows in table["parts"].items()}
+    clips = {
+        part: sum(row["clips"] for row in rows["zips"].values())
+        for part, rows in table["parts"].items()
+    }
     assert clips == {"development": 20119 + 10868, "additional": 16164, "evaluation": 7103}
     assert table["evaluation_labels"]["clips"] == clips["evaluation"]
     assert set(table["parts"]) == set(download.CLIPS_IN_ZIP) == set(download.FOLDERS)

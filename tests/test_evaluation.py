@@ -1,4 +1,6 @@
-"""The rooms of the evaluation: metrics and intervals, scoring, decisions, tables, comparison, figures, report."""
+"""The rooms of the evaluation: metrics and intervals, scoring, decisions, tables, comparison,
+figures, report.
+"""
 
 import html.parser
 import itertools
@@ -14,7 +16,15 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import MACHINES, clips_of, count_first_pairs, count_pairs, make_lively, tone, write_clip
+from conftest import (
+    MACHINES,
+    clips_of,
+    count_first_pairs,
+    count_pairs,
+    make_lively,
+    tone,
+    write_clip,
+)
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from test_eval import read_csv
@@ -31,8 +41,21 @@ from evaluation.comparison import (
     group_by_configuration,
     name_configurations,
 )
-from evaluation.decisions import count_decisions, decide, explain_thresholds, fit_threshold, fit_thresholds
-from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_history, read_samples
+from evaluation.decisions import (
+    count_decisions,
+    decide,
+    explain_thresholds,
+    fit_threshold,
+    fit_thresholds,
+)
+from evaluation.figures import (
+    MAX_COLUMNS,
+    draw_all,
+    draw_angles,
+    draw_timeline,
+    read_history,
+    read_samples,
+)
 from evaluation.metrics import NO_DOMAINS, Group, Metrics, compute, measure, resample
 from evaluation.report import write_report
 from evaluation.result import Result, evaluate
@@ -56,9 +79,18 @@ CPU = torch.device("cpu")
 def clips(counts: dict[tuple[str, int], tuple[int, int]]) -> pd.DataFrame:
     """A table of clips with so many normal and anomalous ones per machine."""
     rows = [
-        (Path(f"{prefix}_id_{number:02d}_{index}.wav"), machine_type, f"{number:02d}", label, condition)
+        (
+            Path(f"{prefix}_id_{number:02d}_{index}.wav"),
+            machine_type,
+            f"{number:02d}",
+            label,
+            condition,
+        )
         for label, ((machine_type, number), (normal, anomalous)) in enumerate(counts.items())
-        for prefix, condition, count in (("normal", "normal", normal), ("anomaly", "anomalous", anomalous))
+        for prefix, condition, count in (
+            ("normal", "normal", normal),
+            ("anomaly", "anomalous", anomalous),
+        )
         for index in range(count)
     ]
     return pd.DataFrame(rows, columns=["path", *MACHINE, "label", "condition"])
@@ -81,7 +113,9 @@ def test_clips(data_root) -> ClipSet:
 
 @pytest.fixture(scope="module")
 def result(trained, test_clips, tmp_path_factory) -> Result:
-    """An evaluation of the tiny run with lively weights and with held-out scores; scores in float64."""
+    """An evaluation of the tiny run with lively weights and with held-out scores; scores in
+    float64.
+    """
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
     make_lively(folder)
     config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
@@ -102,7 +136,10 @@ def test_partial_auc_is_standardised():
     of, rng = clips({("fan", 0): (2000, 2000)}), np.random.default_rng(0)
     is_anomaly = np.repeat([False, True], 2000)
     chance, separated = rng.normal(size=4000), rng.normal(size=4000) + is_anomaly
-    pauc = [measured(of, scores).table.loc[("fan", "00"), "pAUC"] for scores in (chance, is_anomaly * 1.0, separated)]
+    pauc = [
+        measured(of, scores).table.loc[("fan", "00"), "pAUC"]
+        for scores in (chance, is_anomaly * 1.0, separated)
+    ]
     assert pauc[0] == pytest.approx(0.5, abs=0.02)
     assert pauc[1] == 1.0
     assert pauc[2] == pytest.approx(roc_auc_score(is_anomaly, separated, max_fpr=0.1), abs=1e-12)
@@ -111,7 +148,13 @@ def test_partial_auc_is_standardised():
 def test_every_row_agrees_with_scikit_learn():
     """Random scores with many ties; the rows of several IDs combined by hand."""
     of = clips(
-        {("fan", 2): (30, 20), ("fan", 0): (7, 45), ("fan", 11): (50, 1), ("pump", 0): (1, 9), ("valve", 4): (40, 40)}
+        {
+            ("fan", 2): (30, 20),
+            ("fan", 0): (7, 45),
+            ("fan", 11): (50, 1),
+            ("pump", 0): (1, 9),
+            ("valve", 4): (40, 40),
+        }
     )
     rng = np.random.default_rng(5)
     of["score"] = np.round(rng.normal(size=len(of)) + 0.5 * (of["condition"] == "anomalous"), 1)
@@ -120,7 +163,9 @@ def test_every_row_agrees_with_scikit_learn():
 
     def expected(chosen: pd.DataFrame) -> list[float]:
         is_anomaly = chosen["condition"] == "anomalous"
-        auc, pauc = (roc_auc_score(is_anomaly, chosen["score"], max_fpr=max_fpr) for max_fpr in (None, 0.1))
+        auc, pauc = (
+            roc_auc_score(is_anomaly, chosen["score"], max_fpr=max_fpr) for max_fpr in (None, 0.1)
+        )
         return [auc, pauc, sum(~is_anomaly), sum(is_anomaly)]
 
     rows = {}
@@ -128,18 +173,25 @@ def test_every_row_agrees_with_scikit_learn():
         per_id = {name: expected(chosen) for name, chosen in of_type.groupby("machine_id")}
         rows |= {(machine_type, name): row for name, row in per_id.items()}
         rows[machine_type, "pooled"] = expected(of_type)
-        rows[machine_type, "mean"] = [sum(column) / len(per_id) for column in zip(*per_id.values(), strict=True)]
+        rows[machine_type, "mean"] = [
+            sum(column) / len(per_id) for column in zip(*per_id.values(), strict=True)
+        ]
         rows[machine_type, "min"] = [min(column) for column in zip(*per_id.values(), strict=True)]
     for name in ("pooled", "mean", "min"):
-        columns = zip(*(rows[machine_type, name] for machine_type in ("fan", "pump", "valve")), strict=True)
+        columns = zip(
+            *(rows[machine_type, name] for machine_type in ("fan", "pump", "valve")), strict=True
+        )
         rows["average", name] = [sum(column) / 3 for column in columns]
     assert list(table.index) == list(rows)
     for key, row in rows.items():
-        assert table.loc[key, ["AUC", "pAUC", "n_normal", "n_anomaly"]].tolist() == pytest.approx(row, abs=1e-12), key
+        assert table.loc[key, ["AUC", "pAUC", "n_normal", "n_anomaly"]].tolist() == pytest.approx(
+            row, abs=1e-12
+        ), key
 
 
 def test_pooled_mean_and_lowest():
-    # Each ID is separated perfectly, or not at all, but on scales of their own: pooling sees that, the mean does not.
+    # Each ID is separated perfectly, or not at all, but on scales of their own: pooling sees that,
+    # the mean does not.
     of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 2), ("pump", 0): (1, 3)})
     table = measured(of, [1, 2, 3, 4, 11, 12, 13, 10, 1, 2, 3, 0]).table
     assert list(table.index) == [
@@ -168,7 +220,9 @@ def test_the_lowest_is_of_each_column_on_its_own():
 
 def test_one_class_only_is_left_out_and_named(result, tmp_path, capsys):
     of = clips({("fan", 0): (2, 2), ("fan", 2): (2, 0), ("pump", 0): (0, 2)})
-    of = of.assign(score=np.arange(8.0), exact_score=0.0, decision=pd.Series(pd.NA, of.index, "Int64"))
+    of = of.assign(
+        score=np.arange(8.0), exact_score=0.0, decision=pd.Series(pd.NA, of.index, "Int64")
+    )
     metrics = measure(of)
     auc = metrics.table["AUC"]
     assert math.isnan(auc["fan", "02"])
@@ -178,7 +232,10 @@ def test_one_class_only_is_left_out_and_named(result, tmp_path, capsys):
     assert auc["average", "mean"] == 1.0
     write_result(replace(result, clips=of, metrics=metrics), tmp_path, "test")
     said = capsys.readouterr().err
-    assert "because normal or anomalous clips are missing: fan 02, pump 00, pump pooled, pump mean, pump min" in said
+    assert (
+        "because normal or anomalous clips are missing: fan 02, pump 00, pump pooled, pump mean, pump min"
+        in said
+    )
     rows = {(row[0], row[1]): row[2:] for row in read_csv(tmp_path / "metrics.csv")}
     assert rows["fan", "02"] == ["", "", "2", "0", "", "", "", ""]
     assert rows["fan", "mean"][:2] == rows["fan", "00"][:2] == ["1.0", "1.0"]
@@ -210,21 +267,30 @@ def test_the_bootstrap_draws_within_machine_and_condition():
     of = clips({("fan", 0): (30, 30), ("fan", 2): (30, 30), ("pump", 0): (3, 0)})
     scores = np.random.default_rng(0).normal(size=123) + (of["condition"] == "anomalous")
     (table, draws), again, turned = (
-        (metrics.table, metrics.draws) for metrics in (measured(of, s, 200, 3) for s in (scores, scores, -scores))
+        (metrics.table, metrics.draws)
+        for metrics in (measured(of, s, 200, 3) for s in (scores, scores, -scores))
     )
     assert set(draws) == set(table.index)
     assert all(len(drawn) == 201 for drawn in draws.values())
     assert all(np.array_equal(draws[key], again[1][key], equal_nan=True) for key in draws)
     for column, name in enumerate(("AUC", "pAUC")):
         drawn = {key: of_row[:, column] for key, of_row in draws.items()}
-        assert [of_row[0] for of_row in drawn.values()] == pytest.approx(table[name].tolist(), nan_ok=True)
+        assert [of_row[0] for of_row in drawn.values()] == pytest.approx(
+            table[name].tolist(), nan_ok=True
+        )
         assert np.allclose(drawn["fan", "mean"], (drawn["fan", "00"] + drawn["fan", "02"]) / 2)
-        assert np.array_equal(drawn["fan", "min"], np.minimum(drawn["fan", "00"], drawn["fan", "02"]))
+        assert np.array_equal(
+            drawn["fan", "min"], np.minimum(drawn["fan", "00"], drawn["fan", "02"])
+        )
         assert np.array_equal(drawn["average", "min"], drawn["fan", "min"])
         bounds = np.percentile(drawn["fan", "pooled"][1:], [2.5, 97.5])
-        assert table.loc[("fan", "pooled"), [f"{name}_low", f"{name}_high"]].tolist() == pytest.approx(bounds)
+        assert table.loc[
+            ("fan", "pooled"), [f"{name}_low", f"{name}_high"]
+        ].tolist() == pytest.approx(bounds)
     auc, drawn = draws["fan", "pooled"][0, 0], draws["fan", "pooled"][1:, 0]
-    assert np.allclose(turned[1]["fan", "pooled"][1:, 0], 1 - drawn), "the same clips whatever the scores"
+    assert np.allclose(turned[1]["fan", "pooled"][1:, 0], 1 - drawn), (
+        "the same clips whatever the scores"
+    )
     # Hanley and McNeil's standard error of an AUC, with 60 normal and 60 anomalous clips
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     error = np.sqrt((auc * (1 - auc) + 59 * (q1 - auc**2) + 59 * (q2 - auc**2)) / 3600)
@@ -245,7 +311,9 @@ def test_scores_do_not_depend_on_the_batch_size(result, test_clips):
     config = load_config(score_dtype="float64", batch_size=5)
     again = score_clips(load_model(result.trained.path, config, {}), test_clips)
     assert again.clips["score"].dtype == np.float64
-    assert again.clips["score"].tolist() == pytest.approx(result.clips["score"].tolist(), rel=1e-4, abs=1e-6)
+    assert again.clips["score"].tolist() == pytest.approx(
+        result.clips["score"].tolist(), rel=1e-4, abs=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -263,7 +331,9 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
     config = load_config(**state["config"])
     _, valid_clips = load_clips(config, "train").split(config.split_ratio, config.seed)
     clips_ = score_clips(load_model(trained / "run.pth", config, {}), valid_clips).clips
-    assert state["held_out"]["score"] == pytest.approx(clips_["exact_score"].tolist(), rel=1e-6, abs=1e-9)
+    assert state["held_out"]["score"] == pytest.approx(
+        clips_["exact_score"].tolist(), rel=1e-6, abs=1e-9
+    )
     assert {name: state["held_out"][name] for name in MACHINE} == clips_[MACHINE].to_dict("list")
 
 
@@ -271,9 +341,17 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
 def test_angles_are_those_to_the_centre_of_the_own_class(result, test_clips, mode):
     network = build_network(load_config(machines=MACHINES, mode=mode))
     config = result.trained.config.model_copy(update={"mode": mode})
-    again = score_clips(replace(result.trained, network=network, config=config), ClipSet(test_clips.clips[2:6], 4))
-    centres = (network.mobilefacenet.fc_out if mode == "cross_entropy" else network.arcface).weight.detach().numpy()
-    for angle, embedding, label in zip(again.clips["angle"], again.embedding, again.clips["label"], strict=True):
+    again = score_clips(
+        replace(result.trained, network=network, config=config), ClipSet(test_clips.clips[2:6], 4)
+    )
+    centres = (
+        (network.mobilefacenet.fc_out if mode == "cross_entropy" else network.arcface)
+        .weight.detach()
+        .numpy()
+    )
+    for angle, embedding, label in zip(
+        again.clips["angle"], again.embedding, again.clips["label"], strict=True
+    ):
         centre = centres[label]
         cosine = embedding @ centre / np.linalg.norm(embedding) / np.linalg.norm(centre)
         assert angle == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-2)
@@ -292,7 +370,9 @@ def distance(degrees: float) -> float:
 
 
 def planar_model(scoring: str, centres: torch.Tensor, sub_centers: int = 1) -> TrainedModel:
-    """A model of three classes with these centres. In its bank the second class has one clip, and the third none."""
+    """A model of three classes with these centres. In its bank the second class has one clip, and
+    the third none.
+    """
     config = load_config(machines=MACHINES, scoring=scoring, sub_centers=sub_centers, input="sgram")
     network = build_network(config)
     network.arcface.weight.data = centres
@@ -313,13 +393,19 @@ def test_the_published_score_of_known_angles():
     for label, score in enumerate(scores):
         logits = [30 * cosine for cosine in cosines]
         with_margin = math.acos(cosines[label]) + 0.7
-        logits[label] = 30 * (math.cos(with_margin) if with_margin < math.pi else cosines[label] - 0.7 * math.sin(0.7))
-        assert score == pytest.approx(math.log(sum(map(math.exp, logits))) - logits[label], rel=1e-5)
+        logits[label] = 30 * (
+            math.cos(with_margin) if with_margin < math.pi else cosines[label] - 0.7 * math.sin(0.7)
+        )
+        assert score == pytest.approx(
+            math.log(sum(map(math.exp, logits))) - logits[label], rel=1e-5
+        )
 
 
 def test_the_angle_is_that_to_the_closest_centre_of_the_own_class():
     model = planar_model("angle", in_plane(0, 90, 180))
-    assert planar_scores(model, [0, 1, 2, 0, 0], 30, 30, 30, 0, -90) == pytest.approx([30, 60, 150, 0, 90], abs=2e-2)
+    assert planar_scores(model, [0, 1, 2, 0, 0], 30, 30, 30, 0, -90) == pytest.approx(
+        [30, 60, 150, 0, 90], abs=2e-2
+    )
     model = planar_model("angle", in_plane(0, 60, 90, 100, 180, 200), sub_centers=2)
     assert planar_scores(model, [0, 1, 2], 50, 50, -100) == pytest.approx([10, 40, 60], abs=1e-3)
 
@@ -336,13 +422,20 @@ def test_the_nearest_clips_of_the_own_class_count():
         distance(60),  # a single clip in the class, though two are asked for
         math.inf,  # none
     ]
-    assert planar_scores(model, [0, 0, 0, 1, 2], 5, 0, -65, 110, 0) == pytest.approx(expected, abs=HALF)
-    one, four, ten = (
-        replace(model, config=model.config.model_copy(update={"neighbours": count})) for count in (1, 4, 10)
+    assert planar_scores(model, [0, 0, 0, 1, 2], 5, 0, -65, 110, 0) == pytest.approx(
+        expected, abs=HALF
     )
-    assert planar_scores(one, [0, 0], 5, 180) == pytest.approx([distance(5), distance(90)], abs=HALF)
+    one, four, ten = (
+        replace(model, config=model.config.model_copy(update={"neighbours": count}))
+        for count in (1, 4, 10)
+    )
+    assert planar_scores(one, [0, 0], 5, 180) == pytest.approx(
+        [distance(5), distance(90)], abs=HALF
+    )
     mean = np.mean([distance(angle) for angle in (5, 15, 25, 85)])
-    assert planar_scores(four, [0], 5) == planar_scores(ten, [0], 5) == pytest.approx([mean], abs=HALF)
+    assert (
+        planar_scores(four, [0], 5) == planar_scores(ten, [0], 5) == pytest.approx([mean], abs=HALF)
+    )
 
 
 def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
@@ -360,17 +453,27 @@ def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
 
 
 @pytest.mark.parametrize("kind", ["angle", "nearest"])
-def test_thresholds_and_decisions_are_of_the_same_kind_of_score(kind, result, data_root, test_clips):
-    """The held-out clips, which have their scores as other clips do, and the bank, which they are not in."""
-    config = result.trained.config.model_copy(update={"scoring": "nearest", "data_root": str(data_root)})
+def test_thresholds_and_decisions_are_of_the_same_kind_of_score(
+    kind, result, data_root, test_clips
+):
+    """The held-out clips, which have their scores as other clips do, and the bank, which they are
+    not in.
+    """
+    config = result.trained.config.model_copy(
+        update={"scoring": "nearest", "data_root": str(data_root)}
+    )
     model = with_embeddings(replace(result.trained, config=config), ["nearest"], CPU)
     model = replace(model, config=config.model_copy(update={"scoring": kind}))
     training, held_out = clips_of(data_root).split(0.95, 2023)
     own = score_clips(model, held_out).clips
-    assert held_out_scores(model)["score"].tolist() == pytest.approx(own["exact_score"].tolist(), rel=1e-2)
+    assert held_out_scores(model)["score"].tolist() == pytest.approx(
+        own["exact_score"].tolist(), rel=1e-2
+    )
     again = score_clips(model, test_clips)
     assert set(again.thresholds["held_out"]) == {"1 clips of the type"}
-    assert again.thresholds["threshold"].to_numpy() == pytest.approx(own["exact_score"].item(), rel=1e-2)
+    assert again.thresholds["threshold"].to_numpy() == pytest.approx(
+        own["exact_score"].item(), rel=1e-2
+    )
     decided = again.clips[again.clips["decision"].notna()]
     assert len(decided)
     assert (decided["decision"] == (decided["exact_score"] > decided["threshold"])).all()
@@ -391,12 +494,15 @@ def test_the_hardest_clips_are_high_normal_and_low_anomalous_ones(result):
 
 def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
     scores = scipy.stats.gamma.rvs(2.0, scale=3.0, size=5000, random_state=0)
-    assert fit_threshold(scores, "gamma", 90) == pytest.approx(scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0), rel=0.03)
+    assert fit_threshold(scores, "gamma", 90) == pytest.approx(
+        scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0), rel=0.03
+    )
     assert fit_threshold(scores, "quantile", 95) == np.percentile(scores, 95)
 
 
 @pytest.mark.parametrize(
-    "scores", [[0.0] * 30, [5.0 + 1e-7 * x for x in range(30)], [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10]
+    "scores",
+    [[0.0] * 30, [5.0 + 1e-7 * x for x in range(30)], [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10],
 )
 def test_thresholds_of_odd_scores_are_finite(scores):
     assert np.isfinite(fit_threshold(np.array(scores), "gamma", 90))
@@ -426,45 +532,74 @@ def test_decisions_and_how_they_are_rated():
     decisions = decide(pd.Series([1.0, 3.0, 2.0, 9.0, 5.0, 1.0, 2.0]), thresholds)
     assert decisions[:4].tolist() == [0, 1, 0, 1], "a score equal to the threshold is normal"
     assert decisions.isna().tolist() == [False] * 4 + [True] + [False] * 2
-    of = pd.concat([of.assign(decision=decisions), of[:1].assign(condition="unlabelled", decision=1)])
-    machines = pd.MultiIndex.from_tuples([("fan", "00"), ("pump", "00"), ("valve", "01")], names=MACHINE)
+    of = pd.concat(
+        [of.assign(decision=decisions), of[:1].assign(condition="unlabelled", decision=1)]
+    )
+    machines = pd.MultiIndex.from_tuples(
+        [("fan", "00"), ("pump", "00"), ("valve", "01")], names=MACHINE
+    )
     counted = count_decisions(of, pd.DataFrame({"threshold": [2.0, 9.0, 1.0]}, machines))
-    assert counted.loc["fan", "00"].to_dict() == {"threshold": 2.0, "precision": 0.5, "recall": 0.5, "F1": 0.5}
-    assert counted.loc[["pump", "valve"], ["precision", "recall", "F1"]].isna().all(axis=None), "nothing to count"
+    assert counted.loc["fan", "00"].to_dict() == {
+        "threshold": 2.0,
+        "precision": 0.5,
+        "recall": 0.5,
+        "F1": 0.5,
+    }
+    assert counted.loc[["pump", "valve"], ["precision", "recall", "F1"]].isna().all(axis=None), (
+        "nothing to count"
+    )
 
 
 # ---- Tables and files ----
 
 
 def test_the_table_labels_both_ways_and_shows_the_published_row():
-    of = clips({(machine_type, int(x)): (2, 2) for machine_type, ids in PUBLISHED_IDS.items() for x in sorted(ids)})
+    of = clips(
+        {
+            (machine_type, int(x)): (2, 2)
+            for machine_type, ids in PUBLISHED_IDS.items()
+            for x in sorted(ids)
+        }
+    )
     metrics = measured(of, np.tile([0.0, 1.0, 0.5, 2.0], 23))
     text = format_table(metrics, published_rows(load_config(), "test", metrics))
     assert "pooled over IDs" in text
     assert "mean over IDs" in text
     assert "mAUC" in text
-    fan, average = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("fan", "average"))
+    fan, average = (
+        next(line for line in text.splitlines() if line.startswith(name))
+        for name in ("fan", "average")
+    )
     assert "75.00" in fan
     assert fan.endswith("98.32    95.34    92.67")
     assert average.endswith("94.65    89.31    89.78")
-    for other in (load_config(mode="arcface"), load_config(input=["sgram"]), load_config(window="all")):
+    for other in (
+        load_config(mode="arcface"),
+        load_config(input=["sgram"]),
+        load_config(window="all"),
+    ):
         assert "98.32" not in format_table(metrics, published_rows(other, "test", metrics))
     others = replace(metrics, table=metrics.table.drop("fan", level="machine_type"))
     assert "94.65" not in format_table(others, published_rows(load_config(), "test", others)), (
         "an average over other types"
     )
-    few = measured(clips({("ToyConveyor", 1): (2, 2), ("ToyCar", 1): (2, 2)}), np.tile([0.0, 1.0, 0.5, 2.0], 2))
+    few = measured(
+        clips({("ToyConveyor", 1): (2, 2), ("ToyCar", 1): (2, 2)}), np.tile([0.0, 1.0, 0.5, 2.0], 2)
+    )
     assert not published_rows(load_config(), "test", few), "other IDs"
 
 
 def test_the_dcase_rule_on_score_files_gives_the_mean_rows(result, tmp_path):
-    """Recomputed by counting pairs, from the files alone; pAUC by the area under the first tenth of the curve."""
+    """Recomputed by counting pairs, from the files alone; pAUC by the area under the first tenth of
+    the curve.
+    """
     write_result(result, tmp_path, "test")
     per_type: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(tmp_path.glob("anomaly_score_*.csv")):
         rows = read_csv(path)
         normal, anomalous = (
-            [float(score) for name, score in rows if name.startswith(condition)] for condition in ("normal", "anomaly")
+            [float(score) for name, score in rows if name.startswith(condition)]
+            for condition in ("normal", "anomaly")
         )
         rates = float(count_pairs(normal, anomalous)), float(count_first_pairs(normal, anomalous))
         per_type.setdefault(path.name.split("_")[2], []).append(rates)
@@ -474,7 +609,9 @@ def test_the_dcase_rule_on_score_files_gives_the_mean_rows(result, tmp_path):
         assert float(means[machine_type][2]) == pytest.approx(auc, abs=1e-9)
         assert float(means[machine_type][3]) == pytest.approx(pauc, abs=1e-9)
     averages = np.mean([np.mean(values, axis=0) for values in per_type.values()], axis=0)
-    assert [float(value) for value in means["average"][2:4]] == pytest.approx(averages.tolist(), abs=1e-9)
+    assert [float(value) for value in means["average"][2:4]] == pytest.approx(
+        averages.tolist(), abs=1e-9
+    )
     assert markdown_table(result.metrics) in (tmp_path / "results.md").read_text()
 
 
@@ -504,7 +641,9 @@ def test_decision_files(result, tmp_path):
 
 
 def test_files_of_an_earlier_evaluation_go(result, tmp_path):
-    """Those of an ID without clips, and of decisions without thresholds; what is somebody else's stays."""
+    """Those of an ID without clips, and of decisions without thresholds; what is somebody else's
+    stays.
+    """
     write_result(result, tmp_path, "test")
     (tmp_path / "mine.csv").touch()
     rest = result.clips[result.clips["machine_id"] != "02"].assign(decision=pd.NA)
@@ -534,24 +673,33 @@ def run_of(result: Result, of: pd.DataFrame, scores: np.ndarray, **keys) -> Resu
     config = load_config(**keys)
     trained = replace(result.trained, config=config, state={"config": config.model_dump()})
     about = result.about | {"seed": config.seed, "mode": config.mode}
-    return replace(result, trained=trained, clips=of, metrics=measured(of, scores, 200), about=about)
+    return replace(
+        result, trained=trained, clips=of, metrics=measured(of, scores, 200), about=about
+    )
 
 
 def compared(results: list[Result], folder: Path, split: str = "test") -> list[list[str]]:
     """The cells of each line of a table in comparison.md."""
     compare(group_by_configuration(results), split, folder)
-    return [line.strip("| ").split(" | ") for line in (folder / "comparison.md").read_text().splitlines()]
+    return [
+        line.strip("| ").split(" | ")
+        for line in (folder / "comparison.md").read_text().splitlines()
+    ]
 
 
 def draws_of(values: np.ndarray, clip_noise: np.ndarray) -> np.ndarray:
-    """Runs `(runs, 1 + draws, 1)` with these values, and the same deviation of all in each draw of the clips."""
+    """Runs `(runs, 1 + draws, 1)` with these values, and the same deviation of all in each draw of
+    the clips.
+    """
     return (values[:, None] + np.concatenate([[0.0], clip_noise]))[:, :, None]
 
 
 def test_the_interval_of_seeds_alone_is_that_of_welch():
     rng = np.random.default_rng(0)
     for sizes in ((3, 3), (2, 7)):
-        one, other = (rng.normal(0.9, scale, size) for scale, size in zip((0.01, 0.04), sizes, strict=True))
+        one, other = (
+            rng.normal(0.9, scale, size) for scale, size in zip((0.01, 0.04), sizes, strict=True)
+        )
         value, half = difference(*(draws_of(values, np.zeros(100)) for values in (one, other)))
         welch = scipy.stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
         assert (value[0] - half[0], value[0] + half[0]) == pytest.approx(tuple(welch))
@@ -561,7 +709,10 @@ def test_names_of_configurations(result):
     """By the keys and the kinds of score that differ."""
 
     def run(mode: str, kind: str) -> Result:
-        state, config = {"config": load_config(mode=mode).model_dump()}, load_config(mode=mode, scoring=kind)
+        state, config = (
+            {"config": load_config(mode=mode).model_dump()},
+            load_config(mode=mode, scoring=kind),
+        )
         return replace(result, trained=replace(result.trained, state=state, config=config))
 
     runs = [run(mode, kind) for mode in ("arcmix", "arcface") for kind in ("nearest", "published")]
@@ -573,7 +724,10 @@ def test_names_of_configurations(result):
     assert name_configurations(runs[1::2]) == ["mode arcmix", "mode arcface"]
     assert name_configurations(runs[:1]) == ["mode arcmix"]
     paths = [Path(f"{run.trained.config.mode}.pth") for run in runs]
-    runs = [replace(run, trained=replace(run.trained, path=path)) for run, path in zip(runs, paths, strict=True)]
+    runs = [
+        replace(run, trained=replace(run.trained, path=path))
+        for run, path in zip(runs, paths, strict=True)
+    ]
     groups = dict(zip("abcd", [[run] for run in runs], strict=True))
     assert find_pairs(groups) == [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")]
 
@@ -607,11 +761,17 @@ def test_a_difference_beyond_its_interval(result, tmp_path):
     signal, noise = 1.0 * (of["condition"] == "anomalous"), [rng.normal(size=130) for _ in range(3)]
     runs = [run_of(result, of, 3 * signal + x, seed=seed) for seed, x in enumerate(noise)]
     runs += [run_of(result, of, signal + x, m=0.5, seed=seed) for seed, x in enumerate(noise)]
-    runs += [run_of(result, of, 3 * signal + rng.normal(size=130), m=0.3, seed=seed) for seed in range(3)]
+    runs += [
+        run_of(result, of, 3 * signal + rng.normal(size=130), m=0.3, seed=seed) for seed in range(3)
+    ]
     every = compared(runs, tmp_path)
-    ends = [every.index([f"## {title}, in percent"]) for title in ("Average over 2 machine types", "fan", "pump")]
+    ends = [
+        every.index([f"## {title}, in percent"])
+        for title in ("Average over 2 machine types", "fan", "pump")
+    ]
     lines, of_fan = (
-        {line[0]: line[1:] for line in every[i:j] if "minus" in line[0]} for i, j in itertools.pairwise(ends)
+        {line[0]: line[1:] for line in every[i:j] if "minus" in line[0]}
+        for i, j in itertools.pairwise(ends)
     )
     assert list(lines) == ["m 0.7 minus m 0.5", "m 0.7 minus m 0.3", "m 0.5 minus m 0.3"]
     better, same, _ = (line[0] for line in lines.values())
@@ -655,22 +815,28 @@ def test_a_machine_type_without_known_clips_is_left_out(result, tmp_path):
     is_own = of["machine_type"] == "own"
     of = of.assign(condition=of["condition"].mask(is_own, "unlabelled"), score=np.arange(26.0))
     metrics = measure(of[~is_own], draws=200)
-    runs = [replace(result, clips=of, metrics=metrics, about=result.about | {"seed": i}) for i in (1, 2)]
+    runs = [
+        replace(result, clips=of, metrics=metrics, about=result.about | {"seed": i}) for i in (1, 2)
+    ]
     lines = compared(runs, tmp_path)
     assert ["## Average over 1 machine types, in percent"] in lines
     assert not any(line[0] == "own" for line in lines)
 
 
 def test_what_cannot_be_compared(result):
-    with pytest.raises(UserError, match="nothing to compare: the condition of the clips is not known"):
+    with pytest.raises(
+        UserError, match="nothing to compare: the condition of the clips is not known"
+    ):
         group_by_configuration([result, replace(result, metrics=None)])
     with pytest.raises(
-        UserError, match="were not trained on the same machines in the same order, so their clips differ"
+        UserError,
+        match="were not trained on the same machines in the same order, so their clips differ",
     ):
         group_by_configuration([result, replace(result, clips=result.clips[1:])])
     again = replace(result, trained=replace(result.trained, path=Path("run.last.pth")))
     with pytest.raises(
-        UserError, match=r"run.pth and run.last.pth are of the same configuration and seed; leave one out"
+        UserError,
+        match=r"run.pth and run.last.pth are of the same configuration and seed; leave one out",
     ):
         group_by_configuration([result, again])
 
@@ -681,9 +847,20 @@ def test_files_without_configuration_are_groups_of_their_own(result):
         return replace(result, trained=replace(result.trained, path=Path(file), state=state))
 
     config = load_config().model_dump()
-    runs = [of("x.pth", None), of("a.pth", config), of("b.pth", config | {"m": 0.5}), of("c.pth", config | {"seed": 7})]
+    runs = [
+        of("x.pth", None),
+        of("a.pth", config),
+        of("b.pth", config | {"m": 0.5}),
+        of("c.pth", config | {"seed": 7}),
+    ]
     for ordered in (runs, runs[::-1]):
-        names = dict(zip([run.trained.path.stem for run in ordered], name_configurations(ordered), strict=True))
+        names = dict(
+            zip(
+                [run.trained.path.stem for run in ordered],
+                name_configurations(ordered),
+                strict=True,
+            )
+        )
         assert names["a"] == names["c"]
         assert len(set(names.values())) == 3
 
@@ -724,7 +901,10 @@ def shows(axis, of: pd.DataFrame, values: pd.Series) -> bool:
     for bars, group in zip(axis.containers, groups, strict=True):
         shares = [bar.get_height() * bar.get_width() for bar in bars]
         centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]
-        if abs(sum(shares) - 1) > 1e-6 or abs(np.dot(shares, centres) - group.mean()) > bars[0].get_width():
+        if (
+            abs(sum(shares) - 1) > 1e-6
+            or abs(np.dot(shares, centres) - group.mean()) > bars[0].get_width()
+        ):
             return False
     return True
 
@@ -732,7 +912,10 @@ def shows(axis, of: pd.DataFrame, values: pd.Series) -> bool:
 def test_angles_and_scores_are_drawn_as_histograms(result, axes):
     (axis,) = axes["angles"]
     assert shows(axis, result.clips, result.clips["angle"])
-    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == ["normal", "anomalous"]
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == [
+        "normal",
+        "anomalous",
+    ]
     assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
     for axis, (_, of) in zip(axes["scores"], result.clips.groupby(MACHINE), strict=True):
         assert shows(axis, of, np.log10(of["exact_score"]))
@@ -758,9 +941,13 @@ def test_the_channels_are_those_of_a_normal_clip(result, figures, axes):
     images = [axis.images[0].get_array() for axis in channels]
     assert all(image.shape == (128, 313) for image in images)
     assert np.std(images[0]) > 0.01
-    assert np.allclose(images[1], LogMel()(read_samples(clip["path"], 0.0, channel=0) / 32768.0)[0, 0], atol=1e-3)
+    assert np.allclose(
+        images[1], LogMel()(read_samples(clip["path"], 0.0, channel=0) / 32768.0)[0, 0], atol=1e-3
+    )
     assert len(gate.lines[0].get_ydata()) == 313
-    (title,) = (figure.get_suptitle() for file, figure in figures.items() if file.stem == "tastgram")
+    (title,) = (
+        figure.get_suptitle() for file, figure in figures.items() if file.stem == "tastgram"
+    )
     assert title == f"fan, {clip['path'].name}"
 
 
@@ -769,7 +956,9 @@ def test_a_timeline_shows_each_window_and_the_whole_recording(tmp_path, monkeypa
     loud = np.concatenate([tone(0, 20.0), 10 * tone(0, 10.0), tone(0, 103.0)])
     write_clip(path, loud)
     starts = check_recording(path, hop=5).starts
-    windows = [{"start": start, "score": 3.0 + (start == 20), "decision": "normal"} for start in starts]
+    windows = [
+        {"start": start, "score": 3.0 + (start == 20), "decision": "normal"} for start in starts
+    ]
     windows[4]["decision"] = "anomalous"
     row = {"file": str(path), "machine_type": "fan", "machine_id": "b", "score": 3.1, "threshold": 3.5,
            "decision": "normal", "windows": windows, "worst": windows[4]}  # fmt: skip
@@ -781,7 +970,10 @@ def test_a_timeline_shows_each_window_and_the_whole_recording(tmp_path, monkeypa
     assert list(line.get_ydata()) == [window["score"] for window in windows]
     assert (len(normal.get_xdata()), anomalous.get_ydata()) == (len(starts) - 1, [4.0])
     assert set(threshold.get_ydata()) == {3.5}
-    left, right = (score.patches[0].get_x(), score.patches[0].get_x() + score.patches[0].get_width())
+    left, right = (
+        score.patches[0].get_x(),
+        score.patches[0].get_x() + score.patches[0].get_width(),
+    )
     assert (left, right) == pytest.approx((20 / 60, 30 / 60)), "the worst window"
     log_mel = image.images[0].get_array()
     assert log_mel.shape == (128, MAX_COLUMNS)
@@ -807,13 +999,17 @@ def test_the_history_is_drawn(result, axes):
     history = pd.read_csv(RunFiles(result.trained.path).history)
     names = [["train_loss", "valid_loss"], ["train_accuracy", "valid_accuracy"], ["lr"]]
     for axis, columns in zip(axes["history"], names, strict=True):
-        assert [list(line.get_ydata()) for line in axis.lines] == [list(history[name]) for name in columns]
+        assert [list(line.get_ydata()) for line in axis.lines] == [
+            list(history[name]) for name in columns
+        ]
 
 
 def test_a_panel_holds_the_runs_of_a_configuration(result, tmp_path, monkeypatch):
     kept = keep_figures(monkeypatch)
     turned = replace(result, clips=result.clips.assign(angle=180 - result.clips["angle"]))
-    draw_angles({"mode arcface": [result, turned], "mode arcmix": [turned]}, tmp_path / "angles.png")
+    draw_angles(
+        {"mode arcface": [result, turned], "mode arcmix": [turned]}, tmp_path / "angles.png"
+    )
     both = pd.concat([result.clips, turned.clips])
     one, other = kept[0].axes
     assert [axis.get_title() for axis in (one, other)] == ["mode arcface", "mode arcmix"]
@@ -825,7 +1021,10 @@ def test_a_panel_holds_the_runs_of_a_configuration(result, tmp_path, monkeypatch
 
 
 def test_a_spoilt_history_is_named_and_a_lost_one_is_in_the_checkpoint(trained_copy):
-    trained, history = load_model(trained_copy / "run.pth", load_config(), {}), trained_copy / "run" / "history.csv"
+    trained, history = (
+        load_model(trained_copy / "run.pth", load_config(), {}),
+        trained_copy / "run" / "history.csv",
+    )
     whole = read_history(trained)
     for content in ("epoch,lr\n1,fast\n", "a,b\n1,2\n", ""):
         history.write_text(content)
@@ -856,17 +1055,30 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_figures_and_report(result, figures, tmp_path):
-    assert {file.stem for file in figures} == {"angles", "roc", "scores", "tastgram", "embedding", "history"}
+    assert {file.stem for file in figures} == {
+        "angles",
+        "roc",
+        "scores",
+        "tastgram",
+        "embedding",
+        "history",
+    }
     assert all(matplotlib.image.imread(file).ndim == 3 for file in figures)
     odd = tmp_path / "normal_id_00_<i>&amp;.wav"
     odd.symlink_to(result.clips["path"][3])
     paths = [odd, *result.clips["path"][1:]]
-    write_report(replace(result, clips=result.clips.assign(path=paths)), list(figures), tmp_path / "report.html")
+    write_report(
+        replace(result, clips=result.clips.assign(path=paths)),
+        list(figures),
+        tmp_path / "report.html",
+    )
     page = (tmp_path / "report.html").read_text()
     reader = Reader()
     reader.feed(page)
     assert reader.open == []
-    assert reader.images == 6 + 12  # of each of three IDs two normal and two anomalous clips, all there are
+    assert (
+        reader.images == 6 + 12
+    )  # of each of three IDs two normal and two anomalous clips, all there are
     assert all(reference.startswith("data:image/png;base64,") for reference in reader.references)
     assert "anomaly_id_02_00000001.wav" in reader.text
     assert odd.name in reader.text, "as it is, whatever it means in HTML"

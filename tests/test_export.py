@@ -1,4 +1,6 @@
-"""export.py and examples/score_onnx.py: the numbers of the file are those of eval.py, and what can go wrong."""
+"""export.py and examples/score_onnx.py: the numbers of the file are those of eval.py, and what can
+go wrong.
+"""
 
 import contextlib
 import io
@@ -40,7 +42,9 @@ SCORER = ROOT / "examples" / "score_onnx.py"
 CHOICES = [
     {"input": list(choice), "mode": mode}
     for size in (1, 2, 3)
-    for choice, mode in zip(combinations(CHANNELS, size), ("arcface", "cross_entropy", "noisy_arcmix"), strict=False)
+    for choice, mode in zip(
+        combinations(CHANNELS, size), ("arcface", "cross_entropy", "noisy_arcmix"), strict=False
+    )
 ] + [{"mode": "cross_entropy"}]
 BY_ATTRIBUTES = {
     "machines": {"fan": [0, 2], "press": ["line-3"]},
@@ -49,14 +53,20 @@ BY_ATTRIBUTES = {
 
 
 def reference_model(**keys) -> TrainedModel:
-    """With the weights of the reference values, as far as they fit, and a bank that lacks one class."""
+    """With the weights of the reference values, as far as they fit, and a bank that lacks one
+    class.
+    """
     config = load_config(**keys)
     network, weights = build_network(config), reference.parameters()
-    weights["mobilefacenet.conv1.conv.weight"] = weights["mobilefacenet.conv1.conv.weight"][:, : len(config.input)]
+    weights["mobilefacenet.conv1.conv.weight"] = weights["mobilefacenet.conv1.conv.weight"][
+        :, : len(config.input)
+    ]
     for name, own in network.state_dict().items():
         if own.ndim and len(own) <= len(weights[name]):  # the centres of fewer classes
             own.copy_(weights[name][: len(own)])
-    labels = np.delete(np.arange(len(machines_of_classes(config))).repeat(3), -1)  # three clips of each but the last
+    labels = np.delete(
+        np.arange(len(machines_of_classes(config))).repeat(3), -1
+    )  # three clips of each but the last
     kept = torch.from_numpy(labels[labels != 1])
     bank = {"embedding": torch.randn(len(kept), EMBEDDING_SIZE).half(), "label": kept}
     return TrainedModel(Path("run.pth"), network.eval(), config, {"embeddings": {"bank": bank}})
@@ -70,7 +80,9 @@ def reference_clips() -> ClipSet:
 
 def expected_scores(trained: TrainedModel, clips: ClipSet) -> np.ndarray:
     """As eval.py computes them for single recordings."""
-    return scores_against(trained, run_model(trained, clips, CPU), first_classes(trained.config).values())
+    return scores_against(
+        trained, run_model(trained, clips, CPU), first_classes(trained.config).values()
+    )
 
 
 def ranks(scores: np.ndarray) -> list:
@@ -82,13 +94,15 @@ def is_close(scores: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def run(file: Path | bytes, samples: np.ndarray) -> list[np.ndarray]:
-    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"samples": samples})
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(
+        None, {"samples": samples}
+    )
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory) -> Path:
-    """Folder of a checkpoint, `run.pth`, under which clips differ, of its file, `run.onnx`, and of what was printed,
-    `output`.
+    """Folder of a checkpoint, `run.pth`, under which clips differ, of its file, `run.onnx`, and of
+    what was printed, `output`.
     """
     folder = tmp_path_factory.mktemp("exported")
     (folder / "run.pth").write_bytes((trained / "run.pth").read_bytes())
@@ -154,8 +168,12 @@ def test_the_graph_gives_the_published_score():
 
 def test_the_graph_has_no_batch_norm_and_no_prelu():
     trained = reference_model()
-    assert not any(isinstance(part, _BatchNorm | torch.nn.PReLU) for part in ScoringGraph(trained).modules())
-    assert any(isinstance(part, torch.nn.PReLU) for part in trained.network.modules()), "the model itself is unchanged"
+    assert not any(
+        isinstance(part, _BatchNorm | torch.nn.PReLU) for part in ScoringGraph(trained).modules()
+    )
+    assert any(isinstance(part, torch.nn.PReLU) for part in trained.network.modules()), (
+        "the model itself is unchanged"
+    )
 
 
 def test_a_prelu_of_sum_and_products():
@@ -170,8 +188,13 @@ def test_a_prelu_of_sum_and_products():
 def test_what_the_file_holds(exported):
     model = onnx.load(exported / "run.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == ([("", 18)], 10)
-    assert not [node for node in model.graph.node if node.op_type in ("BatchNormalization", "PRelu")]
+    assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == (
+        [("", 18)],
+        10,
+    )
+    assert not [
+        node for node in model.graph.node if node.op_type in ("BatchNormalization", "PRelu")
+    ]
     assert [node.op_type for node in model.graph.node].count("STFT") == 1
     assert str(ROOT).encode() not in (exported / "run.onnx").read_bytes()
     about = {entry.key: entry.value for entry in model.metadata_props}
@@ -192,7 +215,10 @@ def test_what_the_file_holds(exported):
 def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
     model = load_model(exported / "run.pth", load_config(), {})
     clips = synthetic_clips()
-    expected, samples = expected_scores(model, clips), clips.samples.numpy().astype(np.float32) / 32768
+    expected, samples = (
+        expected_scores(model, clips),
+        clips.samples.numpy().astype(np.float32) / 32768,
+    )
     expected_embedding = run_model(model, clips, CPU).embedding.numpy()
     for count in (1, 7, 8):
         scores, embedding = run(exported / "run.onnx", samples[:count])
@@ -257,8 +283,12 @@ def rounded(line: str) -> str:
         (10.005, 1, "PCM_16", ("valve", "01")),
     ],
 )
-def test_the_example_prints_the_line_of_score(seconds, channels, subtype, words, exported, tmp_path, call):
-    file = write_clip(tmp_path / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype)
+def test_the_example_prints_the_line_of_score(
+    seconds, channels, subtype, words, exported, tmp_path, call
+):
+    file = write_clip(
+        tmp_path / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype
+    )
     options = dict(zip(("--machine_type", "--machine_id"), words, strict=False))
     options_of_score = [word for option in options.items() for word in option]
     _, expected, _ = call(score_script.main, exported / "run.pth", file, *options_of_score)
@@ -272,26 +302,46 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
     model = onnx.load(exported / "run.onnx")
     about = {entry.key: entry.value for entry in model.metadata_props}
     thresholds = json.dumps([None, 1e9, -1e9])
-    onnx.helper.set_model_props(model, about | {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"})
+    onnx.helper.set_model_props(
+        model, about | {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"}
+    )
     onnx.save(model, tmp_path / "run.onnx")
     file = write_clip(tmp_path / "new.wav", tone(1, 20.0))
     lines = [
         print_score(tmp_path / "run.onnx", str(file), *machine).stdout.rstrip("\n").split("\t")
         for machine in (("fan", "0"), ("fan", "02"), ("valve", "1"))
     ]
-    assert [line[3:5] for line in lines] == [["-", "-"], ["1e+09", "normal"], ["-1e+09", "anomalous"]]
+    assert [line[3:5] for line in lines] == [
+        ["-", "-"],
+        ["1e+09", "normal"],
+        ["-1e+09", "anomalous"],
+    ]
     endings = [re.fullmatch(r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", line[5]) for line in lines]
     assert [ending[2] for ending in endings] == [line[2] for line in lines], "the highest counts"
-    assert [ending[3] for ending in endings] == ["", ", 0 of 5 windows anomalous", ", 5 of 5 windows anomalous"]
+    assert [ending[3] for ending in endings] == [
+        "",
+        ", 0 of 5 windows anomalous",
+        ", 5 of 5 windows anomalous",
+    ]
 
 
 @pytest.mark.parametrize(
     ("samples", "rate", "words", "match"),
     [
-        (tone(1, 1.0, rate=8000), 8000, ["fan"], r"its rate is 8000 Hz, not 16000: sox IN.wav -r 16000 OUT.wav"),
+        (
+            tone(1, 1.0, rate=8000),
+            8000,
+            ["fan"],
+            r"its rate is 8000 Hz, not 16000: sox IN.wav -r 16000 OUT.wav",
+        ),
         (np.zeros(0), 16000, ["fan"], "it has 0 samples of 1 channels; channel 0 is needed"),
         (np.full(9, np.nan), 16000, ["fan"], "it holds NaN or infinite samples"),
-        (tone(1, 1.0), 16000, ["fan", "7"], "knows no such machine; it knows fan 00, fan 02, valve 01"),
+        (
+            tone(1, 1.0),
+            16000,
+            ["fan", "7"],
+            "knows no such machine; it knows fan 00, fan 02, valve 01",
+        ),
     ],
     ids=["8 kHz", "empty", "NaN", "machine"],
 )
@@ -303,7 +353,9 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
 def refuses(model: Path, file: Path, *words: str, match: str) -> None:
     """In one line that names both files."""
     process = print_score(model, str(file), *words)
-    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1), process.stderr
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1), (
+        process.stderr
+    )
     assert re.fullmatch(f"error: {model} {file} .*: .*({match}).*\n", process.stderr)
 
 
@@ -370,7 +422,10 @@ def test_a_full_disk(without_tracing, exported_copy, fails, monkeypatch):
         (("run.pth", "--output", "text.pth/run.onnx"), "text.pth/run.onnx cannot be written"),
         (("run.pth", "--mode", "arcface"), "command line: mode 'arcface' is not the checkpoint's"),
         ((), "noisy_arcmix.pth: no such checkpoint"),
-        (("run.pth", "--neighbours", "3"), "command line: neighbours has no effect with scoring: published"),
+        (
+            ("run.pth", "--neighbours", "3"),
+            "command line: neighbours has no effect with scoring: published",
+        ),
         (("run.pth", "--score_dtype", "float32"), "unknown option --score_dtype"),
     ],
 )
@@ -394,7 +449,5 @@ def test_a_missing_package(package, trained_copy, fails, monkeypatch):
 
 @pytest.mark.slow
 def test_training_and_evaluation_do_without_the_packages():
-    code = (
-        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); import train_ddp, train, eval"
-    )
+    code = "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); import train_ddp, train, eval"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

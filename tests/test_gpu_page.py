@@ -1,4 +1,6 @@
-"""benchmarks/gpu.py without a GPU: what its page holds when it or a measurement is stopped, and what it says."""
+"""benchmarks/gpu.py without a GPU: what its page holds when it or a measurement is stopped, and
+what it says.
+"""
 
 import json
 import math
@@ -56,7 +58,9 @@ print('ROW {"name": "child", "pid": %d}' % child.pid, flush=True)
         ("", None),
     ],
 )
-def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(ending, problem, tmp_path, monkeypatch):
+def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(
+    ending, problem, tmp_path, monkeypatch
+):
     stub = tmp_path / "stub.py"
     stub.write_text(STUB.replace("{ending}", ending))
     monkeypatch.setattr(gpu, "__file__", str(stub))
@@ -64,7 +68,9 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(ending, pr
     gpu.run_measurement("stub", 5, page, [])
     one, *others = rows = page_of(tmp_path)
     assert (one["measurement"], one["name"], one["ms"]) == ("stub", "one", 3.14159)
-    assert [row["notice"] for row in others if "notice" in row] == ["compile: it fails on a machine"]
+    assert [row["notice"] for row in others if "notice" in row] == [
+        "compile: it fails on a machine"
+    ]
     assert [row["problem"] for row in rows if "problem" in row] == ([problem] if problem else [])
     child = next(row["pid"] for row in rows if row["name"] == "child")
     wait_until(lambda: not is_running(child), 10)
@@ -78,8 +84,18 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(ending, pr
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--only", "machine", "recipe"]
-    process = subprocess.Popen([*command, "--output", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cpu",
+        "--only",
+        "machine",
+        "recipe",
+    ]
+    process = subprocess.Popen(
+        [*command, "--output", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: "recipe ..." in process.stderr.readline())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
@@ -87,12 +103,23 @@ def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     process.send_signal(number)
     assert process.wait(20) == (-9 if number == signal.SIGKILL else 143)
     wait_until(lambda: not is_running(int(children[0])), 20)
-    assert [(row["measurement"], row["name"]) for row in page_of(tmp_path)] == [("machine", "versions")]
+    assert [(row["measurement"], row["name"]) for row in page_of(tmp_path)] == [
+        ("machine", "versions")
+    ]
 
 
 @pytest.mark.slow  # it starts two processes
 def test_what_does_not_work_is_a_row(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cuda:77", "--only", "machine", "--output", tmp_path]
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--device",
+        "cuda:77",
+        "--only",
+        "machine",
+        "--output",
+        tmp_path,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: not everything went well; ")
@@ -102,17 +129,30 @@ def test_what_does_not_work_is_a_row(tmp_path):
 
 def test_measurements_that_there_is_no_time_for(tmp_path, fails):
     fails(gpu.main, "--minutes", "0.1", "--output", tmp_path, match="not everything went well")
-    assert [row["problem"] for row in page_of(tmp_path)] == ["no time left of 0.1 minutes"] * len(gpu.MEASUREMENTS)
+    assert [row["problem"] for row in page_of(tmp_path)] == ["no time left of 0.1 minutes"] * len(
+        gpu.MEASUREMENTS
+    )
 
 
 # ---- What it says ----
 
 
 def test_the_summary_names_the_fastest_setting_and_what_is_far_from_the_cpu():
-    speeds = {"step, default": 7000.0, "step, graphs of the compiler": 7500.0, "step, batch 256": 9000.0}
-    rows = [{"measurement": name, "name": "speed", "clips/s": rate} for name, rate in speeds.items()]
-    rows += [{"measurement": "scoring", "name": "fp32", "difference": value, "bound": 0.01} for value in (0.002, 0.02)]
-    rows.append({"measurement": "scoring", "name": "bf16", "difference": "not finite", "bound": 0.1})
+    speeds = {
+        "step, default": 7000.0,
+        "step, graphs of the compiler": 7500.0,
+        "step, batch 256": 9000.0,
+    }
+    rows = [
+        {"measurement": name, "name": "speed", "clips/s": rate} for name, rate in speeds.items()
+    ]
+    rows += [
+        {"measurement": "scoring", "name": "fp32", "difference": value, "bound": 0.01}
+        for value in (0.002, 0.02)
+    ]
+    rows.append(
+        {"measurement": "scoring", "name": "bf16", "difference": "not finite", "bound": 0.1}
+    )
     assert gpu.summary(rows) == [
         "- Fastest step of batch 64: step, graphs of the compiler, 7,500 clips/s; the aim is 9,900.",
         "- Not the default, which makes 7,000 clips/s: acceleration.OPTIONS with {'triton.cudagraphs': True}.",
@@ -128,7 +168,9 @@ def event(kind: str, name: str, number: int, start: float, length: float, **argu
 
 
 def test_bytes_of_kernels():
-    """In the form of the profiler's traces: a kernel has the number of the innermost operation that has launched it."""
+    """In the form of the profiler's traces: a kernel has the number of the innermost operation that
+    has launched it.
+    """
     half, image, weight = "c10::BFloat16", [2, 3, 8, 8], [4, 3, 3, 3]
     parameters = ["[2, 2]", "[1, 1]", "[1, 1]", "False", "[0, 0]", "1"]
     output = 2 * 4 * 4 * 4
@@ -171,4 +213,9 @@ def test_the_losses_to_compare_with_are_those_of_this_code():
     losses = gpu.first_losses(place.trainer(precision="fp32"), 4)
     reference = json.loads(gpu.REFERENCE.read_text())
     assert losses == pytest.approx(reference["4"]["fp32"], rel=1e-2)
-    assert [len(reference[batch][kind]) for batch in ("4", "64") for kind in ("fp32", "bf16")] == [4, 4, 20, 20]
+    assert [len(reference[batch][kind]) for batch in ("4", "64") for kind in ("fp32", "bf16")] == [
+        4,
+        4,
+        20,
+        20,
+    ]

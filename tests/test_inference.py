@@ -24,13 +24,24 @@ CPU = torch.device("cpu")
         (64, ("sgram",), "arcface", False),
     ],
 )
-def test_outputs_are_those_of_the_network_for_the_chosen_clips(batch_size, channels, head, has_onednn, monkeypatch):
+def test_outputs_are_those_of_the_network_for_the_chosen_clips(
+    batch_size, channels, head, has_onednn, monkeypatch
+):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: has_onednn)
     network = TASTgramMFN(reference.NUM_CLASSES, channels, head).move_to(CPU)
-    state = {name: value for name, value in reference.parameters().items() if name in network.state_dict()}
-    state["mobilefacenet.conv1.conv.weight"] = state["mobilefacenet.conv1.conv.weight"][:, : len(channels)]
+    state = {
+        name: value
+        for name, value in reference.parameters().items()
+        if name in network.state_dict()
+    }
+    state["mobilefacenet.conv1.conv.weight"] = state["mobilefacenet.conv1.conv.weight"][
+        :, : len(channels)
+    ]
     network.load_state_dict(state)
-    front_end, clips = FrontEnd(channels), ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
+    front_end, clips = (
+        FrontEnd(channels),
+        ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1),
+    )
     clips.samples = reference.samples()
     numbers = np.array([3, 0, 2])
     outputs = run_network(network.train(), front_end, clips, numbers, batch_size, CPU)

@@ -60,7 +60,11 @@ def test_mix_is_the_published_sum():
 
 def test_each_mode_is_its_formula():
     torch.manual_seed(0)
-    cosine, a, partner = torch.rand(6, 4) * 2 - 1, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([3, 0, 5, 1, 2, 4])
+    cosine, a, partner = (
+        torch.rand(6, 4) * 2 - 1,
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+        torch.tensor([3, 0, 5, 1, 2, 4]),
+    )
     b, lam, mix = a[partner], 0.3, Mix(torch.tensor(0.3), partner)
 
     def ce(margin_on, target):
@@ -75,7 +79,9 @@ def test_each_mode_is_its_formula():
     assert set(expected) == set(MODES)
     for mode, value in expected.items():
         objective = Objective(mode, M, S)
-        assert objective.loss(cosine, a, mix if MODES[mode].mixes else None) == pytest.approx(value.item(), rel=1e-6)
+        assert objective.loss(cosine, a, mix if MODES[mode].mixes else None) == pytest.approx(
+            value.item(), rel=1e-6
+        )
     assert expected["noisy_arcmix"] != pytest.approx(expected["arcmix"].item(), rel=1e-3)
 
 
@@ -89,7 +95,10 @@ def test_accuracy_counts_the_partner_with_its_share():
     similarity, labels = torch.eye(2), torch.tensor([0, 1])
     objective = Objective("noisy_arcmix", M, S)
     assert objective.accuracy(similarity, labels).item() == 1.0
-    assert objective.accuracy(similarity, labels, Mix(torch.tensor(0.75), torch.tensor([1, 0]))).item() == 0.75
+    assert (
+        objective.accuracy(similarity, labels, Mix(torch.tensor(0.75), torch.tensor([1, 0]))).item()
+        == 0.75
+    )
 
 
 def test_mixing_is_drawn_from_a_beta_distribution():
@@ -112,7 +121,9 @@ def test_the_parts_of_a_mixed_batch_mix_as_the_whole(parts):
             divided = [divide_mix(mix, part, parts) for part in range(parts)]
             own = np.concatenate([rows[: len(part.partner)] for rows, part in divided])
             assert sorted(own.tolist()) == list(range(size)), "every clip once"
-            assert all(len(rows) == len(part.partner) + (2 if parts > 1 else 0) for rows, part in divided)
+            assert all(
+                len(rows) == len(part.partner) + (2 if parts > 1 else 0) for rows, part in divided
+            )
             mixed = torch.cat([part(x[rows]) for rows, part in divided])
             assert torch.equal(mixed, mix(x)[own])
 
@@ -124,7 +135,9 @@ def test_score_is_the_cross_entropy_of_the_own_class(mode):
     objective = Objective(mode, M, S)
     scores = objective.anomaly_score(similarity, labels)
     assert scores.shape == (5,)
-    assert scores.mean().item() == pytest.approx(objective.loss(similarity, labels).item(), rel=1e-6)
+    assert scores.mean().item() == pytest.approx(
+        objective.loss(similarity, labels).item(), rel=1e-6
+    )
 
 
 def test_float64_scores_order_what_float32_ties():

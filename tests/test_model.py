@@ -29,7 +29,9 @@ def log_mel():
 
 def test_state_dict_has_the_published_names_and_shapes():
     model = TASTgramMFN(reference.NUM_CLASSES)
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == reference.SHAPES
+    assert {
+        name: tuple(value.shape) for name, value in model.state_dict().items()
+    } == reference.SHAPES
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_161_855
 
 
@@ -96,11 +98,14 @@ def test_a_convolution_over_the_whole_map_is_that_convolution():
 @pytest.mark.parametrize("sub_centers", [1, 3])
 def test_margin_head_alone(sub_centers):
     x, weight, labels, expected = (
-        torch.from_numpy(VALUES[f"margin_sub{sub_centers}_{name}"]) for name in ("x", "weight", "labels", "logits")
+        torch.from_numpy(VALUES[f"margin_sub{sub_centers}_{name}"])
+        for name in ("x", "weight", "labels", "logits")
     )
     head = CosineHead(reference.NUM_CLASSES, sub_centers)
     head.load_state_dict({"weight": weight})
-    assert reference.distance(margin_logits(head(x), labels, m=0.7, s=30.0), expected.numpy()) < 1e-4
+    assert (
+        reference.distance(margin_logits(head(x), labels, m=0.7, s=30.0), expected.numpy()) < 1e-4
+    )
 
 
 @torch.no_grad()
@@ -111,7 +116,9 @@ def test_linear_head(log_mel):
     assert reference.distance(logits, VALUES["eval_fc_out"]) < 1e-4
 
 
-@pytest.mark.parametrize("channels", [("sgram",), ("tgram", "sgram"), ("sgram", "tagram"), CHANNELS])
+@pytest.mark.parametrize(
+    "channels", [("sgram",), ("tgram", "sgram"), ("sgram", "tagram"), CHANNELS]
+)
 @torch.no_grad()
 def test_channel_choice_builds_what_is_used(channels, log_mel):
     model = TASTgramMFN(5, channels)
@@ -130,10 +137,16 @@ def test_channels_are_stacked_in_the_fixed_order(model, log_mel):
     assert TASTgramMFN(5, ("tagram", "tgram")).channels == ("tgram", "tagram")
 
 
-@pytest.mark.parametrize(("head", "frozen"), [("arcface", "mobilefacenet.fc_out"), ("fc_out", "arcface")])
+@pytest.mark.parametrize(
+    ("head", "frozen"), [("arcface", "mobilefacenet.fc_out"), ("fc_out", "arcface")]
+)
 def test_the_unused_head_is_frozen(head, frozen):
     model = TASTgramMFN(5, ("sgram",), head)
-    fixed = {name.rpartition(".")[0] for name, value in model.named_parameters() if not value.requires_grad}
+    fixed = {
+        name.rpartition(".")[0]
+        for name, value in model.named_parameters()
+        if not value.requires_grad
+    }
     assert fixed == {frozen}
 
 

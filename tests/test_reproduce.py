@@ -1,4 +1,6 @@
-"""reproduce.py as a user runs it: what it trains, how it goes on after being killed, what it refuses."""
+"""reproduce.py as a user runs it: what it trains, how it goes on after being killed, what it
+refuses.
+"""
 
 import os
 import shutil
@@ -23,21 +25,29 @@ ROOT = Path(__file__).parent.parent
 
 
 def planned(folder: Path, seeds: list[int], inputs: str = "published", **keys) -> list[Config]:
-    return reproduce.plan(Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys)
+    return reproduce.plan(
+        Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys
+    )
 
 
 def test_all_modes_and_inputs_are_planned_for_each_seed():
     runs = planned(Path("out"), [3, 1, 3], epoch=7)
-    assert [(run.seed, run.mode) for run in runs] == [(seed, mode) for seed in (3, 1) for mode in MODES]
+    assert [(run.seed, run.mode) for run in runs] == [
+        (seed, mode) for seed in (3, 1) for mode in MODES
+    ]
     assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
     assert str(runs[0].checkpoint) == "out/noisy_arcmix_3.pth"
     others = planned(Path("out"), [1], "all")[len(MODES) :]
     assert {run.mode for run in others} == {"noisy_arcmix"}
-    assert len({tuple(run.input) for run in [*runs, *others]}) == 7, "every combination of three channels"
+    assert len({tuple(run.input) for run in [*runs, *others]}) == 7, (
+        "every combination of three channels"
+    )
     assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
 
 
-def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(tmp_path, monkeypatch):
+def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     config = load_config(data_root=str(tmp_path / "datasets"))
     assert reproduce.is_to_download(config)
@@ -50,12 +60,25 @@ def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(t
 
 @pytest.mark.parametrize("machines", [MACHINES, "auto"])
 def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypatch):
-    """Recordings in the project's own folder are downloaded first; the keys given reach every script."""
+    """Recordings in the project's own folder are downloaded first; the keys given reach every
+    script.
+    """
     calls = []
     monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
     monkeypatch.setattr(reproduce, "is_to_download", lambda config: True)
-    options = ["--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2]
-    status, output, _ = call(reproduce.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path)
+    options = [
+        "--data_root",
+        data_root,
+        "--machines",
+        machines,
+        "--device",
+        "cpu",
+        "--batch_size",
+        2,
+    ]
+    status, output, _ = call(
+        reproduce.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path
+    )
     assert status == 0
     assert "run 1 of 10, noisy_arcmix_7: 3000 epochs left\n" in output
     assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
@@ -94,7 +117,9 @@ def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit, match="2"):
         reproduce.call("fails.py")
-    with pytest.raises(reproduce.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"):
+    with pytest.raises(
+        reproduce.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"
+    ):
         reproduce.call("dies.py")
 
 
@@ -124,13 +149,13 @@ def test_a_stop_reaches_the_script(tmp_path):
 
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
-    fails(reproduce.main, *options, "--mode", "arcface", match="command line: mode: all are trained")
+    fails(
+        reproduce.main, *options, "--mode", "arcface", match="command line: mode: all are trained"
+    )
     fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(reproduce.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
-    had_another = (
-        r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
-    )
+    had_another = r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
     fails(reproduce.main, *options, match=had_another)
     (tmp_path / "arcmix_1.pth").unlink()
     monkeypatch.setattr(reproduce, "RUN_BYTES", 10**15)
@@ -141,10 +166,25 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
 
 
 def start(folder: Path, data_root: Path) -> subprocess.Popen:
-    words = ["--data_root", data_root, "--machines", MACHINES, "--epoch", 2, "--batch_size", 4, "--device", "cpu"]
+    words = [
+        "--data_root",
+        data_root,
+        "--machines",
+        MACHINES,
+        "--epoch",
+        2,
+        "--batch_size",
+        4,
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, ROOT / "reproduce.py", "--seeds", 1, 2, "--output", folder, *words]
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -170,7 +210,9 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     process = start(folder, data_root)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
-    assert (folder / "noisy_arcmix_1.last.pth").stat().st_mtime_ns == finished, "a finished run is not written again"
+    assert (folder / "noisy_arcmix_1.last.pth").stat().st_mtime_ns == finished, (
+        "a finished run is not written again"
+    )
     assert "epoch 1/2" not in output
     assert "run 1 of 8, noisy_arcmix_1: 0 epochs left, about 0 min\n" in output
     for mode in MODES:

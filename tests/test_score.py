@@ -1,4 +1,6 @@
-"""score.py as a user calls it: single recordings of any length, what is said and drawn of them, how it fails."""
+"""score.py as a user calls it: single recordings of any length, what is said and drawn of them, how
+it fails.
+"""
 
 import json
 import os
@@ -26,14 +28,18 @@ def test_single_recordings_score_as_in_an_evaluation(lively, data_root, call):
     expected = dict(read_csv(lively / "run" / "test" / "anomaly_score_fan_id_00.csv"))
     decisions = dict(read_csv(lively / "run" / "test" / "decision_result_fan_id_00.csv"))
     folder = data_root / "fan" / "test"
-    status, output, errors = score(call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json")
+    status, output, errors = score(
+        call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json"
+    )
     assert status == 0
     assert "threshold" not in errors, "that of fan 02 is of no interest here"
     rows = {Path(row["file"]).name: row for row in json.loads(output)}
     assert set(rows) == {path.name for path in folder.iterdir()}
     for name, value in expected.items():
         assert rows[name]["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-        assert (rows[name]["decision"] == "anomalous") == (rows[name]["score"] > rows[name]["threshold"])
+        assert (rows[name]["decision"] == "anomalous") == (
+            rows[name]["score"] > rows[name]["threshold"]
+        )
         assert rows[name]["decision"] == {"0": "normal", "1": "anomalous"}[decisions[name]]
 
 
@@ -41,27 +47,43 @@ def test_the_best_fitting_id_is_named(lively, data_root, call):
     clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
     each = {}
     for machine_id in (0, 2):
-        _, output, _ = score(call, lively, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json")
+        _, output, _ = score(
+            call, lively, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json"
+        )
         each[machine_id] = json.loads(output)[0]["score"]
     status, output, _ = score(call, lively, clip, "--machine_type", "fan")
     assert status == 0
     file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
     best = min(each, key=each.get)
-    assert (file, machine, float(value)) == (str(clip), f"fan {best:02d}", pytest.approx(each[best], rel=1e-4))
+    assert (file, machine, float(value)) == (
+        str(clip),
+        f"fan {best:02d}",
+        pytest.approx(each[best], rel=1e-4),
+    )
     assert decision == ("anomalous" if float(value) > float(threshold) else "normal")
 
 
 def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_path, fails, call):
     good = write_clip(tmp_path / "folder" / "b.wav", tone(5, 2.0), rate=44_100)
     (tmp_path / "folder" / "a.wav").write_text("not audio")
-    places = (tmp_path / "folder", tmp_path / "nowhere.wav", "--machine_type", "fan", "--machine_id", "2")
+    places = (
+        tmp_path / "folder",
+        tmp_path / "nowhere.wav",
+        "--machine_type",
+        "fan",
+        "--machine_id",
+        "2",
+    )
     status, output, errors = score(call, lively, *places)
     assert status == 2
     lines = output.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
     assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
     assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
-    assert errors.splitlines()[-1] == "error: 2 of 3 recordings could not be scored; their lines say why"
+    assert (
+        errors.splitlines()[-1]
+        == "error: 2 of 3 recordings could not be scored; their lines say why"
+    )
     fails(
         score_script.main, lively / "run.pth", good, "--machine_type", "fan", "--machine_id", "7",
         match=r"run.pth knows no machine fan 7; it was trained on fan 0, 2; valve 1",
@@ -94,13 +116,17 @@ def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, 
     singles = json.loads(output)
     expected = [row["score"] for row in singles]
     assert len(set(expected)) == 3
-    assert [[window["score"] for window in row["windows"]] for row in singles] == [[value] for value in expected]
+    assert [[window["score"] for window in row["windows"]] for row in singles] == [
+        [value] for value in expected
+    ]
     words = (long_recording, *FAN, "--hop", "10")
     _, output, _ = score(call, lively, *words, "--json", "--timeline")
     (row,) = json.loads(output)
     assert [window["start"] for window in row["windows"]] == [0, 10, 20]
     assert [window["score"] for window in row["windows"]] == pytest.approx(expected, rel=1e-4)
-    assert [window["decision"] for window in row["windows"]] == [single["decision"] for single in singles]
+    assert [window["decision"] for window in row["windows"]] == [
+        single["decision"] for single in singles
+    ]
     assert row["score"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert row["worst"] == max(row["windows"], key=lambda window: window["score"])
     _, output, _ = score(call, lively, *words, "--json", "--over_windows", "max")
@@ -111,11 +137,15 @@ def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, 
 
     _, output, _ = score(call, lively, *words, "--timeline")
     line, *timeline = output.splitlines()
-    at, count = int(row["worst"]["start"]), sum(window["decision"] == "anomalous" for window in row["windows"])
+    at, count = (
+        int(row["worst"]["start"]),
+        sum(window["decision"] == "anomalous" for window in row["windows"]),
+    )
     shown = f"worst at 0:00:{at:02d} ({row['worst']['score']:.6g}), {count} of 3 windows anomalous"
     assert line.split("\t")[4:] == [row["decision"], shown]
     assert timeline == [
-        f"\t0:00:{window['start']:02.0f}\t{window['score']:.6g}\t{window['decision']}" for window in row["windows"]
+        f"\t0:00:{window['start']:02.0f}\t{window['score']:.6g}\t{window['decision']}"
+        for window in row["windows"]
     ]
     assert score(call, lively, *words)[1].splitlines() == [line]
     _, output, _ = score(call, lively, long_recording, *FAN, "--window", "first", "--json")
@@ -143,7 +173,9 @@ def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, cal
     state = load_checkpoint(lively / "run.pth")
     del state["held_out"]
     save_checkpoint(state, lively / "run.pth")
-    status, output, _ = score(call, lively, *[tmp_path / name for name in names], *FAN, "--plots", "--json")
+    status, output, _ = score(
+        call, lively, *[tmp_path / name for name in names], *FAN, "--plots", "--json"
+    )
     assert status == 0
     for row in json.loads(output):
         assert (row["decision"], row["n_windows"], row["n_anomalous"]) == (None, 2, None)
@@ -154,10 +186,16 @@ def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
     path = write_clip(tmp_path / "a.wav", np.stack([tone(1, 15.0)] * 2, axis=1))
     _, _, errors = score(call, lively, path, *FAN, "--window", "first")
     assert "notice: 1 of 1 recordings have several channels: channel 0 is used\n" in errors
-    assert "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count" in errors
+    assert (
+        "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count" in errors
+    )
     _, output, errors = score(call, lively, path, *FAN, "--timeline", "--hop", "0.5")
     assert "longer" not in errors
-    assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == ["0:00:00", "0:00:00.50", "0:00:01"]
+    assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == [
+        "0:00:00",
+        "0:00:00.50",
+        "0:00:01",
+    ]
 
 
 @pytest.mark.slow
@@ -167,10 +205,26 @@ def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_cop
     root = write_set(tmp_path / "data")
     for path in root.rglob("*.wav"):
         write_clip(path, tone(hash(path.name) % 100, 11.0))
-    machine = ("--data_root", root, "--device", "cpu", "--machines", MACHINES, "--scoring", "nearest", *FAN)
+    machine = (
+        "--data_root",
+        root,
+        "--device",
+        "cpu",
+        "--machines",
+        MACHINES,
+        "--scoring",
+        "nearest",
+        *FAN,
+    )
     scores = {}
     for window in ("first", "all"):
-        words = (root / "fan" / "train" / "normal_id_00_00000000.wav", "--json", "--timeline", "--window", window)
+        words = (
+            root / "fan" / "train" / "normal_id_00_00000000.wav",
+            "--json",
+            "--timeline",
+            "--window",
+            window,
+        )
         _, output, _ = call(score_script.main, trained_copy / "bare.pth", *words, *machine)
         scores[window] = [row["score"] for row in json.loads(output)[0]["windows"]]
     assert len(scores["all"]) == 2
@@ -180,7 +234,9 @@ def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_cop
 def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
     """Recordings that are joined of two clips each have the mean of their scores."""
     for folder, joined in (("clips", 1), ("joined", 2)):
-        for number, name in enumerate(("normal_id_00", "anomaly_id_00", "normal_id_02", "anomaly_id_02")):
+        for number, name in enumerate(
+            ("normal_id_00", "anomaly_id_00", "normal_id_02", "anomaly_id_02")
+        ):
             parts = [tone(4 * index + number) for index in range(4)]
             for index in range(0, 4, joined):
                 path = tmp_path / folder / "fan" / "test" / f"{name}_{index:08d}.wav"
@@ -188,7 +244,9 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
     assert evaluate(call, lively, tmp_path / "clips")[0] == 0
     test = lively / "run" / "test"
     names = ("anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv")
-    single = {name: np.array([float(value) for _, value in read_csv(test / name)]) for name in names}
+    single = {
+        name: np.array([float(value) for _, value in read_csv(test / name)]) for name in names
+    }
     for rule, combine in (("mean", np.mean), ("max", np.max)):
         words = ("--window", "all", "--hop", "10", "--over_windows", rule)
         status, output, _ = evaluate(call, lively, tmp_path / "joined", *words)
@@ -203,10 +261,16 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
 
 
 def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
-    """Two lines with names of their own, recorded by two microphones, of which the second one hears the machine."""
+    """Two lines with names of their own, recorded by two microphones, of which the second one hears
+    the machine.
+    """
     root = tmp_path / "data"
     for number, name in enumerate(("line-3", "line-4")):
-        for split, condition, count in (("train", "normal", 3), ("test", "normal", 1), ("test", "anomaly", 1)):
+        for split, condition, count in (
+            ("train", "normal", 3),
+            ("test", "normal", 1),
+            ("test", "anomaly", 1),
+        ):
             for index in range(count):
                 path = root / "press" / split / f"{condition}_id_{name}_{index}.wav"
                 heard = tone(number + 10 * index, 15.0)
@@ -216,7 +280,9 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     assert status == 0
     assert f"{root}: 2 machine IDs: press line-3, line-4\n" in errors
     assert "8 clips to train on, 4 to validate" in output, "two windows of each"
-    assert load_checkpoint(tmp_path / "run.pth")["config"]["machines"] == {"press": ["line-3", "line-4"]}
+    assert load_checkpoint(tmp_path / "run.pth")["config"]["machines"] == {
+        "press": ["line-3", "line-4"]
+    }
     assert evaluate(call, tmp_path, root)[0] == 0
     test = tmp_path / "run" / "test"
     (row, _) = read_csv(test / "anomaly_score_press_id_line-3.csv")

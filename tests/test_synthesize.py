@@ -21,7 +21,11 @@ FEW = {"fan": [0], "valve": [0]}  # machines of the quick runs
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def make(folder: Path, *options: str) -> dict[str, bytes]:
@@ -65,7 +69,9 @@ def test_format_and_level(whole_set):
 
 
 def test_file_holds_the_synthesized_samples(whole_set):
-    samples, _ = soundfile.read(whole_set / "pump" / "test" / "anomaly_id_02_00000000.wav", dtype="int16")
+    samples, _ = soundfile.read(
+        whole_set / "pump" / "test" / "anomaly_id_02_00000000.wav", dtype="int16"
+    )
     clip = synthesize.synthesize(Clip("pump", 2, "test", "anomaly", 0), seed=2023)
     assert clip.shape == (SAMPLES,)
     np.testing.assert_array_equal(samples, np.round(32767 * clip))
@@ -97,12 +103,16 @@ def test_the_sounds_stay_the_same(clip, expected):
 
 @pytest.mark.usefixtures("few")
 def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
-    """Under the names of that year; in the target domain the machine runs faster, in a louder factory."""
+    """Under the names of that year; in the target domain the machine runs faster, in a louder
+    factory.
+    """
     options = ("--output", str(tmp_path / "set"), "--form", "2023", "--train", "8", "--test", "2")
     synthesize.main([*options])
     config = load_config(data_root=str(tmp_path / "set"), machines="auto", classes="attributes")
     config = settle_classes(config)
-    assert config.classes == {machine_type: {"00": ["spd_1", "spd_2", "spd_3"]} for machine_type in FEW}
+    assert config.classes == {
+        machine_type: {"00": ["spd_1", "spd_2", "spd_3"]} for machine_type in FEW
+    }
     train, test = (find_clips(config, split) for split in ("train", "test"))
     assert train["domain"].value_counts().to_dict() == {"source": 16, "target": 2}
     assert train["label"].value_counts().sort_index().tolist() == [4, 4, 1] * 2
@@ -116,7 +126,9 @@ def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
         make(tmp_path / "set")
     make(tmp_path / "set", "--overwrite")
     assert not list((tmp_path / "set").rglob("section_*"))
-    with pytest.raises(UserError, match=r"--train 10001 .*: names of 2023 have numbers of four digits"):
+    with pytest.raises(
+        UserError, match=r"--train 10001 .*: names of 2023 have numbers of four digits"
+    ):
         synthesize.main([*options, "--train", "10001"])
 
 
@@ -144,7 +156,9 @@ def test_other_ids_and_faults_are_out_of_the_ordinary(machine_type):
         clips = np.stack([features(machine_type, machine_id, seed, fault) for seed in (10, 11)])
         return np.sqrt(np.mean(((clips - centre) / scale) ** 2))
 
-    unusual = [distance(other) for other in others] + [distance(machine_id, fault) for fault in FAULTS]
+    unusual = [distance(other) for other in others] + [
+        distance(machine_id, fault) for fault in FAULTS
+    ]
     assert min(unusual) > 1.2 * distance(machine_id)
 
 
@@ -173,7 +187,14 @@ def test_prints_the_command_to_train(whole_set, capsys):
     assert make(whole_set) == before
     line, command = capsys.readouterr().out.splitlines()[0].split("; next: ")
     assert line == f"{whole_set}: 54 clips, complete already"
-    assert shlex.split(command) == ["python", "train.py", "--data_root", str(whole_set), "--machines", "auto"]
+    assert shlex.split(command) == [
+        "python",
+        "train.py",
+        "--data_root",
+        str(whole_set),
+        "--machines",
+        "auto",
+    ]
 
 
 @pytest.mark.usefixtures("few")
@@ -228,7 +249,8 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, name, options):
 
 
 @pytest.mark.parametrize(
-    "options", [["--train", "0"], ["--test", "-1"], ["--train", "1.5"], ["--seed", "x"], ["--tr", "1"]]
+    "options",
+    [["--train", "0"], ["--test", "-1"], ["--train", "1.5"], ["--seed", "x"], ["--tr", "1"]],
 )
 def test_bad_arguments(tmp_path, options):
     with pytest.raises(UserError) as error:
@@ -240,4 +262,9 @@ def test_bad_arguments(tmp_path, options):
 
 def test_a_user_sees_one_line(tmp_path, fails):
     (tmp_path / "file").touch()
-    fails(synthesize.main, "--output", tmp_path / "file", match="file is not a folder: choose another --output$")
+    fails(
+        synthesize.main,
+        "--output",
+        tmp_path / "file",
+        match="file is not a folder: choose another --output$",
+    )

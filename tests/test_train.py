@@ -1,4 +1,6 @@
-"""train.py as a user runs it: what a run leaves, what it refuses, how it is stopped, killed and resumed."""
+"""train.py as a user runs it: what a run leaves, what it refuses, how it is stopped, killed and
+resumed.
+"""
 
 import csv
 import os
@@ -80,7 +82,10 @@ def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     again = load_checkpoint(trained_copy / "run.pth")
     assert again.keys() == whole.keys()
     for name, table in whole["embeddings"].items():
-        assert all(torch.equal(again["embeddings"][name][column], values) for column, values in table.items())
+        assert all(
+            torch.equal(again["embeddings"][name][column], values)
+            for column, values in table.items()
+        )
     assert (trained_copy / "run.last.pth").read_bytes() == last
 
 
@@ -93,11 +98,18 @@ def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fail
 def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
     other = write_set(tmp_path / "data", train_clips=5)
     options = arguments(trained, other)
-    fails(train.main, *options, "--resume", match="the clips under .* are not those the run began with")
+    fails(
+        train.main,
+        *options,
+        "--resume",
+        match="the clips under .* are not those the run began with",
+    )
 
 
 def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, fails):
-    options = arguments(tmp_path, data_root, seed=1, lr=1e-9, weight_decay=0, init_from=trained / "run.pth")
+    options = arguments(
+        tmp_path, data_root, seed=1, lr=1e-9, weight_decay=0, init_from=trained / "run.pth"
+    )
     assert call(train.main, *options)[0] == 0
     own, given = (load_checkpoint(path / "run.pth")["model"] for path in (tmp_path, trained))
     name = "mobilefacenet.linear7.conv.weight"
@@ -105,27 +117,36 @@ def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, 
     assert not torch.allclose(own["arcface.weight"], given["arcface.weight"], rtol=0, atol=1e-3)
     options[-1] = "nowhere.pth"
     status, _, errors = call(train.main, *options, "--resume")
-    assert (status, errors) == (0, "notice: 12 of 12 recordings are shorter than 10 s and are repeated\n"), "ignored"
+    assert (status, errors) == (
+        0,
+        "notice: 12 of 12 recordings are shorter than 10 s and are repeated\n",
+    ), "ignored"
     fails(train.main, *options, "--overwrite", match="nowhere.pth: no such checkpoint")
     assert load_checkpoint(tmp_path / "run.pth")["config"]["init_from"] == str(trained / "run.pth")
 
 
 def test_each_machine_needs_a_recording_to_train_on(tmp_path, fails):
     options = arguments(tmp_path, write_set(tmp_path / "data", train_clips=1))
-    fails(train.main, *options, match=r"all recordings of .* are held out for validation: bring more .* split_ratio")
+    fails(
+        train.main,
+        *options,
+        match=r"all recordings of .* are held out for validation: bring more .* split_ratio",
+    )
 
 
 def test_classes_of_which_every_recording_is_held_out_are_said(tmp_path, call):
-    """With a recording for each of four classes and half of them held out; the seed leaves one of each machine."""
+    """With a recording for each of four classes and half of them held out; the seed leaves one of
+    each machine.
+    """
     root = write_sections(tmp_path / "data", train_clips=1)
     clips = clips_of(root, machines={"bearing": [0], "fan": [0]})
     seed = next(seed for seed in range(99) if len(clips.split(0.5, seed)[0].machines) == 2)
-    options = arguments(tmp_path, root, machines="auto", classes="attributes", split_ratio=0.5, seed=seed)
+    options = arguments(
+        tmp_path, root, machines="auto", classes="attributes", split_ratio=0.5, seed=seed
+    )
     status, _, errors = call(train.main, *options)
     assert status == 0
-    said = (
-        "all recordings of 2 classes are held out for validation, so these are not learned (attributes of bearing 00, "
-    )
+    said = "all recordings of 2 classes are held out for validation, so these are not learned (attributes of bearing 00, "
     assert said in errors
 
 
@@ -148,7 +169,11 @@ def test_overwriting_replaces_the_run(trained_copy, data_root, call):
     assert status == 0
     assert "valid loss" in output
     assert load_checkpoint(files.best)["config"]["lr"] == 2e-4
-    assert sorted(path.name for path in files.folder.iterdir()) == ["history.csv", "mine.txt", "tensorboard"]
+    assert sorted(path.name for path in files.folder.iterdir()) == [
+        "history.csv",
+        "mine.txt",
+        "tensorboard",
+    ]
 
 
 def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
@@ -172,7 +197,9 @@ def test_too_few_clips_to_train_on(tmp_path, fails):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_root, fails, monkeypatch):
+def test_a_full_disk_ends_the_run_and_leaves_what_was_written(
+    tmp_path, data_root, fails, monkeypatch
+):
     """The files are written beside the next epoch, in which the error is met."""
     write, written = Path.write_bytes, []
 
@@ -183,7 +210,11 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_written(tmp_path, data_roo
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_twice)
-    fails(train.main, *arguments(tmp_path, data_root, epoch=4, input="[sgram]"), match="No space left on device")
+    fails(
+        train.main,
+        *arguments(tmp_path, data_root, epoch=4, input="[sgram]"),
+        match="No space left on device",
+    )
     files = RunFiles(tmp_path / "run.pth")
     assert [load_checkpoint(path)["epoch"] for path in (files.best, files.last)] == [1, 1]
     assert [row["epoch"] for row in rows(files.history)] == ["1"]
@@ -210,25 +241,33 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     for name in ("run.pth", "run.last.pth"):
         ours, expected = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
         assert ours["epoch"] == expected["epoch"]
-        assert all(torch.equal(ours["model"][key], value) for key, value in expected["model"].items())
+        assert all(
+            torch.equal(ours["model"][key], value) for key, value in expected["model"].items()
+        )
     ours, expected = (rows(folder / "run" / "history.csv") for folder in (folder, unbroken))
     for row in ours + expected:
         row.pop("seconds")
     assert ours == expected
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
+)
 def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_root, call):
     """Stopped in the midst of an epoch."""
     keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer, for the sake of time
-    stopped, unbroken = arguments(tmp_path / "stopped", data_root, **keys), arguments(tmp_path, data_root, **keys)
+    stopped, unbroken = (
+        arguments(tmp_path / "stopped", data_root, **keys),
+        arguments(tmp_path, data_root, **keys),
+    )
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *stopped],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        # a shell that starts the tests in the background has them, and what they start, ignore SIGINT
+        # a shell that starts the tests in the background has them, and what they start, ignore
+        # SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for_epoch(process)
@@ -243,8 +282,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_roo
     assert_same_run(tmp_path / "stopped", tmp_path)
 
 
-# train.py in a process group that kills itself at the so many-th step, file operation, or write of a checkpoint, of
-# which then half is on the disk.
+# train.py in a process group that kills itself at the so many-th step, file operation, or write of
+# a checkpoint, of which then half is on the disk.
 KILLED = """
 import os, pathlib, signal, sys
 import train, trainer, utils
@@ -299,17 +338,23 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
     def run(folder: Path, kind: str = "never", moment: int = 1) -> int:
         words = [kind, moment, folder / "run", *arguments(folder, data_root, **options), "--resume"]
         command = [sys.executable, tmp_path / "killed.py", *map(str, words)]
-        result = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
+        result = subprocess.run(
+            command, env=environment, start_new_session=True, capture_output=True, text=True
+        )
         assert result.returncode in (0, -signal.SIGKILL), result.stderr
         return result.returncode
 
     rng = random.Random(3)
     for number in range(KILLS):
         kind = ("file", "write", "step")[number % 3]
-        moment = rng.randint(1, {"file": 25, "write": 3, "step": 6}[kind])  # within about two epochs
+        moment = rng.randint(
+            1, {"file": 25, "write": 3, "step": 6}[kind]
+        )  # within about two epochs
         assert run(tmp_path / "killed", kind, moment) == -signal.SIGKILL
         files = RunFiles(tmp_path / "killed" / "run.pth")
-        print(f"kill {number + 1}: {kind} {moment}, epoch {load_newest(files)['epoch'] if files.best.exists() else 0}")
+        print(
+            f"kill {number + 1}: {kind} {moment}, epoch {load_newest(files)['epoch'] if files.best.exists() else 0}"
+        )
     assert run(tmp_path / "killed") == 0
     assert run(tmp_path / "unbroken") == 0
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
@@ -321,7 +366,10 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     files.last.write_bytes(files.last.read_bytes()[:1000])
     status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
     assert status == 0
-    assert "run.last.pth: not a readable checkpoint (it is something else, or damaged); continuing from the" in errors
+    assert (
+        "run.last.pth: not a readable checkpoint (it is something else, or damaged); continuing from the"
+        in errors
+    )
     assert files.history.read_text() == history
 
 
@@ -351,7 +399,12 @@ def test_a_cut_before_the_first_last_state_resumes_from_the_best(trained_copy, d
 
 def test_resuming_without_the_best_weights_is_an_error(trained_copy, data_root, fails):
     (trained_copy / "run.pth").unlink()
-    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.pth, the best weights .* is missing")
+    fails(
+        train.main,
+        *arguments(trained_copy, data_root),
+        "--resume",
+        match="run.pth, the best weights .* is missing",
+    )
 
 
 def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails):
@@ -382,7 +435,12 @@ def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, f
 def test_a_state_that_does_not_fit_is_refused(trained_copy, data_root, fails):
     state = load_checkpoint(trained_copy / "run.last.pth")
     torch.save(state | {"optimizer": {}}, trained_copy / "run.last.pth")
-    fails(train.main, *arguments(trained_copy, data_root), "--resume", match="run.last.pth: .* do not fit")
+    fails(
+        train.main,
+        *arguments(trained_copy, data_root),
+        "--resume",
+        match="run.last.pth: .* do not fit",
+    )
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, data_root, fails):

@@ -1,4 +1,6 @@
-"""The training step against the reference values; the schedule; what an epoch and a validation give."""
+"""The training step against the reference values; the schedule; what an epoch and a validation
+give.
+"""
 
 import copy
 import math
@@ -35,14 +37,18 @@ def reference_trainer(mode: str, **overrides) -> Trainer:
 
 
 def mixes(mode: str) -> list[Mix | None]:
-    steps = [Mix(torch.tensor(lam, dtype=torch.float32), partner) for lam, partner in reference.mixing()]
+    steps = [
+        Mix(torch.tensor(lam, dtype=torch.float32), partner) for lam, partner in reference.mixing()
+    ]
     return steps if MODES[mode].mixes else [None] * len(steps)
 
 
 # ---- The step ----
 
 
-@pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "arcmix", "noisy_arcmix"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("arcface", marks=pytest.mark.slow), "arcmix", "noisy_arcmix"]
+)
 def test_eight_steps_match_the_reference(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     parameters = dict(trainer.network.named_parameters())
@@ -51,7 +57,9 @@ def test_eight_steps_match_the_reference(mode):
     for number, mix in enumerate(mixes(mode)):
         losses.append(trainer.step(samples, labels, mix)[0].item())
         if number == 0:
-            for name, expected in zip(VALUES[f"{mode}_grad_names"], VALUES[f"{mode}_grad_norms"], strict=True):
+            for name, expected in zip(
+                VALUES[f"{mode}_grad_names"], VALUES[f"{mode}_grad_norms"], strict=True
+            ):
                 gradient = parameters[str(name)].grad
                 assert (gradient is None) == math.isnan(expected), name
                 if gradient is not None:
@@ -79,7 +87,9 @@ def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
     trainer.model.train()
     trainer.step(reference.samples(), reference.labels(), None)
     after = trainer.network.state_dict()
-    assert not torch.equal(after["mobilefacenet.fc_out.weight"], before["mobilefacenet.fc_out.weight"])
+    assert not torch.equal(
+        after["mobilefacenet.fc_out.weight"], before["mobilefacenet.fc_out.weight"]
+    )
     assert torch.equal(after["arcface.weight"], before["arcface.weight"])
 
 
@@ -131,25 +141,33 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
         trainer = reference_trainer("noisy_arcmix", compile=switch, batch_size=4)
         trainer.model.train()
         steps = [
-            trainer.step(reference.samples(), reference.labels(), mix).tolist() for mix in mixes("noisy_arcmix")[:2]
+            trainer.step(reference.samples(), reference.labels(), mix).tolist()
+            for mix in mixes("noisy_arcmix")[:2]
         ]
         results.append((steps, trainer.network.state_dict()))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert re.search(r"^notice: compile: it fails on .*: No working C\+\+ compiler found in .*no-compiler-of", lines[0])
+    assert re.search(
+        r"^notice: compile: it fails on .*: No working C\+\+ compiler found in .*no-compiler-of",
+        lines[0],
+    )
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
 @pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix"])
 def test_the_step_is_one_graph_for_all_steps(mode):
-    """Nothing in it breaks the graph that the compiler sees, and no lambda or partner makes it compile anew."""
+    """Nothing in it breaks the graph that the compiler sees, and no lambda or partner makes it
+    compile anew.
+    """
     torch._dynamo.reset()
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     trainer.model.train()
     inputs = trainer.front_end(samples)
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="eager")
-    mixes = [trainer.objective.draw_mix(0.5, np.random.default_rng(number), 4) for number in range(3)]
+    mixes = [
+        trainer.objective.draw_mix(0.5, np.random.default_rng(number), 4) for number in range(3)
+    ]
     with torch._dynamo.config.patch(error_on_recompile=True):
         results = [compiled(inputs, labels, mix) for mix in mixes]
     results[0][0].backward()
@@ -165,12 +183,20 @@ def put_on_fake_gpu(module: torch.nn.Module) -> None:
             for name, real in tensors.items():
                 if real is None:
                     continue
-                fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cuda:0")
-                tensors[name] = torch.nn.Parameter(fake, real.requires_grad) if tensors is part._parameters else fake
+                fake = torch.empty_strided(
+                    real.shape, real.stride(), dtype=real.dtype, device="cuda:0"
+                )
+                tensors[name] = (
+                    torch.nn.Parameter(fake, real.requires_grad)
+                    if tensors is part._parameters
+                    else fake
+                )
 
 
 def test_step_and_scores_stay_on_the_gpu(monkeypatch):
-    """On fake tensors, which have a device and no content: it is an error to leave one on the CPU, or to read it."""
+    """On fake tensors, which have a device and no content: it is an error to leave one on the CPU,
+    or to read it.
+    """
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     trainer, gpu = reference_trainer("noisy_arcmix", precision="bf16"), torch.device("cuda", 0)
@@ -184,7 +210,9 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
         loss, accuracy = trainer.loss(inputs, labels, Mix(torch.empty((), device=gpu), labels))
         assert (loss.device, accuracy.device) == (gpu, gpu)
         clips.samples = torch.empty((5, N_SAMPLES), dtype=torch.int16, device=gpu)
-        outputs = run_network(trainer.network, trainer.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16)
+        outputs = run_network(
+            trainer.network, trainer.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16
+        )
         score = trainer.objective.anomaly_score(outputs.similarity, clips.labels.to(gpu))
         assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
         with pytest.raises(RuntimeError, match="device"):
@@ -194,8 +222,13 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
 
 
 def test_a_state_is_continued_as_this_run_computes():
-    """As when a run goes on from a GPU to a CPU: what the optimiser computes with stays, its state is the other's."""
-    one, other = reference_trainer("arcface"), reference_trainer("arcface", lr=1e-2, weight_decay=0.5)
+    """As when a run goes on from a GPU to a CPU: what the optimiser computes with stays, its state
+    is the other's.
+    """
+    one, other = (
+        reference_trainer("arcface"),
+        reference_trainer("arcface", lr=1e-2, weight_decay=0.5),
+    )
     one.model.train()
     one.step(reference.samples(), reference.labels(), None)
     state = one.state()
@@ -203,8 +236,12 @@ def test_a_state_is_continued_as_this_run_computes():
     other.load_state(state)
     group = other.optimizer.param_groups[0]
     assert (group["foreach"], group["lr"], group["weight_decay"]) == (None, 1e-2, 0.5)
-    for ours, theirs in zip(other.optimizer.state.values(), one.optimizer.state.values(), strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    for ours, theirs in zip(
+        other.optimizer.state.values(), one.optimizer.state.values(), strict=True
+    ):
+        assert all(
+            torch.equal(ours[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq")
+        )
 
 
 # ---- On a GPU ----
@@ -220,7 +257,11 @@ def test_a_step_on_the_gpu_does_not_wait_for_it(is_compiled, data_root):
     trainer = Trainer(load_config(machines=MACHINES, batch_size=4, compile=is_compiled), device)
     trainer.model.train()
     plans = [trainer.draw_plan(len(clips), epoch) for epoch in range(3)]  # of three steps each
-    steps = [step for plan in plans for step in zip(clips.batches(plan.shares, device), plan.mixes, strict=True)]
+    steps = [
+        step
+        for plan in plans
+        for step in zip(clips.batches(plan.shares, device), plan.mixes, strict=True)
+    ]
     try:
         for number, ((samples, labels), mix) in enumerate(steps):
             trainer.step(samples, labels, mix)
@@ -246,10 +287,16 @@ def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, boun
     samples, labels = reference.samples().to(device), reference.labels().to(device)
     losses = []
     for number, mix in enumerate(mixes("noisy_arcmix")):
-        losses.append(trainer.step(samples, labels, Mix(*(part.to(device) for part in mix)))[0].item())
+        losses.append(
+            trainer.step(samples, labels, Mix(*(part.to(device) for part in mix)))[0].item()
+        )
         if number == 5:  # a shorter batch in between goes past what is compiled
             state = copy.deepcopy(trainer.state())
-            trainer.step(samples[:3], labels[:3], Mix(torch.tensor(0.5).to(device), torch.tensor([2, 0, 1]).to(device)))
+            trainer.step(
+                samples[:3],
+                labels[:3],
+                Mix(torch.tensor(0.5).to(device), torch.tensor([2, 0, 1]).to(device)),
+            )
             trainer.load_state(state)
     assert "notice" not in capfd.readouterr().err
     assert losses == pytest.approx(VALUES["noisy_arcmix_losses"].tolist(), rel=bound)
@@ -291,11 +338,15 @@ def stop_after(epoch: int):
 
 def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
     """As PyTorch's scheduler has it, which the published code uses."""
-    trainer = Trainer(load_config(epoch=10, lr=1e-3, input=["sgram"], machines={"fan": [0, 1]}), CPU)
+    trainer = Trainer(
+        load_config(epoch=10, lr=1e-3, input=["sgram"], machines={"fan": [0, 1]}), CPU
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-4)
     for epoch in range(10):
-        assert trainer.learning_rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert trainer.learning_rate(epoch) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9
+        )
         trainer.set_learning_rate(epoch)
         assert trainer.optimizer.param_groups[0]["lr"] == trainer.learning_rate(epoch)
         optimizer.step()
@@ -316,7 +367,11 @@ def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
     expected = trainer.objective.anomaly_score(similarity, labels, torch.float64)
     assert scores.dtype == np.float64
     assert scores == pytest.approx(expected.numpy(), rel=1e-5)
-    assert loss == scores.mean() == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
+    assert (
+        loss
+        == scores.mean()
+        == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
+    )
     assert accuracy == pytest.approx(trainer.objective.accuracy(similarity, labels).item())
 
 

@@ -40,7 +40,9 @@ def test_cuda_is_refused_where_there_is_none(fails, monkeypatch):
 def test_precision_auto_is_float32_on_a_cpu_and_half_on_a_gpu(monkeypatch):
     assert choose_precision("auto", torch.device("cpu")) == torch.float32
     for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16
+        )
         assert choose_precision("auto", torch.device("cuda")) == expected
 
 
@@ -52,7 +54,9 @@ def test_float32_means_no_tf32():
 
 
 def test_random_streams_depend_on_seed_purpose_and_position():
-    first, again, *others = (random_stream(*key).random() for key in ((1, 0), (1, 0), (2, 0), (1, 1), (1, 0, 1)))
+    first, again, *others = (
+        random_stream(*key).random() for key in ((1, 0), (1, 0), (2, 0), (1, 1), (1, 0, 1))
+    )
     assert first == again
     assert len({first, *others}) == 4
 
