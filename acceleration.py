@@ -1,4 +1,4 @@
-"""Compilation of the training step, and what happens where it fails."""
+"""Compile the training step; where the compiler fails, run it uncompiled."""
 
 import platform
 import re
@@ -12,21 +12,25 @@ from torch import Tensor, nn
 import distributed
 from utils import UserError, notice
 
-# Clips to train on in all epochs, below which compiling on a CPU takes longer than it saves
+# With fewer training clips, counted over all epochs, compiling takes longer on a CPU than it saves
 # (docs/speed.md).
 BREAK_EVEN = 8000
-# Of TorchInductor. A batch norm's output has more reads than the default threshold of 4; with this
-# one it is computed again where it is read, instead of written to memory and read back.
+# TorchInductor writes a result to memory if it is read more often than this threshold (default: 4).
+# It is raised so that the output of a batch norm is computed again at each read instead.
 OPTIONS: dict[str, Any] = {"realize_reads_threshold": 12}
-SAYS_NOTHING = re.compile(
+# Lines of a compiler's message: those that do not give the reason of a failure, and those that do.
+UNINFORMATIVE = re.compile(
     r"internal|exit status|compilation terminated|^(Set TORCH|You can suppress|Repro command)",
     re.IGNORECASE,
 )
+REASON = re.compile(r"error|fatal|fail|no |not |cannot|denied", re.IGNORECASE)
 
 
 def is_to_compile(switch: bool | str, device: torch.device, n_clips: int) -> bool:
-    """Whether to compile the step: with "auto" on a GPU, and on a CPU for `n_clips` clips of all
-    epochs that pay.
+    """Return whether to compile the training step. `switch` is True, False or "auto".
+
+    "auto" compiles on a GPU, and on a CPU if training is long enough. `n_clips` is the number of
+    training clips, counted over all epochs.
     """
     if switch != "auto":
         return bool(switch)
@@ -34,34 +38,37 @@ def is_to_compile(switch: bool | str, device: torch.device, n_clips: int) -> boo
 
 
 def compile_module(module: nn.Module, is_required: bool) -> None:
-    """Compile a module in place, at its first call and for each shape anew. Where this fails in one
-    process, all of them run the module uncompiled, with one notice; if it is required, the call
-    raises an error that names the key.
+    """Compile a module in place, at its first call and at the first call with another shape.
+
+    If the compiler fails in one process, every process runs the module uncompiled, after one
+    notice. If compilation is required, the call raises `UserError` instead.
     """
-    torch._dynamo.config.optimize_ddp = (
-        False  # one graph: it would be cut where buckets of gradients end
-    )
+    # One graph: by default, DistributedDataParallel splits it at its buckets of gradients.
+    torch._dynamo.config.optimize_ddp = False
     module.compile(dynamic=False, backend=Compiler(OPTIONS, is_required))
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """TorchInductor as a backend of torch.compile, with its options. All processes have to call it
-    for the same graphs: they agree on each, before any of them runs it, since they have to run the
-    same collectives.
+    """A backend of torch.compile that calls TorchInductor with its options.
+
+    All processes must compile the same graphs. Before a graph runs, they agree whether to run it
+    compiled, since every process has to run the same collectives.
     """
 
     options: dict[str, Any]
     is_required: bool
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        """Compile forward and backward pass. Returns what computes the same, compiled or not;
-        raises `UserError`.
+        """Compile the forward and the backward pass of a graph.
+
+        Returns the compiled function, or the uncompiled one if the compiler fails in any process.
+        Raises `UserError` if it fails and compilation is required.
         """
         compiled, problem = graph.forward, ""
         try:
-            # PyTorch compiles the backward pass when it is first needed, which is too late to
-            # agree.
+            # By default, the backward pass is compiled when it first runs, too late for the
+            # processes to agree.
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                 compiled = torch._inductor.compile(graph, list(inputs), options=self.options)
         except Exception as error:
@@ -76,16 +83,11 @@ class Compiler:
 
 
 def find_reason(error: BaseException) -> str:
-    """The last line of a compiler's message that says what is wrong."""
+    """Return the last line of a compiler's message that gives the reason of the failure."""
     while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = (
-        [line for line in lines if not SAYS_NOTHING.search(line)] or lines or [type(error).__name__]
-    )
-    telling = [
-        line
-        for line in lines
-        if re.search(r"error|fatal|fail|no |not |cannot|denied", line, re.IGNORECASE)
-    ]
-    return (telling or lines)[-1]
+    informative = [line for line in lines if not UNINFORMATIVE.search(line)]
+    candidates = informative or lines or [type(error).__name__]
+    reasons = [line for line in candidates if REASON.search(line)]
+    return (reasons or candidates)[-1]

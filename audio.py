@@ -1,7 +1,8 @@
-"""One recording to samples, or the reason why it cannot be used.
+"""Read the samples of one recording, or say why it cannot be used.
 
-Of a WAV or FLAC file windows of 10 s of one channel are read, as int16 at 16 kHz; a shorter
-recording is repeated. No more than a window is in memory, however long the recording is.
+A recording is a WAV or FLAC file. It is read in windows of 10 s of one channel, as int16 samples at
+16 kHz; a recording shorter than a window is repeated. One window at a time is in memory, however
+long the recording is.
 """
 
 import contextlib
@@ -17,70 +18,86 @@ import soundfile
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
 from utils import UserError
 
-# seconds that may be left over behind the first window without a word: published clips have one
-TOLERATED = 2
-BLOCK = 2**20  # samples of all channels that are read at once
-MOST_BYTES = 2**32 - 1  # of the audio of a WAV file
-UNKNOWN = (
-    2**63 - 1
-)  # what libsndfile gives for the frames of a FLAC file that was written to a pipe
+# A recording may be this many seconds longer than a window without a notice: the ToyCar recordings
+# of DCASE 2020 are 1 s longer.
+TOLERATED_SECONDS = 2
+BLOCK_SIZE = 2**20  # samples of all channels together that are read at once
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of frames for a FLAC file written to a pipe
+
+# The WAV format.
+MAX_AUDIO_BYTES = 2**32 - 1
+UNKNOWN_BYTES = 0xFFFFFFFF  # size of the audio in a file written to a pipe
+UNCOMPRESSED = (1, 3, 0xFFFE)  # encodings: PCM, float, extensible
+
+
+class Windows(NamedTuple):
+    """Which windows of a recording are used: one channel, and all windows or the first alone."""
+
+    hop: float | None = None  # seconds from one window's start to the next; None: the first alone
+    channel: int = 0  # counted from 0
+
+
+FIRST_WINDOW = Windows()
 
 
 class Recording(NamedTuple):
-    """The seconds at which its windows start, and what has to be changed in it, as in "12
-    recordings ...".
-    """
+    """A recording that can be used."""
 
-    starts: list[float]
-    changes: list[str]
+    starts: list[float]  # seconds at which its windows start
+    changes: list[str]  # to its samples, as the rest of a sentence: "are rounded to 16 bits"
 
 
-def check_recording(path: Path, channel: int = 0, hop: float | None = None) -> Recording:
-    """What there is of a channel, counted from 0, in windows that start `hop` seconds apart, the
-    last one ending with the recording; or in the first window alone.
+def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> Recording:
+    """Check that the windows of a recording can be used.
 
-    Raises `UserError` with the reason for a file that is unreadable, empty, cut short, damaged, not
-    finite, or without the channel. 16-bit PCM WAV is judged by its header against its size,
-    anything else by reading the windows.
+    For 16-bit PCM WAV, the header is compared with the size of the file. Other files are decoded.
+
+    Raises:
+        UserError: with the reason, if the file is unreadable, empty, truncated or damaged, lacks
+            the channel, or holds samples that are not finite.
     """
     with open_audio(path) as file:
-        changes = list_changes(file, channel, hop)
-        if (file.format, file.subtype) != ("WAV", "PCM_16"):
-            row, once = (
-                np.empty(N_SAMPLES, dtype=np.int16),
-                None if hop is None else SECONDS,
-            )  # each sample once
-            if sum(decode(file, row, start, channel) for start in find_windows(file, once)):
-                changes.append("exceed full scale and were clipped")
-        return Recording(find_windows(file, hop), changes)
+        check_properties(file, windows)
+        changes = list_changes(file, windows)
+        is_checked_by_header = (file.format, file.subtype) == ("WAV", "PCM_16")
+        if not is_checked_by_header and decode_all(file, windows):
+            changes.append("exceed full scale and were clipped")
+        return Recording(find_starts(file, windows.hop), changes)
 
 
 def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int = 0) -> None:
-    """Fill `out`, int16 `(N_SAMPLES,)`, with the samples of the window that starts at this second.
-    Raises the same as `check_recording`, and if a later window than the first one is not there any
-    more.
+    """Fill `out`, int16 `(N_SAMPLES,)`, with the window that starts at second `start`.
+
+    Raises:
+        UserError: as `check_recording`, or if the recording has become too short for the window.
     """
     with open_audio(path) as file:
-        list_changes(file, channel)
+        check_properties(file, Windows(channel=channel))
         decode(file, out, start, channel)
 
 
-def find_windows(file: soundfile.SoundFile, hop: float | None) -> list[float]:
+def find_starts(file: soundfile.SoundFile, hop: float | None) -> list[float]:
+    """Return the seconds at which the windows start. The last window ends with the recording."""
     last = file.frames - SECONDS * file.samplerate
     if hop is None or last <= 0:
         return [0.0]
-    return [
-        frame / file.samplerate for frame in (*range(0, last, round(hop * file.samplerate)), last)
-    ]
+    starts = [*range(0, last, round(hop * file.samplerate)), last]
+    return [start / file.samplerate for start in starts]
+
+
+# ---- Checks ----
 
 
 @contextlib.contextmanager
 def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
-    """The open file; a WAV file's header agrees with itself and with the file's size."""
+    """Open a WAV or FLAC file for reading, a WAV file after a check of its header.
+
+    Raises `UserError` for errors of the file, also for those that occur while it is open.
+    """
     try:
         if not path.is_file():
             raise UserError("unreadable: not a file")
-        with path.open("rb", buffering=0) as raw:  # its position is that of the descriptor
+        with path.open("rb", buffering=0) as raw:  # unbuffered: libsndfile shares its position
             check_wav(raw)
             raw.seek(0)
             with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
@@ -97,112 +114,169 @@ def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def check_wav(file: BinaryIO) -> None:
-    """Walk through the chunks of a WAV file to its audio. soundfile reads half a file, or one whose
-    numbers contradict each other, without an error: sound at another speed or pitch, or noise. FLAC
-    has checksums of its own.
+    """Check the header of a WAV file against itself and against the size of the file.
+
+    libsndfile reads a truncated or contradictory WAV file without an error: as sound at another
+    speed or pitch, or as noise. Files of other formats pass; FLAC has checksums.
     """
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise UserError("empty")
     file.seek(0)
-    order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
-    if order is None:
+    byte_order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
+    if byte_order is None:
         return
     while len(header := file.read(8)) == 8:
-        name, length = struct.unpack(f"{order}4sI", header)
+        name, length = struct.unpack(f"{byte_order}4sI", header)
         start = file.tell()
-        if name == b"fmt " and len(chunk := file.read(16)) == 16:
-            kind, channels, rate, byte_rate, frame, bits = struct.unpack(f"{order}HHIIHH", chunk)
-            is_uncompressed = kind in (1, 3, 0xFFFE)  # PCM, float, extensible
-            if is_uncompressed and (
-                frame != channels * ((bits + 7) // 8) or byte_rate != rate * frame
-            ):
-                raise UserError(
-                    f"damaged: the header contradicts itself ({rate} Hz, {channels} channels of {bits} bits, {frame} "
-                    f"bytes at a time, {byte_rate} bytes a second)"
-                )
         if name == b"data":
-            if size - start > MOST_BYTES:
-                raise UserError(
-                    "unreadable: more audio than a WAV file can say (4 GiB); convert it to FLAC"
-                )
-            if (
-                size - start < length < 0xFFFFFFFF
-            ):  # a program that wrote to a pipe could not know the length
-                raise UserError(f"truncated: {size - start} of {length} bytes of audio are there")
+            check_audio_size(size - start, length)
             return
+        if name == b"fmt ":
+            check_format(file.read(16), byte_order)
         file.seek(start + length + length % 2)  # chunks are padded to even lengths
-    raise UserError("damaged: there is no audio behind its header")
+    raise UserError("damaged: no audio follows its header")
 
 
-def list_changes(file: soundfile.SoundFile, channel: int, hop: float | None = None) -> list[str]:
+def check_format(chunk: bytes, byte_order: str) -> None:
+    """Check that the numbers in the format chunk of an uncompressed WAV file agree."""
+    if len(chunk) < 16:
+        return
+    encoding, channels, rate, bytes_per_second, bytes_per_frame, bits = struct.unpack(
+        f"{byte_order}HHIIHH", chunk
+    )
+    if encoding not in UNCOMPRESSED:
+        return
+    has_frame_size = bytes_per_frame == channels * ((bits + 7) // 8)
+    if not has_frame_size or bytes_per_second != rate * bytes_per_frame:
+        raise UserError(
+            f"damaged: the header contradicts itself ({rate} Hz, {channels} channels of {bits} "
+            f"bits, {bytes_per_frame} bytes per frame, {bytes_per_second} bytes per second)"
+        )
+
+
+def check_audio_size(available: int, stated: int) -> None:
+    """Check that a WAV file has as many bytes of audio available as its header states."""
+    if available > MAX_AUDIO_BYTES:
+        raise UserError(
+            "unreadable: more audio than a WAV header can describe (4 GiB); convert it to FLAC"
+        )
+    if available < stated < UNKNOWN_BYTES:
+        raise UserError(f"truncated: it has {available} of {stated} bytes of audio")
+
+
+def check_properties(file: soundfile.SoundFile, windows: Windows) -> None:
+    """Raise `UserError` if the open file cannot have the windows."""
     if not 1_000 <= file.samplerate <= 1_000_000:
         raise UserError(f"unreadable: the header gives a sample rate of {file.samplerate} Hz")
     if file.frames == 0:
         raise UserError("empty: no samples")
-    if channel >= file.channels:
-        count = (
-            "a single channel"
-            if file.channels == 1
-            else f"{file.channels} channels, counted from 0"
-        )
-        raise UserError(f"no channel {channel}: it has {count}")
-    if hop is not None and file.frames == UNKNOWN:
+    if windows.channel >= file.channels:
+        count = f"{file.channels} channels, counted from 0"
+        if file.channels == 1:
+            count = "a single channel"
+        raise UserError(f"no channel {windows.channel}: it has {count}")
+    if windows.hop is not None and file.frames == UNKNOWN_LENGTH:
         raise UserError(
-            "unreadable: its header does not say how long it is; write it anew (flac --decode, then flac)"
+            "unreadable: its header does not give its length; "
+            "encode it again (flac --decode, then flac)"
         )
-    changes = {
-        f"have several channels: channel {channel} is used": file.channels > 1,
-        f"are resampled to {SAMPLE_RATE} Hz at each reading; `sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once": (
-            file.samplerate != SAMPLE_RATE
-        ),
-        "are rounded to 16 bits": file.subtype != "PCM_16",
-        f"are shorter than {SECONDS} s and are repeated": file.frames < SECONDS * file.samplerate,
-        f"are longer than {SECONDS + TOLERATED} s, and only their first {SECONDS} s count (--window all takes all)": (
-            hop is None and (SECONDS + TOLERATED) * file.samplerate < file.frames < UNKNOWN
-        ),
-    }
-    return [change for change, is_needed in changes.items() if is_needed]
+
+
+def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
+    """List how the samples of the windows will differ from those in the file."""
+    rate, frames = file.samplerate, file.frames
+    changes = []
+    if file.channels > 1:
+        changes.append(f"have several channels: channel {windows.channel} is used")
+    if rate != SAMPLE_RATE:
+        changes.append(
+            f"are resampled to {SAMPLE_RATE} Hz each time they are read; "
+            f"`sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once"
+        )
+    if file.subtype != "PCM_16":
+        changes.append("are rounded to 16 bits")
+    if frames < SECONDS * rate:
+        changes.append(f"are shorter than {SECONDS} s and are repeated")
+    longest = SECONDS + TOLERATED_SECONDS
+    if windows.hop is None and longest * rate < frames < UNKNOWN_LENGTH:
+        changes.append(
+            f"are longer than {longest} s, and only their first {SECONDS} s count "
+            "(--window all uses the rest as well)"
+        )
+    return changes
+
+
+# ---- Samples ----
+
+
+def decode_all(file: soundfile.SoundFile, windows: Windows) -> bool:
+    """Decode each sample of the windows once, as a check. Returns whether any was clipped."""
+    hop = None if windows.hop is None else SECONDS
+    samples = np.empty(N_SAMPLES, dtype=np.int16)
+    is_clipped = False
+    for start in find_starts(file, hop):
+        is_clipped |= decode(file, samples, start, windows.channel)
+    return is_clipped
 
 
 def decode(file: soundfile.SoundFile, out: np.ndarray, start: float, channel: int) -> bool:
-    """Fill `out` with the samples of a window; returns whether any had to be clipped."""
-    first, length = round(start * file.samplerate), SECONDS * file.samplerate
-    if first:
-        if first + length > file.frames:
-            raise UserError(
-                f"truncated: it ends before second {start + SECONDS:g}; it was longer when it was checked"
-            )
-        file.seek(first)
-    expected, is_clipped = min(file.frames, length), False
+    """Fill `out`, int16 `(N_SAMPLES,)`, with the window that starts at second `start`.
+
+    Returns whether any sample was clipped. Raises `UserError` if the file has fewer samples than
+    its header states, or samples that are not finite.
+    """
+    seek_window(file, start)
+    expected = min(file.frames, SECONDS * file.samplerate)
     is_exact = file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
     if is_exact and file.channels == 1 and expected == N_SAMPLES:
-        samples = file.read(out=out)  # twice as fast as through an array of its own
+        samples = file.read(out=out)  # twice as fast as through another array
     else:
         samples = read_channel(file, channel, expected, "int16" if is_exact else "float64")
     if len(samples) < expected:
         raise UserError(f"truncated: {len(samples)} of {expected} samples can be read")
+    is_clipped = False
     if not is_exact:
+        check_finite(samples)
         samples, is_clipped = round_to_int16(resample(samples, file.samplerate))
     if samples is not out:
         out[:] = np.resize(samples, N_SAMPLES)
     return is_clipped
 
 
+def seek_window(file: soundfile.SoundFile, start: float) -> None:
+    """Move to the first sample of the window that starts at second `start`."""
+    first = round(start * file.samplerate)
+    if first == 0:
+        return
+    if first + SECONDS * file.samplerate > file.frames:
+        raise UserError(
+            f"truncated: it ends before second {start + SECONDS:g}; "
+            "it was longer when it was checked"
+        )
+    file.seek(first)
+
+
 def read_channel(file: soundfile.SoundFile, channel: int, count: int, dtype: str) -> np.ndarray:
-    """Up to `count` samples of one channel, read in blocks: all channels together may not fit into
-    the memory.
+    """Read up to `count` samples of one channel.
+
+    All channels are read block by block, since together they may not fit into memory.
     """
-    size = max(1, BLOCK // file.channels)
-    sizes = [min(size, count - start) for start in range(0, count, size)]
-    return np.concatenate(
-        [file.read(size, dtype, always_2d=True)[:, channel].copy() for size in sizes]
-    )
+    size = max(1, BLOCK_SIZE // file.channels)
+    blocks = []
+    for start in range(0, count, size):
+        block = file.read(min(size, count - start), dtype, always_2d=True)
+        blocks.append(block[:, channel].copy())
+    return np.concatenate(blocks)
+
+
+def check_finite(samples: np.ndarray) -> None:
+    if not np.isfinite(samples).all():
+        raise UserError("not finite: it holds NaN or infinite samples")
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    if not np.isfinite(samples).all():
-        raise UserError("not finite: it holds NaN or infinite samples")
+    """Resample from `rate` in Hz to SAMPLE_RATE."""
     if rate == SAMPLE_RATE:
         return samples
     import librosa  # slow to import, and most data sets do not need it
@@ -211,8 +285,10 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def round_to_int16(samples: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Samples in [-1, 1] as int16, and whether any had to be clipped (full scale itself, 1.0, does
-    not count).
+    """Round samples in [-1, 1] to int16. Returns them, and whether any was clipped.
+
+    Full scale, 1.0, becomes 32767 and does not count as clipped.
     """
     scaled = np.round(samples * 32768.0)
-    return np.clip(scaled, -32768, 32767).astype(np.int16), bool((np.abs(scaled) > 32768).any())
+    is_clipped = bool((np.abs(scaled) > 32768).any())
+    return np.clip(scaled, -32768, 32767).astype(np.int16), is_clipped

@@ -1,4 +1,4 @@
-"""What each key of config.yaml may be; how the file and the command line become a `Config`.
+"""The configuration: which values each key may have; how file and command line become a `Config`.
 
 config.yaml is the only place of values and meanings: `--help` prints its comments. This file holds
 types and ranges.
@@ -21,34 +21,30 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    PrivateAttr,
     ValidationError,
 )
 
+from audio import Windows
+from evaluation.scores import KINDS
 from losses import MODES
 from model import CHANNELS
 from utils import OneLineParser, UserError, suggest
 
-SCORINGS = ("published", "angle", "nearest")  # evaluation/scoring.py computes them
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
-
-MachineID = int | str
-Machines = Mapping[str, Sequence[MachineID]]  # by machine type, their order numbers the classes
-AUTO: Machines = {}  # `machines: auto`, until `corpus.settle_classes` has looked which there are
-Classes = Mapping[
-    str, Mapping[str, Sequence[str]]
-]  # by machine type and ID ("02"), the attributes of each class
-BY_ATTRIBUTES = (
-    "attributes"  # `classes: attributes`, until `corpus.settle_classes` has looked which there are
-)
-MACHINE_ID = r"(?!(pooled|mean|min)$)[^_/\\\x00-\x1f\x7f]+"
+AUTO_HOPS = {"train": 10.0, "test": 5.0, "evaluation": 5.0}  # seconds, by split
+SUMMARY_NAMES = (
+    "pooled",
+    "mean",
+    "min",
+)  # rows of the results, which no machine ID may be named as
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
 
 def refuse_non_numbers(value: Any) -> Any:
-    if isinstance(value, bool) or (
-        isinstance(value, str) and "_" in value
-    ):  # which Python takes for numbers
+    """Refuse true and "1_000", which Python takes for numbers."""
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         raise ValueError
     return value
 
@@ -59,28 +55,31 @@ def refuse_repeats(values: list) -> list:
     return values
 
 
-def read_machines(value: Any) -> Any:
+def check_machines(value: Any) -> Any:
+    """Refuse an empty table, and one that names a machine type twice, as 7 and "7"."""
     if not value or (isinstance(value, dict) and len(set(map(str, value))) < len(value)):
         raise ValueError
-    return AUTO if value == "auto" else value
+    return value
 
 
-def parse_id(text: str) -> MachineID:
-    """A machine ID: a number of up to nine digits, zeros before it or not, or else the word it is."""
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
+def name_id(machine_id: int | str) -> str:
+    """Return a machine ID as file names and outputs have it: a number of up to nine digits with two
+    digits or more ("02"), anything else as the word it is.
+    """
+    text = str(machine_id)
+    return f"{int(text):02d}" if re.fullmatch("[0-9]{1,9}", text) else text
 
 
-def check_id(value: Any) -> MachineID:
-    """An ID that can be read from a file name, and names no row of the table of results."""
+def is_machine_id(text: str) -> bool:
+    """Whether a text can be a machine ID: part of a file name, and not a row of the results."""
+    return text not in SUMMARY_NAMES and bool(re.fullmatch(r"[^_/\\\x00-\x1f\x7f]+", text))
+
+
+def check_id(value: Any) -> str:
     is_number = type(value) is int and value >= 0
-    if not is_number and not (isinstance(value, str) and re.fullmatch(MACHINE_ID, value)):
+    if not is_number and not (isinstance(value, str) and is_machine_id(value)):
         raise ValueError
-    return parse_id(str(value))
-
-
-def name_id(machine_id: MachineID) -> str:
-    """A machine ID as outputs name it: a number has two digits, as in the published file names."""
-    return f"{machine_id:02d}" if isinstance(machine_id, int) else machine_id
+    return name_id(value)
 
 
 Real = Annotated[float, BeforeValidator(refuse_non_numbers), Field(allow_inf_nan=False)]
@@ -88,24 +87,20 @@ Whole = Annotated[int, BeforeValidator(refuse_non_numbers)]
 Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]
-# A folder name, but `average`, a row of the table of results.
-MachineType = Annotated[
-    str, Field(coerce_numbers_to_str=True, pattern=r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$")
-]
+# A folder name, but not `average`, which is a row of the results.
+MACHINE_TYPE = r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$"
+MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=MACHINE_TYPE)]
 MachineIDs = Annotated[
-    list[Annotated[MachineID, PlainValidator(check_id)]],
+    list[Annotated[str, PlainValidator(check_id)]],
     Field(min_length=1),
     AfterValidator(refuse_repeats),
 ]
-MachineTable = Annotated[dict[MachineType, MachineIDs], BeforeValidator(read_machines)]
 Channels = Annotated[
     list[Literal[CHANNELS]],  # type: ignore[valid-type]
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1),
     AfterValidator(refuse_repeats),
-    AfterValidator(
-        lambda names: sorted(names, key=CHANNELS.index)
-    ),  # the order in which they are stacked
+    AfterValidator(lambda names: sorted(names, key=CHANNELS.index)),  # as they are stacked
 ]
 
 
@@ -118,20 +113,15 @@ class Config(BaseModel):
         Path_, Field(pattern=r"\S", description="the name of a folder (a number needs quotes)")
     ]
     machines: Annotated[
-        MachineTable,
+        Literal["auto"] | dict[MachineType, MachineIDs],
+        BeforeValidator(check_machines),
         Field(
-            description="auto or a table of machine types (names of folders, not average) with lists of different IDs "
-            "(numbers, or words without _, / and \\, not pooled, mean or min), such as {fan: [0, 2], press: [line-3]}"
+            description="auto or a table of machine types (names of folders, not average) with "
+            "lists of different IDs (numbers, or words without _, / and \\, not pooled, mean or "
+            "min), such as {fan: [0, 2], press: [line-3]}"
         ),
     ]
-    classes: Annotated[
-        Literal["section", "attributes"]
-        | dict[
-            MachineType,
-            dict[str, Annotated[list[str], Field(min_length=1), AfterValidator(refuse_repeats)]],
-        ],
-        Field(description="section, attributes, or a table of the attributes of each machine"),
-    ]
+    classes: Literal["section", "attributes"]
     window: Literal["first", "all"]
     hop: Annotated[
         Literal["auto"] | Annotated[Real, Field(ge=0.1, le=10)],
@@ -159,7 +149,8 @@ class Config(BaseModel):
         Path_,
         Field(
             pattern=r"^(?!(.*/)?\.pth$)([^{}]|\{mode\}|\{seed\})+\.pth$",
-            description="a file name that ends in .pth, without braces but those of {mode} and {seed}",
+            description="a file name that ends in .pth, without braces but those of {mode} and "
+            "{seed}",
         ),
     ]
     device: Annotated[
@@ -171,7 +162,7 @@ class Config(BaseModel):
     compile: Annotated[Literal["auto", True, False], Field(description="auto, true or false")]
     num_workers: Annotated[Whole, Field(ge=1, le=1000, description="a whole number from 1 to 1000")]
     tensorboard: Flag
-    scoring: Literal[SCORINGS]  # type: ignore[valid-type]
+    scoring: Literal[tuple(KINDS)]  # type: ignore[valid-type]
     neighbours: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
     over_windows: Literal["mean", "max"]
     score_dtype: Literal["float32", "float64"]
@@ -180,131 +171,124 @@ class Config(BaseModel):
         Real, Field(gt=0, lt=100, description="a number above 0 and below 100")
     ]
 
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The keys that stood on the command line."""
+        return self._given
+
     @property
     def checkpoint(self) -> Path:
         """`save_path` with its placeholders filled in."""
         return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
 
-    def hop_of(self, split: str) -> float | None:
-        """Seconds between the windows of a recording of the split; None where its first window
-        alone counts.
-        """
-        if self.window == "first":
-            return None
-        return {"train": 10.0}.get(split, 5.0) if self.hop == "auto" else self.hop
+    def windows(self, split: str) -> Windows:
+        """Return which windows of the recordings of a split are used."""
+        return choose_windows(self.window, self.hop, self.channel, split)
 
-    def differences(self, other: dict[str, Any], keys: Sequence[str]) -> list[str]:
-        """Those of the keys whose values in another configuration differ; the order of the machines
-        counts.
+    def differences(self, other: "Config", keys: Sequence[str]) -> list[str]:
+        """Return the keys that have other values in another configuration; the order of the
+        machines counts.
         """
-        return [key for key in keys if json.dumps(getattr(self, key)) != json.dumps(other.get(key))]
+        return [
+            key for key in keys if json.dumps(getattr(self, key)) != json.dumps(getattr(other, key))
+        ]
+
+
+def choose_windows(window: str, hop: float | str, channel: int, split: str) -> Windows:
+    """Return which windows of a recording are used, from the values of these keys."""
+    if window == "first":
+        return Windows(None, channel)
+    return Windows(AUTO_HOPS[split] if isinstance(hop, str) else hop, channel)
 
 
 KEYS = tuple(Config.model_fields)
-# Where things lie, how they are computed, and how eval.py scores and decides: a resumed run may
-# have others.
+# Where files are, how the computer computes, and how eval.py scores and decides: a run can be
+# resumed with other values.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile",
-    "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype", "threshold",
-    "threshold_percentile",
+    "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype",
+    "threshold", "threshold_percentile",
 )  # fmt: skip
-# What makes the model and its published score: it is taken from the checkpoint.
+# The model and its published score: the checkpoint has their values.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
-# Which part of a recording the model was trained on: taken from the checkpoint too, but the command
-# line may differ.
+# The part of a recording that the model was trained on: the values are those of the checkpoint,
+# unless the command line has others.
 RECORDING_KEYS = ("window", "channel")
-# How clips are scored and decided upon.
+# How clips are scored, and how it is decided which are anomalous.
 DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
-# What the command lines take: those of training, and those of the scripts that score.
+# The options of the scripts that train, and of those that score.
 TRAINING_KEYS = tuple(
     key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype")
 )
 SCORING_KEYS = (
-    "data_root",
-    *MODEL_KEYS,
-    *RECORDING_KEYS,
-    "hop",
-    "device",
-    "num_workers",
-    *DECISION_KEYS,
-)
+    "data_root", *MODEL_KEYS, *RECORDING_KEYS, "hop", "device", "num_workers", *DECISION_KEYS,
+)  # fmt: skip
 EVALUATION_KEYS = (*SCORING_KEYS, "batch_size", "eval_precision", "score_dtype")
 
 
-def make_config(*sources: tuple[str, dict[str, Any]]) -> Config:
-    """The configuration of several sources, (name, values); a later one replaces the values of
-    those before it.
+def make_config(*sources: tuple[str, Mapping[str, Any]], given: Sequence[str] = ()) -> Config:
+    """Make a configuration from several sources, (name, values), each of which replaces values of
+    those before it. `given` are the keys that stood on the command line.
 
-    Raises `UserError` for an unknown or missing key, a wrong type, or a value out of range; it
-    names the source.
+    Raises:
+        UserError: For an unknown or missing key, a wrong type, or a value out of range; the message
+            names the source.
     """
-    values = {str(key): value for _, given in sources for key, value in given.items()}
+    values = {str(key): value for _, part in sources for key, value in part.items()}
     try:
-        return check_classes(Config.model_validate(values))
+        config = Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-    key = str(first["loc"][0])
-    source = next(
-        (name for name, given in reversed(sources) if key in map(str, given)), str(DEFAULT_CONFIG)
-    )
-    if first["type"] == "missing":
-        raise UserError(f"{source}: {key} is missing")
-    if key not in KEYS:
-        raise UserError(
-            f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {', '.join(KEYS)})"
-        )
-    field = Config.model_fields[key]
-    choices = (
-        CHANNELS
-        if key == "input"
-        else [name for name in get_args(field.annotation) if isinstance(name, str)]
-    )
-    allowed = field.description or f"one of {', '.join(choices)}"
-    raise UserError(
-        f"{source}: {key}: {values[key]!r} is not {allowed}{suggest(str(values[key]), choices)}"
-    )
-
-
-def check_classes(config: Config) -> Config:
-    """The same, unless a table of classes has other machines than the table of machines."""
-    if isinstance(config.classes, dict):
-        machines = {
-            machine_type: set(map(name_id, ids)) for machine_type, ids in config.machines.items()
-        }
-        if {machine_type: set(ids) for machine_type, ids in config.classes.items()} != machines:
-            raise UserError(
-                "classes: a table that has not the machine types and IDs of machines; give attributes"
-            )
+        raise UserError(explain_error(error, sources, values)) from None
+    config._given = frozenset(given)
     return config
 
 
-def check_effect(config: Config, given: Mapping[str, Any], kinds: Sequence[str] = SCORINGS) -> None:
-    """Raise `UserError` for a key on the command line (`given`) that has no effect on these kinds
-    of score.
+def explain_error(
+    error: ValidationError, sources: Sequence[tuple[str, Mapping[str, Any]]], values: dict[str, Any]
+) -> str:
+    """Return a line about the first error: the source, the key, its value, and what is allowed."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    source = str(DEFAULT_CONFIG)
+    for name, part in sources:
+        if key in map(str, part):
+            source = name  # the last that gave it
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing"
+    if key not in KEYS:
+        known = ", ".join(KEYS)
+        return f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {known})"
+    field = Config.model_fields[key]
+    choices = [name for name in get_args(field.annotation) if isinstance(name, str)]
+    if key == "input":
+        choices = list(CHANNELS)
+    allowed = field.description or f"one of {', '.join(choices)}"
+    hint = suggest(str(values[key]), choices)
+    return f"{source}: {key}: {values[key]!r} is not {allowed}{hint}"
+
+
+def check_effect(config: Config, windows: Windows, kinds: Sequence[str] = ()) -> None:
+    """Raise `UserError` for a key on the command line that has no effect where these windows are
+    used and these kinds of score computed.
     """
-    idle: dict[str, str] = {}
-    if config.window == "first":
-        idle |= dict.fromkeys(("hop", "over_windows"), "window: first")
+    without_effect: dict[str, str] = {}
+    if windows.hop is None:
+        without_effect |= dict.fromkeys(("hop", "over_windows"), "window: first")
     if "nearest" not in kinds:
-        idle["neighbours"] = f"scoring: {config.scoring}"
-    for key, other in idle.items():
-        if key in given:
-            raise UserError(f"command line: {key} has no effect with {other}; leave it out")
-
-
-def show_value(key: str, value: Any) -> str:
-    """A value in a message; a table of classes is too long for it."""
-    if key == "classes" and isinstance(value, dict):
-        return f"{BY_ATTRIBUTES} ({sum(len(own) for ids in value.values() for own in ids.values())} classes)"
-    return repr(value)
+        without_effect["neighbours"] = f"scoring: {config.scoring}"
+    for key, reason in without_effect.items():
+        if key in config.given:
+            raise UserError(f"command line: {key} has no effect with {reason}; leave it out")
 
 
 # ---- YAML and the command line ----
 
 
 class YamlLoader(yaml.SafeLoader):
-    """PyYAML's loader, but 1e-4 is a number, 010 is ten and not eight, and a key that is given
-    twice is an error.
+    """PyYAML's loader with three changes: 1e-4 is a number, 010 is ten and not eight, and a key
+    that is given twice is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -323,25 +307,21 @@ YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(nod
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; a `UserError` that names `source` and the line if it is not YAML."""
+    """Parse a YAML text. Raises `UserError` that names `source` and line if it is not YAML."""
     try:
         return yaml.load(text, Loader=YamlLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {error.problem}") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # as !!int x
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML raises them for values such as `!!int x`.
         raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The keys and values of a configuration file, not checked yet."""
+    """Read the keys and values of a configuration file, without checking them."""
     try:
         values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
@@ -353,15 +333,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return values or {}
 
 
-def load_config(file: Path = DEFAULT_CONFIG, **overrides: Any) -> Config:
-    """The configuration of config.yaml, replaced by the keys of `file`, replaced by `overrides`."""
+def load_config(file: Path = DEFAULT_CONFIG, given: Sequence[str] = (), **overrides: Any) -> Config:
+    """Load config.yaml, with values replaced by those of `file`, and these by `overrides`; `given`
+    are the keys that stood on the command line.
+    """
     sources = [(str(path), read_yaml(path)) for path in dict.fromkeys((DEFAULT_CONFIG, file))]
-    return make_config(*sources, ("command line", overrides))
+    return make_config(*sources, ("command line", overrides), given=given)
 
 
 def describe_keys() -> dict[str, str]:
-    """The meaning of each key: the comment above or behind it in config.yaml, on one line."""
-    meaning, above = {}, []
+    """Return the meaning of each key: its comment in config.yaml, on one line."""
+    meaning: dict[str, str] = {}
+    above: list[str] = []
     for line in DEFAULT_CONFIG.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             above.append(line.strip("# "))
@@ -374,7 +357,7 @@ def describe_keys() -> dict[str, str]:
 
 
 def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
-    """`--config` and an option for each of the keys."""
+    """Add `--config`, and an option for each of the keys."""
     parser.add_argument(
         "--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file"
     )
@@ -396,9 +379,10 @@ def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> 
 
 def parse_command_line(
     parser: OneLineParser, arguments: Sequence[str] | None = None, keys: Sequence[str] = KEYS
-) -> tuple[Config, argparse.Namespace, dict[str, Any]]:
-    """The configuration, the options that are not keys of it, and the keys that stood on the
-    command line; `keys` are those that it takes.
+) -> tuple[Config, argparse.Namespace]:
+    """Parse the options of a script: those of `parser`, `--config`, and one for each of `keys`.
+
+    Returns the configuration, and the options that are not keys of it.
     """
     add_config_options(parser, keys)
     options, unknown = parser.parse_known_intermixed_args(arguments)
@@ -406,8 +390,11 @@ def parse_command_line(
         known = [option for action in parser._actions for option in action.option_strings]
         word = unknown[0].split("=")[0]
         raise UserError(f"command line: unknown option {word}{suggest(word, known)} (see --help)")
-    given = {key: vars(options).pop(key) for key in keys if key in options}
-    for key, text in given.items():
-        if Config.model_fields[key].annotation is not str:  # a path is taken as it stands
-            given[key] = parse_yaml(text, f"command line: {key}")
-    return load_config(options.config, **given), options, given
+    values: dict[str, Any] = {}
+    for key in keys:
+        if key not in options:
+            continue
+        text = vars(options).pop(key)
+        is_text = Config.model_fields[key].annotation is str  # a path is not parsed as YAML
+        values[key] = text if is_text else parse_yaml(text, f"command line: {key}")
+    return load_config(options.config, given=tuple(values), **values), options

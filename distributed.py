@@ -1,5 +1,6 @@
-"""Several processes, one per device, as torchrun starts them. In a single process every function
-here does nothing.
+"""Communication between several processes, one per device, that torchrun has started.
+
+In a single process the collectives do nothing.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 # How long a collective waits before the job fails: one process may read or write files while the
-# others wait. One that has died is noticed at once by torchrun's agent, which ends the job.
+# others wait. If a process dies, torchrun's agent notices at once and ends the job.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -24,7 +25,7 @@ def is_started_by_torchrun() -> bool:
 
 
 def planned_processes() -> int:
-    """How many processes torchrun has started, before they have joined."""
+    """Return the number of processes that torchrun has started; valid before `join`, too."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -37,12 +38,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is the index of its GPU."""
+    """Return the number of this process on its computer, which is the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and prints."""
+    """Return whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
@@ -51,9 +52,11 @@ def is_main() -> bool:
 
 @functools.cache
 def agent_store() -> dist.Store | None:
-    """The key-value store that torchrun's agent keeps. None without torchrun, and where every
-    attempt has a store of its own (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), as restarts on several
-    machines need: agents there count attempts differently.
+    """Connect to the key-value store of torchrun's agent.
+
+    Returns None without torchrun, and if each attempt has a separate store
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). Restarts on several computers need separate stores,
+    because the agents count attempts differently.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -62,9 +65,9 @@ def agent_store() -> dist.Store | None:
 
 
 def attempt_store() -> dist.Store | None:
-    """The agent's store for the processes of this attempt alone.
+    """Return the agent's store with a prefix for this attempt of the job.
 
-    The agent (torch 2.11) keeps one store for all attempts: without a prefix, restarted processes
+    The agent (torch 2.11) has one store for all attempts: without a prefix, restarted processes
     would find the addresses of dead ones.
     """
     store, attempt = agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -72,13 +75,12 @@ def attempt_store() -> dist.Store | None:
 
 
 def join(device: torch.device) -> None:
-    """Wait for the other processes of the job. `device` is the one this process uses, under NCCL
-    its own GPU.
-    """
-    is_cuda, agent = device.type == "cuda", agent_store()
+    """Connect to the other processes of the job: with NCCL if `device` is a GPU, else with gloo."""
+    is_cuda = device.type == "cuda"
+    agent = agent_store()
     if agent is not None:
-        # NCCL's watchdog announces here, without a prefix, that a process has failed. Found by a
-        # restarted process, it would end the new attempt as well.
+        # NCCL's watchdog sets this key, without a prefix, when a process has failed. A restarted
+        # process that finds it would end the new attempt as well.
         agent.delete_key("exception_dump")
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
@@ -91,16 +93,18 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Close the connections. Under NCCL this waits for the other processes: only for the end of a
-    successful job.
+    """Close the connections at the end of a successful job.
+
+    After an error, use `end_process` instead: NCCL would wait here for the other processes.
     """
     dist.destroy_process_group()
 
 
 def end_process(status: int) -> NoReturn:
-    """End with this status. A process of a job does so at once: after an error, what Python and
-    NCCL do at a normal exit waits for the others, which may be waiting for this one; after success,
-    gloo at times aborts (torch 2.11).
+    """End this process with an exit status, in a job without the cleanup of a normal exit.
+
+    After an error, the cleanup of NCCL waits for the other processes, which may be waiting for this
+    one. After success, gloo sometimes aborts during the cleanup (torch 2.11).
     """
     if not is_started_by_torchrun():
         sys.exit(status)
@@ -113,8 +117,9 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process of this attempt has reported an error: usually all meet the same
-    one, or one error ends the others.
+    """Return whether no other process of this attempt has reported an error.
+
+    Usually all processes meet the same error, or the error of one ends the others.
     """
     try:
         store = attempt_store()
@@ -124,7 +129,7 @@ def is_first_to_fail() -> bool:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether the error says that another process has ended."""
+    """Return whether the error means that another process has ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
 
 
@@ -138,9 +143,7 @@ def barrier() -> None:
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """Call `function` in the main process alone; every process gets what it returns, or the error
-    that it raises.
-    """
+    """Call `function` in the main process; every process returns its result or raises its error."""
     if not dist.is_initialized():
         return function()
     outcome: list[Any] = [None, None]
@@ -156,7 +159,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """The values of all processes."""
+    """Return the values of all processes, in the order of their ranks."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -164,15 +167,17 @@ def from_all(value: T) -> list[T]:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of each element over all processes, bit for bit the same in each; differentiable."""
+    """Sum each element over all processes; every process gets the same bits. Differentiable."""
     return all_reduce(values) if dist.is_initialized() else values
 
 
 @torch.library.custom_op("tastgram_mfn::all_reduce", mutates_args=())
 def all_reduce(values: Tensor) -> Tensor:
-    """An operation that the compiler leaves as it is. Of PyTorch's own (torch 2.11) it loses one in
-    the backward pass, and turns the other into a sum in place, also where another part of the graph
-    still reads the summand.
+    """Sum over all processes, in an operation that the compiler leaves unchanged.
+
+    PyTorch has two differentiable operations for this, and torch 2.11 compiles neither correctly:
+    one is missing from the compiled backward pass, the other is turned into a sum in place although
+    the graph still reads its input.
     """
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)

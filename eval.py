@@ -36,31 +36,31 @@ score.py scores single recordings.
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from checkpoint import RunFiles, load_model
-from config import EVALUATION_KEYS, SCORINGS, Config, check_effect, parse_command_line
+from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
 from evaluation.result import Result, evaluate
 from evaluation.score_files import evaluate_score_files
+from evaluation.scores import KINDS
 from evaluation.tables import write_result
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 
 
-def evaluate_all(
-    config: Config, paths: list[Path], given: dict[str, Any], options: Namespace
-) -> None:
-    """Evaluate the checkpoints, each into its folder; compare them if there are several, and the
-    scores on request.
+def evaluate_all(config: Config, paths: list[Path], options: Namespace) -> None:
+    """Evaluate checkpoints, each into its folder; compare them if there are several, and the kinds
+    of score on request.
     """
     if len({RunFiles(path).folder for path in paths}) < len(paths):
         raise UserError(
-            "two checkpoints of one name without its ending have the same folder of results; rename one"
+            "two checkpoints of one name without its ending have the same folder of results; "
+            "rename one"
         )
-    is_comparison, output = len(paths) > 1 or options.all_scores, options.output or COMPARISON
+    is_comparison = len(paths) > 1 or options.all_scores
+    output = options.output or COMPARISON
     if is_comparison:
         check_writable(output / "comparison.md", "--output names another folder")
     elif options.output:
@@ -71,36 +71,36 @@ def evaluate_all(
     for path in paths:
         if len(paths) > 1:
             print(f"\n{path}")
-        results += evaluate_one(config, path, given, options)
+        results += evaluate_one(config, path, options)
     if is_comparison:
         compare_all(config, results, output, options)
 
 
-def evaluate_one(
-    config: Config, path: Path, given: dict[str, Any], options: Namespace
-) -> list[Result]:
-    """Write what the configuration's kind of score gives. Returns the results of all kinds that are
-    compared.
+def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]:
+    """Evaluate a checkpoint, and write the results of the kind of score of the configuration.
+    Returns the results of all kinds that are compared.
     """
-    trained, split = load_model(path, config, given), options.split or "test"
-    kinds = (
-        SCORINGS[::-1] if options.all_scores else [config.scoring]
-    )  # the published one is subtracted
-    check_effect(trained.config, given, kinds)
+    split = options.split or "test"
+    model = load_model(path, config)
+    windows = model.windows(config, split)
+    # The published kind comes last: it is subtracted from the others.
+    kinds = list(KINDS)[::-1] if options.all_scores else [config.scoring]
+    check_effect(config, windows, kinds)
     folder = RunFiles(path).results(split)
-    check_writable(
-        folder / "metrics.csv",
-        "results lie beside the checkpoint, so copy it to a folder of your own",
-    )
-    device, clips = use_device(config.device), load_clips(trained.config, split)
-    results = evaluate(trained, clips, split, device, kinds)
-    write_result(results[config.scoring], folder, split)
+    remedy = "results are written beside the checkpoint, so copy it to another folder"
+    check_writable(folder / "metrics.csv", remedy)
+    device = use_device(config.device)
+    clips = load_clips(config, model.classes, split, windows)
+    results = evaluate(model, clips, config, split, windows, kinds, device)
+    chosen = results[kinds.index(config.scoring)]
+    write_result(chosen, folder)
     if options.plots or options.report:
-        draw(results[config.scoring], folder, options.report)
-    return list(results.values())
+        draw(chosen, folder, options.report)
+    return results
 
 
 def draw(result: Result, folder: Path, has_report: bool) -> None:
+    """Draw the figures of an evaluation, and write the report on request."""
     from evaluation.figures import draw_all  # matplotlib takes a second to import
 
     figures = draw_all(result, folder / "figures")
@@ -113,55 +113,45 @@ def draw(result: Result, folder: Path, has_report: bool) -> None:
 
 
 def compare_all(config: Config, results: list[Result], output: Path, options: Namespace) -> None:
+    """Compare the configurations and kinds of score of results; draw the angles on request."""
     groups, figure = group_by_configuration(results), ""
     if options.plots or options.report:
         from evaluation.figures import draw_angles
 
         figure = "angles.png"
-        chosen = {
-            name: runs
-            for name, runs in groups.items()
-            if runs[0].trained.config.scoring == config.scoring
-        }
+        chosen = {name: runs for name, runs in groups.items() if runs[0].kind == config.scoring}
         draw_angles(chosen, output / figure)
-    compare(groups, options.split or "test", output, figure)
+    compare(groups, output, figure)
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)"
-    )
-    parser.add_argument(
-        "--split", choices=("test", "evaluation"), help="which clips to score (default: test)"
-    )
-    parser.add_argument("--plots", action="store_true", help="draw the figures (PNG)")
-    parser.add_argument(
-        "--report", action="store_true", help="write report.html, with the figures in it"
-    )
-    parser.add_argument(
-        "--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})"
-    )
-    parser.add_argument(
-        "--all_scores", action="store_true", help="compare the three kinds of score (see scoring)"
-    )
-    parser.add_argument(
-        "--score_files", metavar="FOLDER", type=Path, help="measure the score files in it instead"
-    )
-    config, options, given = parse_command_line(parser, keys=EVALUATION_KEYS)
-    if not options.score_files:
-        evaluate_all(config, options.checkpoint or [config.checkpoint], given, options)
-        return
-    idle = [
-        name
-        for name, value in vars(options).items()
-        if value and name not in ("config", "score_files")
-    ]
-    if idle := [*idle, *given.keys() - {"data_root"}]:
+    add = parser.add_argument
+    add("checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)")
+    add("--split", choices=("test", "evaluation"), help="which clips to score (default: test)")
+    add("--plots", action="store_true", help="draw the figures (PNG)")
+    add("--report", action="store_true", help="write report.html, with the figures in it")
+    add("--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})")
+    add("--all_scores", action="store_true", help="compare the kinds of score (see scoring)")
+    add("--score_files", metavar="FOLDER", type=Path, help="measure the score files in it instead")
+    config, options = parse_command_line(parser, keys=EVALUATION_KEYS)
+    if options.score_files:
+        check_alone(config, options)
+        evaluate_score_files(options.score_files, Path(config.data_root))
+    else:
+        evaluate_all(config, options.checkpoint or [config.checkpoint], options)
+
+
+def check_alone(config: Config, options: Namespace) -> None:
+    """Raise `UserError` for options beside --score_files that have no effect then."""
+    names = [name for name, value in vars(options).items() if value]
+    names = [name for name in names if name not in ("config", "score_files")]
+    names += sorted(config.given - {"data_root"})
+    if names:
         raise UserError(
-            f"{idle[0]} has no effect with --score_files, which takes --data_root alone; leave it out"
+            f"{names[0]} has no effect with --score_files, which takes --data_root alone; "
+            f"leave it out"
         )
-    evaluate_score_files(options.score_files, Path(config.data_root))
 
 
 if __name__ == "__main__":

@@ -26,44 +26,40 @@ the script ends in an error and writes nothing.
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from checkpoint import load_model
-from config import SCORING_KEYS, Config, check_effect, parse_command_line
-from corpus import first_classes
-from evaluation.scoring import with_embeddings
+from config import SCORING_KEYS, Config, check_effect, choose_windows, parse_command_line
+from evaluation.bank import with_bank
 from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
 
 
-def export(config: Config, options: Namespace, given: dict[str, Any]) -> None:
+def export(config: Config, options: Namespace) -> None:
+    """Write the ONNX file of a checkpoint, if its scores agree with those of eval.py."""
     try:
-        from evaluation.onnx_file import compare, make_model
+        from evaluation.onnx_file import compare, make_file
     except ImportError as error:
         raise UserError(
             f"export.py needs other packages ({error}): pip install -r requirements-export.txt"
         ) from None
     path = options.checkpoint or config.checkpoint
-    exact = config.model_copy(update={"eval_precision": "fp32"})  # which the file is compared with
-    trained = load_model(path, exact, given)
-    check_effect(
-        trained.config.model_copy(update={"window": "all"}), given, [config.scoring]
-    )  # as the file says
-    output = options.output or path.with_suffix(
-        ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
-    )
+    model = load_model(path, config)
+    check_effect(config, choose_windows("all", config.hop, 0, "test"), [config.scoring])
+    ending = ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
+    output = options.output or path.with_suffix(ending)
     check_output(output, path)
-    trained = with_embeddings(trained, [config.scoring], use_device(config.device))
-    content = make_model(trained).SerializeToString()
-    difference = compare(content, trained)
+    model = with_bank(model, config, [config.scoring], use_device(config.device))
+    content = make_file(model, config).SerializeToString()
+    difference = compare(content, model, config)
     with replace_file(output) as temporary:
         temporary.write_bytes(content)
     print(
-        f"{output}: {len(content) / 1e6:.1f} MB, {len(first_classes(trained.config))} machine IDs, {config.scoring} "
-        f"scores, which differ from those of eval.py by {difference:.1e} at most"
+        f"{output}: {len(content) / 1e6:.1f} MB, {len(model.classes.machines)} machine IDs, "
+        f"{config.scoring} scores, which differ from those of eval.py by {difference:.1e} at most"
     )
 
 
 def check_output(output: Path, checkpoint: Path) -> None:
+    """Raise `UserError` if the file cannot be written, or would replace the checkpoint."""
     if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
         raise UserError(
             f"{output}: --output names a file that ends in .onnx and is not the checkpoint"
@@ -79,10 +75,9 @@ def main() -> None:
     parser.add_argument(
         "--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)"
     )
-    config, options, given = parse_command_line(
-        parser, keys=[key for key in SCORING_KEYS if key != "window"]
-    )
-    export(config, options, given)
+    keys = [key for key in SCORING_KEYS if key != "window"]
+    config, options = parse_command_line(parser, keys=keys)
+    export(config, options)
 
 
 if __name__ == "__main__":

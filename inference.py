@@ -1,30 +1,46 @@
-"""What a network gives for clips in evaluation mode: for validation and for scoring."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""Run a trained network on clips, in evaluation mode: for validation and for scoring."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
+from checkpoint import Model
+from config import Config
 from dataloader import ClipSet, batches
-from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, TASTgramMFN, fold_batch_norm
-from utils import autocast
+from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, Outputs, TASTgramMFN, fold_batch_norm
+from utils import autocast, choose_precision, keep_freed_memory, set_up_numerics
 
-CPU_BATCH = 16  # larger ones are no faster, and 64 clips take 3 GB
+CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What a network gives for n clips: similarity to each class `(n, C)`, embedding `(n, E)`;
-    float32.
+def run_model(
+    model: Model, clips: ClipSet, config: Config, device: torch.device, title: str = "scoring"
+) -> Outputs:
+    """Run a model on clips. The network computes in `eval_precision`, everything before and after
+    it in float32. `title` is that of the progress bar. Returns the outputs on the CPU.
     """
+    precision = choose_precision(config.eval_precision, device)
+    return run_in_precision(model, clips, config.batch_size, device, precision, title)
 
-    similarity: Tensor
-    embedding: Tensor
+
+def run_in_precision(
+    model: Model,
+    clips: ClipSet,
+    batch_size: int,
+    device: torch.device,
+    precision: torch.dtype,
+    title: str,
+) -> Outputs:
+    """Run a model on clips as `run_model` does, with the network in a given precision."""
+    set_up_numerics()
+    keep_freed_memory()
+    network = model.network.move_to(device)
+    front_end = FrontEnd(model.config.input).to(device)
+    numbers = np.arange(len(clips))
+    outputs = run_network(network, front_end, clips, numbers, batch_size, device, precision, title)
+    return Outputs(outputs.similarity.cpu(), outputs.embedding.cpu())
 
 
 @torch.no_grad()
@@ -38,24 +54,30 @@ def run_network(
     precision: torch.dtype = torch.float32,
     title: str | None = None,
 ) -> Outputs:
-    """The outputs, on the device, for the clips of these numbers, with the running statistics of
-    batch norm.
+    """Run a network on the clips of these numbers, with the running statistics of batch norm.
 
-    `batch_size` is that of training: without gradients a GPU has room for twice as many. Network
-    and front end are on the device; the front end computes in float32, the network in `precision`.
-    A title is that of a progress bar.
+    Args:
+        network: The network, on the device.
+        front_end: Computes its inputs, in float32, on the device.
+        clips: The clips to choose from.
+        numbers: The numbers of the clips.
+        batch_size: That of training. Without gradients a GPU has room for twice as many clips.
+        device: Where to compute.
+        precision: That of the network.
+        title: That of a progress bar; None for no bar.
+
+    Returns:
+        The outputs, on the device.
     """
     prepared = prepare(network, device, precision)
     plan = batches(numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size)
-    # Allocated once: results of each batch by itself would fragment the memory that glibc keeps.
+    # Allocated once: the results of each batch apart would fragment the memory that glibc keeps.
     similarity = torch.empty(len(numbers), network.num_classes, device=device)
     embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
-    data = clips.batches(plan, device)
-    progress = tqdm(
-        data, title, len(plan), unit="batch", leave=False, disable=None if title else True
-    )
+    data = clips.read(plan, device)
+    bar = tqdm(data, title, len(plan), unit="batch", leave=False, disable=None if title else True)
     start = 0
-    for samples, _ in progress:
+    for samples in bar:
         rows = slice(start, start + len(samples))
         inputs = front_end(samples)
         with autocast(device, precision):
@@ -64,22 +86,8 @@ def run_network(
     return Outputs(similarity, embedding)
 
 
-def score_classes(classes: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scores `(n, C)` of clips against classes `(n, C)`; `score` takes one class for each clip
-    `(n,)`.
-    """
-    return torch.stack([score(column) for column in classes.T], dim=1)
-
-
-def pack_embeddings(embedding: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What is kept of clips: their `embedding` `(n, E)`, of length 1 and in half precision, and
-    `label` `(n,)`.
-    """
-    return {"embedding": F.normalize(embedding).half().cpu(), "label": labels}
-
-
 def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:
-    """A copy of the network that computes the same in evaluation mode, faster."""
+    """Return a copy of a network that computes its outputs in evaluation mode faster."""
     prepared = fold_batch_norm(network)
     if device.type == "cpu" and precision == torch.float32 and torch.backends.mkldnn.is_available():
         prepared.add_module("mobilefacenet", BlockedLayout(prepared.mobilefacenet))
@@ -88,13 +96,14 @@ def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) 
 
 class BlockedLayout(nn.Module):
     """A backbone in the memory format that oneDNN, PyTorch's library of convolutions for CPUs,
-    chooses for itself. Its weights are brought into it once; what is in it only oneDNN can read.
+    chooses for itself. The weights are converted to it once; only oneDNN can read the format.
     """
 
     def __init__(self, network: MobileFaceNet) -> None:
         super().__init__()
         self.fc_out = network.fc_out
-        self.network = to_mkldnn(network.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+        contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.network = to_mkldnn(contiguous)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.network(features.to_mkldnn()).to_dense()

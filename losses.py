@@ -1,13 +1,14 @@
-"""Mixup, angular margin, mixed loss and anomaly score: what each mode makes of the class
-similarities.
+"""Mixup, angular margin and loss of each training mode.
 
-One formula serves all modes. With `margin(y)` the logits that carry the margin on class y,
+One formula serves all modes. Where `margin(y)` are the logits with the margin on class y, the loss
+of a clip of class a that is mixed with a partner of class b is
 
     loss = lam * CE(margin(a), a) + (1 - lam) * CE(margin(b'), b)
 
-for a clip of class a mixed with a partner of class b: ArcMix has b' = b, Noisy-ArcMix b' = a (the
-deliberately inconsistent margin), ArcFace does not mix (lam = 1). Choi & Choi, ICASSP 2024, section
-2.2.
+ArcMix has b' = b, Noisy-ArcMix b' = a (a deliberately inconsistent margin), and ArcFace does not
+mix (lam = 1). Choi & Choi, ICASSP 2024, section 2.2.
+
+B batch, C classes.
 """
 
 import math
@@ -22,8 +23,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mode:
-    """A training objective: the head it trains, whether it mixes, and whose margin the partner's
-    term carries.
+    """A training mode.
+
+    Attributes:
+        head: The head of the network that is trained.
+        mixes: Whether clips are mixed.
+        margin_on_partner: Whether the partner's term has the margin on the class of the partner.
     """
 
     head: str
@@ -40,38 +45,43 @@ MODES = {
 
 
 class Mix(NamedTuple):
-    """One mixup of a batch: the weight `lam` (a scalar tensor) of each clip itself, and `partner`
-    `(B,)`, the row it is mixed with. Rows after the first B serve as partners only.
+    """Mixup of a batch of B clips; the rows of the batch after the first B are partners only.
+
+    Attributes:
+        lam: The weight of each clip itself, a scalar.
+        partner: The row that each clip is mixed with `(B,)`.
     """
 
     lam: Tensor
     partner: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`lam * x + (1 - lam) * x[partner]` along the batch."""
+        """Return `lam * x + (1 - lam) * x[partner]` along the batch."""
         return self.lam * x[: len(self.partner)] + (1.0 - self.lam) * x[self.partner]
 
 
 def divide_mix(mix: Mix, part: int, parts: int) -> tuple[np.ndarray, Mix]:
-    """The part of a mixed batch that one of several processes computes: the rows it reads, and how
-    it mixes them.
+    """Return the part of a mixed batch that one of several processes computes: the rows of the
+    batch that it reads, and how it mixes them.
 
-    The batch is divided along the cycles of the permutation, in which the partner of a clip follows
-    it. So a part lacks two partners at most: that of its last clip, and the beginning of a cycle of
-    which it has the end. Where there are several parts two rows are always added, so that all parts
-    of a size have the same shapes.
+    The clips are divided in the order of the cycles of the permutation, in which each clip is
+    followed by its partner. So a part lacks two partners at most: the partner of its last clip, and
+    the first clip of a cycle whose last clip is in the part. With several parts, two rows are
+    always added, so that parts with equal numbers of clips have equal shapes.
     """
     partner = mix.partner.numpy()
-    rows = own = np.array_split(cycles(partner), parts)[part]
+    clips = np.array_split(order_by_cycles(partner), parts)[part]
+    rows = clips
     if parts > 1:
-        rows = np.concatenate([own, np.resize(np.setdiff1d(partner[own], own), 2)])
-    place = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
-    place[rows[::-1]] = np.arange(len(rows))[::-1]
-    return rows, Mix(mix.lam, torch.from_numpy(place[partner[own]]))
+        lacking = np.setdiff1d(partner[clips], clips)
+        rows = np.concatenate([clips, np.resize(lacking, 2)])
+    position = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
+    position[rows[::-1]] = np.arange(len(rows))[::-1]  # of a repeated row, the first counts
+    return rows, Mix(mix.lam, torch.from_numpy(position[partner[clips]]))
 
 
-def cycles(permutation: np.ndarray) -> np.ndarray:
-    """The elements of a permutation, cycle by cycle: each is followed by the one it is sent to."""
+def order_by_cycles(permutation: np.ndarray) -> np.ndarray:
+    """Return the elements of a permutation cycle by cycle, each followed by its image."""
     order: dict[int, None] = {}
     for start in permutation.tolist():
         element = start
@@ -82,17 +92,22 @@ def cycles(permutation: np.ndarray) -> np.ndarray:
 
 
 def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
-    """ArcFace logits `s * cos(theta)`, with `s * cos(theta + m)` for the labelled class. `m` in
-    radians.
+    """Compute ArcFace logits `(B, C)`: `s * cos(theta)`, and `s * cos(theta + m)` for the class in
+    `labels`.
 
-    Where `theta + m` would pass pi, the margin continues linearly as `cos(theta) - m * sin(m)` (the
-    literal of the ArcFace code: `sin(pi - m) * m`). `cosine` `(B, C)` in float32 or float64,
-    `labels` `(B,)`.
+    Where `theta + m` exceeds pi, the margin continues linearly as `cos(theta) - m * sin(m)`; as in
+    the ArcFace code, sin(m) is written `sin(pi - m)`.
+
+    Args:
+        cosine: The cosine of the angle theta to each class `(B, C)`, float32 or float64.
+        labels: The classes `(B,)`.
+        m: The margin in radians.
+        s: The scale.
     """
     assert cosine.dtype in (torch.float32, torch.float64), cosine.dtype
     target = cosine.gather(1, labels.unsqueeze(1))  # (B, 1)
     # sqrt has an infinite gradient at 0. The floor lies below the spacing of float32 numbers at 1,
-    # so it acts (and stops the gradient) at cosine +-1 only.
+    # so it acts, and sets the gradient to 0, only where the cosine is +-1.
     sine = (1.0 - target.square()).clamp(min=1e-12).sqrt()
     with_margin = torch.where(
         target > math.cos(math.pi - m),
@@ -103,60 +118,61 @@ def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
 
 
 class Objective:
-    """Loss, accuracy and anomaly score of a mode; m in radians. The similarity it judges is that of
-    its `head`.
+    """Logits, loss and accuracy of a training mode, with a margin `m` in radians and a scale `s`.
+
+    The similarities `(B, C)` are outputs of the network with the head of the mode.
     """
 
     def __init__(self, mode: str, m: float, s: float) -> None:
         self.mode, self.m, self.s = MODES[mode], m, s
 
     def draw_mix(self, alpha: float, stream: np.random.Generator, size: int) -> Mix | None:
-        """Draw lambda ~ Beta(alpha, alpha) and partners, on the CPU; None where the mode does not
-        mix.
+        """Draw the mixup of a batch of `size` clips, on the CPU: lambda ~ Beta(alpha, alpha), and
+        partners. Return None if the mode does not mix.
         """
         if not self.mode.mixes:
             return None
-        lam, partner = (
-            torch.tensor(stream.beta(alpha, alpha), dtype=torch.float32),
-            stream.permutation(size),
-        )
-        return Mix(lam, torch.from_numpy(partner))
+        lam = torch.tensor(stream.beta(alpha, alpha), dtype=torch.float32)
+        partner = torch.from_numpy(stream.permutation(size))
+        return Mix(lam, partner)
 
     def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
-        """Class logits `(B, C)`; on the cosine head with the margin on `margin_labels` `(B,)`."""
+        """Return logits `(B, C)`; of the cosine head, with the margin on `margin_labels` `(B,)`."""
         if self.mode.head == "fc_out":
             return similarity
         return margin_logits(similarity, margin_labels, self.m, self.s)
 
-    def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Mean training loss of a batch whose inputs went through `mix`; `labels` also of the rows
-        it takes.
+    def cross_entropy(
+        self, similarity: Tensor, labels: Tensor, margin_labels: Tensor, reduction: str = "mean"
+    ) -> Tensor:
+        """Return the cross-entropy against `labels` `(B,)`, with the margin on `margin_labels`
+        `(B,)`; a scalar, or `(B,)` with `reduction="none"`.
         """
-        own_labels = labels[: len(similarity)]
-        loss = F.cross_entropy(self.logits(similarity, own_labels), own_labels)
+        return F.cross_entropy(self.logits(similarity, margin_labels), labels, reduction=reduction)
+
+    def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
+        """Return the mean loss of a batch whose inputs were mixed with `mix`.
+
+        `labels` are the classes of its B clips, followed by those of rows that are partners only.
+        """
+        first_labels = labels[: len(similarity)]
+        loss = self.cross_entropy(similarity, first_labels, first_labels)
         if mix is None:
             return loss
         partner_labels = labels[mix.partner]
-        margin_labels = partner_labels if self.mode.margin_on_partner else own_labels
-        partner_loss = F.cross_entropy(self.logits(similarity, margin_labels), partner_labels)
+        margin_labels = partner_labels if self.mode.margin_on_partner else first_labels
+        partner_loss = self.cross_entropy(similarity, partner_labels, margin_labels)
         return mix.lam * loss + (1.0 - mix.lam) * partner_loss
 
     def accuracy(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Fraction of clips whose most similar class is their own; a partner's class counts with
-        weight 1 - lambda.
+        """Return the fraction of clips whose most similar class is theirs. In a mixed batch, the
+        class of the clip counts with weight lambda and that of its partner with 1 - lambda.
+
+        `labels` as for `loss`.
         """
         predicted = similarity.argmax(dim=1)
-        own = (predicted == labels[: len(predicted)]).float().mean()
+        accuracy = (predicted == labels[: len(predicted)]).float().mean()
         if mix is None:
-            return own
-        return mix.lam * own + (1.0 - mix.lam) * (predicted == labels[mix.partner]).float().mean()
-
-    def anomaly_score(
-        self, similarity: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Cross-entropy of each clip against the class `labels` `(B,)`; higher is more anomalous.
-
-        Its mean against the own class is the validation loss. In float32, as published, very normal
-        clips tie at exactly 0; float64 orders them.
-        """
-        return F.cross_entropy(self.logits(similarity.to(dtype), labels), labels, reduction="none")
+            return accuracy
+        partner_accuracy = (predicted == labels[mix.partner]).float().mean()
+        return mix.lam * accuracy + (1.0 - mix.lam) * partner_accuracy

@@ -36,6 +36,7 @@ from typing import Any
 import pandas as pd
 
 from checkpoint import RunFiles, check_configuration, load_newest
+from classes import Classes
 from config import (
     EVALUATION_KEYS,
     TRAINING_KEYS,
@@ -44,17 +45,16 @@ from config import (
     load_config,
     parse_command_line,
 )
-from corpus import find_clips, settle_classes
 from losses import MODES
 from model import PUBLISHED_CHANNELS
+from recordings import find_classes, find_recordings
 from utils import OneLineParser, UserError, check_writable, run_script
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = (2023, 1, 2)
 PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
-RUN_BYTES = (
-    80_000_000  # checkpoints of 23 and 14 MB, a third while it is written, logs, results, figures
-)
+# Checkpoints of 23 and 14 MB, a third while it is written, logs, results, figures
+RUN_BYTES = 80_000_000
 CHOSEN_HERE = {
     "mode": "all are trained",
     "seed": "--seeds chooses",
@@ -65,134 +65,122 @@ CHOSEN_HERE = {
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)"
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)")
+    add(
+        "--inputs",
+        choices=("published", "all"),
+        default="published",
+        help="channels of the network; all: noisy_arcmix with every other combination of them too",
     )
-    help_text = (
-        "channels of the network; all: noisy_arcmix with every other combination of them as well"
-    )
-    parser.add_argument(
-        "--inputs", choices=("published", "all"), default="published", help=help_text
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s"
-    )
-    config, options, given = parse_command_line(parser)
-    check_effect(config, given, [config.scoring])
-    settled = settle_classes(config)
-    given |= {
-        key: getattr(settled, key)
-        for key in config.differences(settled.model_dump(), ["machines", "classes"])
-    }
-    runs = plan(options, given)
+    add("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
+    config, options = parse_command_line(parser)
+    check_effect(config, config.windows("train"), [config.scoring])
+    classes = find_classes(config)
+    runs = plan_runs(config, options)
     check_writable(options.output / "comparison.md", "--output names another folder")
     check_runs(runs, options.output)
-
-    def words(keys: Sequence[str]) -> list[str]:
-        return [
-            "--config",
-            str(options.config),
-            *as_options({key: given[key] for key in keys if key in given}),
-        ]
-
-    if is_to_download(settled):
-        call("datasets/download.py", "--types", *settled.machines)
+    if is_to_download(config, classes):
+        call("datasets/download.py", "--types", *classes.machine_types)
     for split in ("train", "test"):  # test clips that are missing would be noticed at the very end
-        find_clips(settled, split)
+        find_recordings(config, classes, split)
+    file = ("--config", str(options.config))
     for number, run in enumerate(runs, start=1):
-        print(
-            f"run {number} of {len(runs)}, {run.checkpoint.stem}: {describe_rest(runs)}", flush=True
-        )
+        name = run.checkpoint.stem
+        print(f"run {number} of {len(runs)}, {name}: {describe_rest(runs)}", flush=True)
         chosen = as_options({key: getattr(run, key) for key in CHOSEN_HERE})
-        call("train.py", "--resume", *words(TRAINING_KEYS), *chosen)
+        call("train.py", "--resume", *file, *given_options(config, TRAINING_KEYS), *chosen)
     weights = [str(run.checkpoint) for run in runs]
-    call("eval.py", *weights, "--plots", "--output", str(options.output), *words(EVALUATION_KEYS))
+    output = ("--plots", "--output", str(options.output))
+    call("eval.py", *weights, *output, *file, *given_options(config, EVALUATION_KEYS))
 
 
-def plan(options: argparse.Namespace, given: dict[str, Any]) -> list[Config]:
-    """The configurations of the runs, one seed after the other. Raises `UserError` for a key that
-    is chosen here.
+def plan_runs(config: Config, options: argparse.Namespace) -> list[Config]:
+    """Return the configurations of the runs, one seed after the other. Raises `UserError` for a key
+    of the command line that is chosen here.
     """
-    for key in CHOSEN_HERE.keys() & given.keys():
+    for key in CHOSEN_HERE.keys() & config.given:
         raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
+    given = {key: getattr(config, key) for key in config.given}
+    runs = []
+    for seed in dict.fromkeys(options.seeds):
+        for name, mode, channels in list_variants(options.inputs):
+            save_path = str(options.output / f"{name}_{seed}.pth")
+            chosen = {"mode": mode, "input": channels, "seed": seed, "save_path": save_path}
+            runs.append(load_config(options.config, **given | chosen))
+    return runs
+
+
+def list_variants(inputs: str) -> list[tuple[str, str, list[str]]]:
+    """Return name, mode and input channels of each run of a seed."""
     channels = list(PUBLISHED_CHANNELS)
-    variants: dict[str, dict[str, Any]] = {
-        mode: {"mode": mode, "input": channels} for mode in MODES
-    }
-    if options.inputs == "all":
-        subsets = [
-            list(chosen)
-            for n in range(1, len(channels))
-            for chosen in itertools.combinations(channels, n)
-        ]
-        variants |= {
-            "+".join(subset): {"mode": "noisy_arcmix", "input": subset} for subset in subsets
-        }
-    return [
-        load_config(
-            options.config,
-            **given
-            | keys
-            | {"seed": seed, "save_path": str(options.output / f"{name}_{seed}.pth")},
-        )
-        for seed in dict.fromkeys(options.seeds)
-        for name, keys in variants.items()
-    ]
+    variants = [(mode, mode, channels) for mode in MODES]
+    if inputs == "all":
+        for size in range(1, len(channels)):
+            for subset in itertools.combinations(channels, size):
+                variants.append(("+".join(subset), "noisy_arcmix", list(subset)))
+    return variants
 
 
-def is_to_download(config: Config) -> bool:
-    """Whether the recordings are, or will be, those that download.py puts into the project's own
-    folder.
+def is_to_download(config: Config, classes: Classes) -> bool:
+    """Whether the recordings are, or will be, those that download.py puts into the project's folder
+    datasets.
     """
     root = Path(config.data_root)
-    is_filled_by_hand = (
-        any((root / name).exists() for name in config.machines)
-        and not (root / ".download").exists()
-    )
+    has_recordings = any((root / name).exists() for name in classes.machine_types)
+    is_filled_by_hand = has_recordings and not (root / ".download").exists()
     return root.resolve() == ROOT / "datasets" and not is_filled_by_hand
 
 
 def check_runs(runs: Sequence[Config], output: Path) -> None:
-    """Raise `UserError` where a run had another configuration, or the disk is too small for those
-    not begun.
+    """Raise `UserError` where an existing run had another configuration, or the disk is too small
+    for the runs that do not exist yet.
     """
-    for files, run in [(RunFiles(run.checkpoint), run) for run in runs if run.checkpoint.exists()]:
-        remedy = "remove it, give the same, or --output names another folder"
-        check_configuration(run, load_newest(files), files.last, remedy)
-    needed = RUN_BYTES * sum(not run.checkpoint.exists() for run in runs)
+    n_missing = 0
+    for run in runs:
+        if run.checkpoint.exists():
+            remedy = "remove it, give the same, or --output names another folder"
+            check_configuration(run, load_newest(RunFiles(run.checkpoint)), remedy)
+        else:
+            n_missing += 1
+    needed = RUN_BYTES * n_missing
     free = shutil.disk_usage(output).free
     if free < needed:
-        sizes = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
         raise UserError(
-            f"{output}: the disk is too small ({sizes}); free some space, or --output names another folder"
+            f"{output}: the disk is too small ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB "
+            f"free); free some space, or --output names another folder"
         )
 
 
 def describe_rest(runs: Sequence[Config]) -> str:
-    """How many epochs are left, and about how long they take, by the seconds of those in the
-    histories.
-    """
-    histories = [RunFiles(run.checkpoint).history for run in runs]
-    seconds = [
-        value for file in histories if file.exists() for value in pd.read_csv(file)["seconds"]
-    ]
-    left = sum(run.epoch for run in runs) - len(seconds)
+    """Return how many epochs are left, and about how long they take, by the histories."""
+    seconds: list[float] = []
+    for run in runs:
+        history = RunFiles(run.checkpoint).history
+        if history.exists():
+            seconds += pd.read_csv(history)["seconds"].tolist()
+    n_left = sum(run.epoch for run in runs) - len(seconds)
     if not seconds:
-        return f"{left} epochs left"
-    rest = left * sum(seconds) / len(seconds)
+        return f"{n_left} epochs left"
+    rest = n_left * sum(seconds) / len(seconds)
     time = f"{rest / 3600:.1f} h" if rest >= 5400 else f"{math.ceil(rest / 60)} min"
-    return f"{left} epochs left, about {time}"
+    return f"{n_left} epochs left, about {time}"
 
 
 # ---- Calling the other scripts ----
 
 
-def as_options(keys: Mapping[str, Any]) -> list[str]:
-    """Keys of the configuration as the command line takes them."""
-    words = {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()
-    }
-    return [word for key, value in words.items() for word in (f"--{key}", value)]
+def given_options(config: Config, keys: Sequence[str]) -> list[str]:
+    """Return the options that stood on the command line and that a script takes, too."""
+    return as_options({key: getattr(config, key) for key in keys if key in config.given})
+
+
+def as_options(values: Mapping[str, Any]) -> list[str]:
+    """Return keys of the configuration with their values as options of a command line."""
+    words: list[str] = []
+    for key, value in values.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def call(script: str, *words: str) -> None:

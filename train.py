@@ -14,12 +14,13 @@ test clips with the weights. Several GPUs: see train_ddp.py.
 
 from pathlib import Path
 
-from checkpoint import RunFiles, clear_run, find_state, load_checkpoint, lock_run
+from checkpoint import Checkpoint, RunFiles, clear_run, find_checkpoint, lock_run, take_weights
 from config import TRAINING_KEYS, Config, check_effect, parse_command_line
-from corpus import settle_classes
 from dataloader import keep_on_gpu, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
-from trainer import Run
+from evaluation.tables import clear_results
+from recordings import find_classes
+from trainer import Trainer, check_clips
 from utils import OneLineParser, UserError, run_script, use_device
 
 
@@ -27,39 +28,42 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.checkpoint)
     with lock_run(files):
-        state = from_main(lambda: find_state(files, resume, overwrite))
+        checkpoint = from_main(lambda: find_checkpoint(config, resume, overwrite))
         initial = None
-        if config.init_from and not state:
-            initial = from_main(lambda: load_checkpoint(Path(config.init_from))["model"])
+        if config.init_from and not checkpoint:
+            initial = from_main(lambda: Checkpoint.load(Path(config.init_from)))
         device = use_device(config.device)
-        config = settle_classes(config)
-        clips = load_clips(config, "train")
+        classes = checkpoint.classes if checkpoint else from_main(lambda: find_classes(config))
+        clips = load_clips(config, classes, "train", config.windows("train"))
         train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-        run = Run(config, device, train_clips, valid_clips)
-        if state:
-            run.resume(state)
-        else:
-            run.begin(initial)
-        if run.epoch < config.epoch:
-            keep_on_gpu(
-                (train_clips, valid_clips), config.data_device, device, run.trainer.memory_needed()
-            )
-            if is_main():
-                if not state:
+        check_clips(config, classes, train_clips, valid_clips)
+        trainer = Trainer(config, classes, device, train_clips, valid_clips)
+        if checkpoint:
+            trainer.load(checkpoint)
+        elif initial:
+            take_weights(trainer.network, initial)
+        with trainer.announce_stop():
+            if len(trainer.history) < config.epoch:
+                others = trainer.memory_needed()
+                keep_on_gpu((train_clips, valid_clips), config.data_device, device, others)
+                if is_main() and not checkpoint:
                     clear_run(files)
-                print(
-                    f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate, on {device}",
-                    flush=True,
-                )
-            barrier()
-            run.fit()
-        run.add_embeddings()
+                    for split in ("test", "evaluation"):
+                        clear_results(files.results(split))
+                if is_main():
+                    counts = f"{len(train_clips)} clips to train on, {len(valid_clips)} to validate"
+                    print(f"{counts}, on {device}", flush=True)
+                barrier()
+                trainer.fit()
+            trainer.add_bank()
         if is_main():
-            print(f"lowest validation loss {run.best_loss:.4f}; weights: {files.best}")
+            print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
 
 
 def parse_options(manual: str) -> tuple[Config, bool, bool]:
-    """The configuration, --resume and --overwrite of a training script whose docstring is `manual`."""
+    """Parse the command line of a training script whose docstring is `manual`: the configuration,
+    --resume and --overwrite.
+    """
     parser = OneLineParser(description=manual)
     parser.add_argument(
         "--resume", action="store_true", help="continue after the last finished epoch of save_path"
@@ -67,8 +71,8 @@ def parse_options(manual: str) -> tuple[Config, bool, bool]:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing run under save_path"
     )
-    config, options, given = parse_command_line(parser, keys=TRAINING_KEYS)
-    check_effect(config, given)
+    config, options = parse_command_line(parser, keys=TRAINING_KEYS)
+    check_effect(config, config.windows("train"))
     return config, options.resume, options.overwrite
 
 

@@ -27,8 +27,8 @@ def main() -> None:
     config, resume, overwrite = parse_options(__doc__)
     if not is_started_by_torchrun():
         raise UserError(
-            "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N train_ddp.py "
-            "(for one process: python train.py)"
+            "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N "
+            "train_ddp.py (for one process: python train.py)"
         )
     if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Errors and exit status, random numbers, device and precision, files written whole."""
+"""Errors and exit status, random numbers, device and precision, atomic writing of files."""
 
 import argparse
 import contextlib
@@ -27,13 +27,11 @@ import distributed
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message is one line: what is wrong, where, and what to
-    do.
-    """
+    """An error that the user can fix. Its message is one line: what is wrong, where, what to do."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that never abbreviates options and reports a mistake as a `UserError`."""
+    """An argument parser without abbreviated options that raises `UserError` for a mistake."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -45,41 +43,35 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and end the process: status 0, 2 after an error the user can put right
-    (one line on standard error), 130 after Ctrl-C, 143 after SIGTERM. Any other exception is a bug
-    and keeps its traceback.
+    """Run a script's `main` and end the process with an exit status.
+
+    The status is 0 after success, 2 after an error that the user can fix (one line on standard
+    error), 130 after Ctrl-C, 143 after SIGTERM, and 1 after any other exception: a bug, printed
+    with its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # file names may hold what the terminal cannot show
+            # File names may hold characters that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BaseException as error:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # it comes soon where another process of the job has failed
+        # torchrun sends SIGTERM soon after another process of the job has failed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed.end_process(report(error))
     distributed.end_process(0)
 
 
 def report(error: BaseException) -> int:
-    """Say why the script ends, once for all processes of a job; returns the exit status."""
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        status = 130 if isinstance(error, KeyboardInterrupt) else error.code
-        if (
-            distributed.is_started_by_torchrun()
-            and status in (130, 143)
-            and distributed.is_first_to_fail()
-        ):
-            rank = os.environ["RANK"]
-            print(
-                f"error: process {rank} was stopped, by a user or because another one has died",
-                file=sys.stderr,
-            )
-        return status if isinstance(status, int) else int(status is not None)
+    """Print why the script ends, once for all processes of a job. Returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        report_stop()
+        return 130
+    if isinstance(error, SystemExit):
+        if error.code in (130, 143):
+            report_stop()
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     message = describe(error)
     if message is None:
         traceback.print_exception(error)
@@ -89,83 +81,93 @@ def report(error: BaseException) -> int:
     return 2
 
 
+def report_stop() -> None:
+    """Print which process of a job was stopped first; a single process stops without a message."""
+    if distributed.is_started_by_torchrun() and distributed.is_first_to_fail():
+        rank = os.environ["RANK"]
+        print(
+            f"error: process {rank} was stopped, by a user or because another one has died",
+            file=sys.stderr,
+        )
+
+
 def describe(error: BaseException) -> str | None:
-    """The message for an error that the user can put right, or that another process has caused;
-    else None.
+    """Return the message for an error that the user can fix or that another process has caused.
+
+    Returns None for any other error.
     """
-    error = getattr(
-        error, "inner_exception", error
-    )  # PyTorch wraps what is raised while it compiles
+    error = getattr(error, "inner_exception", error)  # PyTorch wraps errors of compiled code
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "the GPU is out of memory: lower batch_size, or leave the recordings in their files with data_device: cpu "
-            "(precision: bf16 takes half the memory of fp32 in training)"
+            "the GPU is out of memory: lower batch_size, or read the recordings from their files "
+            "with data_device: cpu (precision: bf16 takes half the memory of fp32 in training)"
         )
     if isinstance(error, UserError | OSError):
         return str(error)
-    is_pytorchs_own = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or is_pytorchs_own:
+    if isinstance(error, MemoryError):
         return "out of memory: lower batch_size"
-    if (
-        distributed.is_started_by_torchrun()
-        and isinstance(error, RuntimeError)
-        and distributed.is_lost_connection(error)
-    ):
-        return "another process of the job has ended or does not answer; see its message"
+    if isinstance(error, RuntimeError):
+        if "can't allocate memory" in str(error):  # PyTorch's, for the memory of the CPU
+            return "out of memory: lower batch_size"
+        if distributed.is_started_by_torchrun() and distributed.is_lost_connection(error):
+            return "another process of the job has ended or does not answer; see its message"
     return None
 
 
 def notice(message: str) -> None:
-    """Tell the user something worth knowing, once for all processes, on standard error."""
+    """Print a notice on standard error, once for all processes."""
     if distributed.is_main():
         print(f"notice: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(message: str) -> str:
-    """The message with control characters, which file names may hold, spelt out."""
+    """Escape control characters in a message, such as line breaks in file names."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], message)
 
 
 def suggest(word: str, words: Sequence[str]) -> str:
-    """`; did you mean ...?` where one of the words is close, else nothing."""
+    """Return `; did you mean ...?` if one of the words resembles `word`, else an empty string."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 # ---- Random numbers, device, precision ----
 
-SPLIT, ORDER, MIXING = range(3)  # purposes, so that no two use the same numbers
+SPLIT, ORDER, MIXING = range(3)  # purposes; no two of them use the same random numbers
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
-    """The random numbers of one purpose at one position (epoch, step): they depend on nothing else."""
+    """Return a generator that depends on seed, purpose and position (epoch, step) alone."""
     return np.random.default_rng([seed, purpose, *position])
 
 
 def use_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:N) stands for; under torchrun this process's
-    own GPU. A GPU becomes the current one of the process.
+    """Find the device called `name` (auto, cpu, cuda or cuda:N), and make a GPU the current one.
 
-    Raises `UserError` if it is not there.
+    Under torchrun, each process gets the GPU whose index is its local rank. Raises `UserError` if
+    PyTorch does not find the device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"device: {name} asks for a GPU, and PyTorch finds none; use auto or cpu")
+        raise UserError(f"device: {name} asks for a GPU, but PyTorch finds none; use auto or cpu")
     if ":" in name and distributed.planned_processes() > 1:
         raise UserError(f"device: {name} would put all processes on one GPU; use auto or cuda")
     index = int(name.partition(":")[2] or distributed.local_rank())
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(
-            f"device: cuda:{index} is not there; PyTorch finds cuda:0 to cuda:{count - 1}"
+            f"device: there is no cuda:{index}; PyTorch finds cuda:0 to cuda:{count - 1}"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means none."""
+    """Return the dtype for autocast that `name` (auto, fp32, bf16 or fp16) means on the device.
+
+    "auto" is 16-bit on a GPU, in the better format that it supports. float32 means no autocast.
+    """
     if name == "auto":
         if device.type != "cuda":
             name = "fp32"
@@ -175,44 +177,43 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return the context manager for a precision from `choose_precision`."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def set_up_numerics() -> None:
-    """Float32 means float32: no TF32, which would otherwise round the operands of convolutions to
-    10 bits.
+    """Compute float32 in full precision on a GPU.
+
+    By default, cuDNN uses TF32, which rounds the operands of convolutions to 10 bits.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next step. It would return each activation to the
-    system, which hands it out again page by page, zeroed: on the CPU that costs more of a step the
-    larger the batch is.
+    """Make glibc keep large freed blocks of memory for the next step on a CPU.
+
+    By default, glibc returns large activations to the system, which zeroes every page when the
+    memory is allocated again. The larger the batch, the larger the share of a step that this takes.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the numbers of a run are computed with. The commit of this project ends in `-dirty`
-    where files differ from it, and is empty outside a clone.
+    """Return the versions of Python, the libraries and this project, for the record of a run.
+
+    The commit of this project ends in `-dirty` if files differ from it, and is empty outside a
+    clone.
     """
     commit = ""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
     with contextlib.suppress(OSError):
-        command = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--exclude=*",
-        ]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),
@@ -222,13 +223,14 @@ def versions() -> dict[str, str]:
     }
 
 
-# ---- Files written whole ----
+# ---- Atomic writing of files ----
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it once it is written, so that no reader sees
-    half a file.
+    """Yield a temporary path beside `path`; once its file is written, it replaces `path`.
+
+    No reader ever sees half a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -242,13 +244,15 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8. Bytes of file names that are not UTF-8 are escaped."""
     with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_csv(path: Path, table: pd.DataFrame, header: bool = True) -> None:
-    """Missing values are empty; file names that are not UTF-8 and the digits of numbers can be read
-    back exactly.
+    """Write a table without its index. Missing values are empty.
+
+    Numbers, and file names that are not UTF-8, can be read back exactly.
     """
     with replace_file(path) as temporary:
         table.to_csv(
@@ -257,7 +261,7 @@ def write_csv(path: Path, table: pd.DataFrame, header: bool = True) -> None:
 
 
 def check_writable(path: Path, remedy: str) -> None:
-    """Find out before the work whether `path` can be written. The `UserError` ends with the remedy."""
+    """Raise `UserError`, ending with the remedy, if a file cannot be written at `path`."""
     probe = path.with_name(f"{path.name}.probe")
     try:
         with replace_file(probe) as temporary:

@@ -1,10 +1,10 @@
-"""From how many clips on does compiling the training step pay on this CPU?
+"""Measure from how many clips on compiling the training step pays off on this CPU.
 
     python benchmarks/compiling.py                  # batches of 16
     python benchmarks/compiling.py --batch_size 64
 
-Times the first compiled step, less a later one, with an empty cache of the compiler, and then
-epochs of eager and compiled steps in turn, on random clips.
+The cost of compiling is the time of the first compiled step, with an empty compiler cache, minus
+that of a later step. Then epochs of eager and compiled steps are timed in turn, on random clips.
 """
 
 import os
@@ -17,43 +17,61 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.throughput import machine, random_clips, train_epochs
+from benchmarks.throughput import CLASSES, print_machine, random_clips, train_epochs
 from config import load_config
 from trainer import Trainer
 from utils import OneLineParser, run_script
 
+CPU = torch.device("cpu")
 ROUNDS = 5
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
-    options = parser.parse_args()
-    cpu, size = torch.device("cpu"), options.batch_size
-    clips = random_clips(size * max(1, 32 // size), cpu)
-    first, epochs, times = {}, {}, {"eager": list[float](), "compiled": list[float]()}
+    batch_size = parser.parse_args().batch_size
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for way in times:
-            trainer = Trainer(
-                load_config(device="cpu", batch_size=size, compile=way == "compiled"), cpu
-            )
-            start = time.perf_counter()
-            trainer.train_epoch(random_clips(size, cpu), 0)
-            first[way], epochs[way] = time.perf_counter() - start, train_epochs(trainer, clips)
-        for _ in range(ROUNDS):
-            for way, train_epoch in epochs.items():
-                start = time.perf_counter()
-                train_epoch()
-                times[way].append((time.perf_counter() - start) / len(clips))
-    eager, compiled = (statistics.median(each) for each in times.values())
-    compiling, saved = first["compiled"] - compiled * size, eager - compiled
+        eager_trainer = make_trainer(batch_size, is_compiled=False)
+        time_first_step(eager_trainer)
+        compiled_trainer = make_trainer(batch_size, is_compiled=True)
+        first_step = time_first_step(compiled_trainer)
+        eager, compiled = time_clips([eager_trainer, compiled_trainer])
+    compiling, saved = first_step - compiled * batch_size, eager - compiled
     pays = f"pays from {compiling / saved:,.0f} clips on" if saved > 0 else "does not pay"
     print(
-        f"eager {1 / eager:.1f} clips/s, compiled {1 / compiled:.1f} clips/s, {eager / compiled:.2f} times as fast"
+        f"eager {1 / eager:.1f} clips/s, compiled {1 / compiled:.1f} clips/s, "
+        f"{eager / compiled:.2f} times as fast"
     )
     print(f"saved {1000 * saved:.1f} ms a clip; compiling takes {compiling:.0f} s and {pays}")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print_machine()
+
+
+def make_trainer(batch_size: int, is_compiled: bool) -> Trainer:
+    clips = random_clips(batch_size * max(1, 32 // batch_size), CPU)
+    config = load_config(device="cpu", batch_size=batch_size, compile=is_compiled)
+    return Trainer(config, CLASSES, CPU, clips, clips)
+
+
+def time_first_step(trainer: Trainer) -> float:
+    """Return the seconds of the first step, which includes compiling."""
+    start = time.perf_counter()
+    trainer.model.train()
+    batches = trainer.sampler.plan(0).batches(trainer.train_clips, CPU)
+    trainer.step(next(batches))
+    return time.perf_counter() - start
+
+
+def time_clips(trainers: list[Trainer]) -> list[float]:
+    """Return the seconds per clip of each trainer, the median over epochs that take turns."""
+    actions = [train_epochs(trainer) for trainer in trainers]
+    times: list[list[float]] = [[] for _ in trainers]
+    for _ in range(ROUNDS):
+        for trainer, train_epoch, trainer_times in zip(trainers, actions, times, strict=True):
+            start = time.perf_counter()
+            train_epoch()
+            trainer_times.append((time.perf_counter() - start) / len(trainer.train_clips))
+    return [statistics.median(trainer_times) for trainer_times in times]
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""Which score detects more with the same network: the study of docs/scores.md.
+"""Compare the scores that a network can give: the study of docs/scores.md.
 
     python benchmarks/scores.py --config docs/real_recordings.yaml --data_root FOLDER
 
-Trains the four modes with each seed, as reproduce.py does, and keeps the state after each epoch of
-the last third. Then it scores the test clips under the weights of the lowest validation loss, the
-last ones, and the mean of those that were kept; with the published score, the angle, and the
-distance to the nearest training clips: of the own ID, or of the whole machine type, where clips of
-other IDs are farther by a penalty. OUTPUT/scores.csv has a row for each run, weights and score;
-OUTPUT/scores.md the means over all modes, and the differences to the published score under the best
-weights, with 95 % intervals that allow for other seeds and other test clips. Runs of one seed,
-which share their validation clips, count as one observation, the mean over the modes. Finished runs
-are not trained again.
+The four modes are trained with each seed, as by reproduce.py, and the states after the epochs of
+the last third are stored. The test clips are then scored with three sets of weights: those of the
+lowest validation loss, the last ones, and the mean of the stored states. The scores are the
+published one, the angle, and the distance to the nearest training clips, either of the same machine
+ID or of the machine type. In the latter case a penalty is added to the distance to other IDs.
+
+OUTPUT/scores.csv has a row for each run, weights and score. OUTPUT/scores.md has the means over all
+modes, and the differences to the published score with the best weights. Their 95 % intervals cover
+other seeds and other test clips. The runs of a seed share their validation clips and count as one
+observation, the mean over the modes. Finished runs are not trained again.
 """
 
-import argparse
-import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -27,197 +27,228 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import trainer
-from checkpoint import RunFiles, State, TrainedModel, load_checkpoint, load_model, save_checkpoint
+from checkpoint import Checkpoint, Model, RunFiles, load_model
+from classes import Classes, Machine
 from config import Config, parse_command_line
-from corpus import machines_of_classes
-from dataloader import ClipSet, load_clips
+from dataloader import load_clips
+from evaluation.bank import embed
 from evaluation.comparison import difference
-from evaluation.metrics import NO_DOMAINS, Draws, measure
-from evaluation.scoring import anomaly_scores, run_model
+from evaluation.metrics import MEAN, MIN, Metrics, measure
+from evaluation.scores import Embeddings, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
-from inference import Outputs, pack_embeddings
-from reproduce import SEEDS, plan
+from inference import run_model
+from model import Outputs
+from recordings import MACHINE
+from reproduce import SEEDS, plan_runs
 from train import train
+from trainer import Trainer
 from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
 
 NEIGHBOURS = (1, 2, 4, 8)
 PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs
-BASE = ("best", "published")  # what all others are compared with
-Pairs = dict[tuple[str, str], Draws]  # what one run gives, by (weights, score)
-Measured = dict[str, Pairs]  # by run
-ROWS = {"mean AUC": "mean", "lowest AUC": "min"}  # of the metrics of a machine type
+BASE = ("best", "published")  # the baseline of all differences
+ROWS = {"mean AUC": MEAN, "lowest AUC": MIN}  # of the metrics of a machine type
+RunMetrics = dict[tuple[str, str], Metrics]  # of one run, by (weights, score)
+Weights = dict[str, Tensor]
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("check_points/scores"), help="default: %(default)s"
-    )
-    _, options, given = parse_command_line(parser)
-    runs = plan(argparse.Namespace(**vars(options), inputs="published"), given)
-    measured: Measured = {}
-    for run in runs:
-        train_and_keep(run)
-        measured[run.checkpoint.stem] = dict(measure_run(run))
-    seeds = [[measured[run.checkpoint.stem] for run in runs if run.seed == seed]
-             for seed in dict.fromkeys(options.seeds)]  # fmt: skip
+    text = "of the runs (default: 2023 1 2)"
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=text)
+    folder = Path("check_points/scores")
+    parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
+    parser.set_defaults(inputs="published")
+    config, options = parse_command_line(parser)
+    by_seed: dict[int, list[RunMetrics]] = {}
+    tables = []
+    for run in plan_runs(config, options):
+        train_and_store(run)
+        metrics = dict(measure_run(run))
+        by_seed.setdefault(run.seed, []).append(metrics)
+        tables.append(auc_table(run.checkpoint.stem, metrics))
+    seeds = list(by_seed.values())
     text = "\n".join(["## All modes, in percent", "", *difference_table(seeds), ""])
     print(text)
     write_text(options.output / "scores.md", text)
-    write_csv(options.output / "scores.csv", all_rows(measured))
+    write_csv(options.output / "scores.csv", pd.concat(tables))
 
 
 # ---- Training ----
+
+
+class StoringTrainer(Trainer):
+    """A trainer that stores the states after the epochs of the last third."""
+
+    def save(self, scores: np.ndarray, is_best: bool) -> None:
+        super().save(scores, is_best)
+        store_state(self.config)
+
+
+def train_and_store(run: Config) -> None:
+    """Train or resume a run; store the states after the epochs of the last third."""
+    if RunFiles(run.checkpoint).last.exists():
+        store_state(run)  # an interruption may have come between saving and storing
+    with mock.patch("train.Trainer", StoringTrainer):
+        train(run, resume=True)
+
+
+def store_state(run: Config) -> None:
+    """Store the last checkpoint of a run, if its epoch is in the last third."""
+    last = RunFiles(run.checkpoint).last
+    epoch = Checkpoint.load(last).epoch
+    assert epoch
+    path = states_folder(run) / f"{epoch:03d}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if epoch > run.epoch * 2 / 3 and not path.exists():
+        os.link(last, path)
 
 
 def states_folder(run: Config) -> Path:
     return RunFiles(run.checkpoint).folder / "states"
 
 
-def train_and_keep(run: Config) -> None:
-    """Train, or go on after an interruption; the last state of each epoch of the last third stays
-    in `states`.
-    """
-    last, folder = RunFiles(run.checkpoint).last, states_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def keep(epoch: int) -> None:
-        kept = folder / f"{epoch:03d}.pth"
-        if epoch > run.epoch * 2 / 3 and not kept.exists():
-            os.link(last, kept)
-
-    def save_and_keep(state: State, *paths: Path) -> None:
-        save_checkpoint(state, *paths)
-        if last in paths:
-            keep(state["epoch"])
-
-    if last.exists():  # the interruption may have come between the two
-        keep(load_checkpoint(last)["epoch"])
-    trainer.save_checkpoint = save_and_keep
-    train(run, resume=True)
-
-
 # ---- Scores ----
 
 
-def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Draws]]:
-    """The metrics of each pair (weights, score)."""
+def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Metrics]]:
+    """Yield each pair (weights, score) with its metrics."""
     device, files = use_device(run.device), RunFiles(run.checkpoint)
-    training, _ = load_clips(run, "train").split(run.split_ratio, run.seed)
-    test = load_clips(run, "test")
-    best = load_model(files.best, run, {})
-    last = load_checkpoint(files.last)["model"]
-    states = [load_checkpoint(path)["model"] for path in sorted(states_folder(run).glob("*.pth"))]
-    if len(states) != (expected := run.epoch - run.epoch * 2 // 3):
-        raise UserError(
-            f"{states_folder(run)}: {len(states)} states, not the {expected} of the last third; remove the run, and it "
-            f"is trained again"
-        )
-    for weights, model in {
-        "best": best.state["model"],
-        "last": last,
-        "mean": mean_of(states),
-    }.items():
-        best.network.load_state_dict(model)
-        bank = pack_embeddings(run_model(best, training, device).embedding, training.labels)
-        trained = replace(best, state={"embeddings": {"bank": bank}})
-        for name, scores in all_scores(trained, run_model(best, test, device), test):
-            yield (weights, name), measure(test.clips.assign(score=scores)).draws
-
-
-def mean_of(states: list[State]) -> State:
-    """The mean of weights and of the statistics of batch norm."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
-        for name, value in states[0].items()
+    model = load_model(files.best, run)
+    clips = load_clips(run, model.classes, "train", run.windows("train"))
+    train_clips, _ = clips.split(run.split_ratio, run.seed)
+    test_clips = load_clips(run, model.classes, "test", run.windows("test"))
+    recordings = test_clips.recordings
+    machines = list(recordings[MACHINE].itertuples(index=False, name=None))
+    machine_of_clip = [machines[number] for number in test_clips.recording]
+    all_weights = {
+        "best": model.checkpoint.weights,
+        "last": Checkpoint.load(files.last).weights,
+        "mean": average_weights(load_states(run)),
     }
+    for name, weights in all_weights.items():
+        model.network.load_state_dict(weights)
+        bank = embed(model, train_clips, run, device)
+        with_bank = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
+        outputs = run_model(with_bank, test_clips, run, device)
+        for score, values in all_scores(with_bank, outputs, machine_of_clip):
+            combined = over_windows(values.numpy(), test_clips.recording, run.over_windows)
+            yield (name, score), measure(recordings.assign(score=combined))
+
+
+def load_states(run: Config) -> list[Weights]:
+    """Load the weights of the stored states. Raises `UserError` if their number is wrong."""
+    folder, expected = states_folder(run), run.epoch - run.epoch * 2 // 3
+    paths = sorted(folder.glob("*.pth"))
+    if len(paths) != expected:
+        raise UserError(
+            f"{folder}: {len(paths)} states, not the {expected} of the last third; "
+            "remove the run, and it is trained again"
+        )
+    return [Checkpoint.load(path).weights for path in paths]
+
+
+def average_weights(states: Sequence[Weights]) -> Weights:
+    """Return the mean of the weights and of the batch norm statistics."""
+    mean = {}
+    for name, value in states[0].items():
+        values = torch.stack([state[name].double() for state in states])
+        mean[name] = values.mean(dim=0).to(value.dtype)
+    return mean
 
 
 def all_scores(
-    trained: TrainedModel, outputs: Outputs, clips: ClipSet
-) -> Iterator[tuple[str, np.ndarray]]:
-    def scores(**keys) -> np.ndarray:
-        return anomaly_scores(
-            replace(trained, config=trained.config.model_copy(update=keys)), outputs, clips.labels
-        )
-
-    yield "published", scores(scoring="published")
-    yield "angle", scores(scoring="angle")
+    model: Model, outputs: Outputs, machines: Sequence[Machine]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the values `(n,)` of each score of clips of these machines `(n,)`."""
+    yield "published", model.scorer("published").against_own_machine(outputs, machines)
+    yield "angle", model.scorer("angle").against_own_machine(outputs, machines)
     for count in NEIGHBOURS:
-        yield f"nearest {count}", scores(scoring="nearest", neighbours=count)
+        scorer = model.scorer("nearest", count)
+        yield f"nearest {count}", scorer.against_own_machine(outputs, machines)
+    bank = model.checkpoint.bank
+    assert bank
     for penalty in PENALTIES:
-        distances = type_distances(trained, outputs.embedding, clips.labels, penalty)
+        distances = type_distances(bank, model.classes, outputs.embedding, machines, penalty)
         yield f"nearest 2 of the type, penalty {penalty}", distances
 
 
 def type_distances(
-    trained: TrainedModel, embedding: Tensor, labels: Tensor, penalty: float
-) -> np.ndarray:
-    """The mean of the two smallest distances to clips of the machine type, those of other IDs
-    larger by the penalty.
+    bank: Embeddings,
+    classes: Classes,
+    embedding: Tensor,
+    machines: Sequence[Machine],
+    penalty: float,
+) -> Tensor:
+    """Return the mean of the two smallest distances `(n,)` from embeddings `(n, E)` of clips of
+    these machines to training clips of the machine type. Clips of other IDs are farther by the
+    penalty.
     """
-    bank, normalise = trained.state["embeddings"]["bank"], torch.nn.functional.normalize
-    distances = 1.0 - normalise(embedding.double()) @ normalise(bank["embedding"].double()).T
-    types, ids = np.array(machines_of_classes(trained.config)).T
-    own, other = labels.numpy()[:, None], bank["label"].numpy()[None]
-    distances += penalty * torch.from_numpy(ids[own] != ids[other])
-    distances[torch.from_numpy(types[own] != types[other])] = torch.inf
-    return distances.topk(2, largest=False).values.mean(dim=1).numpy()
+    distances = 1.0 - cosine_similarity(embedding, bank.embedding)  # (n, clips of the bank)
+    types, ids = np.array(machines).T
+    bank_machines = [classes.entries[label].machine for label in bank.labels]
+    bank_types, bank_ids = np.array(bank_machines).T
+    distances += penalty * torch.from_numpy(ids[:, None] != bank_ids)
+    distances[torch.from_numpy(types[:, None] != bank_types)] = torch.inf
+    return distances.topk(2, largest=False).values.mean(dim=1)
 
 
 # ---- Tables ----
 
 
-def machine_types(pairs: Pairs) -> list[str]:
-    return list(dict.fromkeys(machine_type for machine_type, _ in next(iter(pairs.values()))))
+def difference_table(seeds: Sequence[Sequence[RunMetrics]]) -> list[str]:
+    """Make a table with a row for each pair (weights, score), from the metrics of the runs of each
+    seed.
 
-
-def auc(draws: Draws, machine_type: str, row: str) -> np.ndarray:
-    """In percent, of the clips themselves and of all draws `(1 + DRAWS, 1)`."""
-    return 100 * draws[machine_type, row][:, [NO_DOMAINS.columns.index("AUC")]]
-
-
-def difference_table(seeds: Sequence[Sequence[Pairs]]) -> list[str]:
-    """For each pair (weights, score) the mean over the runs of each seed, the difference to BASE
-    with its interval, and in how many runs it is higher.
+    It has the mean over all runs, the difference to BASE with its interval, and the number of runs
+    in which it is higher.
     """
-    one_run = seeds[0][0]
-    lines = markdown_header(
-        "weights, score", [f"{name}: {title}" for name in machine_types(one_run) for title in ROWS]
-    )
-    for pair in one_run:
+    first_run = seeds[0][0]
+    machine_types = first_run[BASE].machine_types
+    titles = [f"{machine_type}: {title}" for machine_type in machine_types for title in ROWS]
+    lines = markdown_header("weights, score", titles)
+    for pair in first_run:
         cells = []
-        for machine_type, row in itertools.product(machine_types(one_run), ROWS.values()):
-            one, base = (
-                np.array([[auc(run[key], machine_type, row) for run in runs] for runs in seeds])
-                for key in (pair, BASE)
-            )  # (seeds, modes, 1 + DRAWS, 1)
-            cell = f"{one[:, :, 0].mean():.2f}"
-            if pair != BASE:
-                gain = (one - base).mean(axis=1)  # of the same runs
-                value, half = difference(gain, np.zeros_like(gain))
-                higher = one[:, :, 0] - base[:, :, 0] > 1e-9  # ties do not count
-                cell += f", {value[0]:+.2f} ± {half[0]:.2f}, {higher.sum()} of {higher.size}"
-            cells.append(cell)
+        for machine_type in machine_types:
+            for row in ROWS.values():
+                aucs = all_aucs(seeds, pair, machine_type, row)
+                base = all_aucs(seeds, BASE, machine_type, row)
+                cells.append(format_mean(aucs) + ("" if pair == BASE else format_gain(aucs, base)))
         lines.append(markdown_row(", ".join(pair), cells))
     return lines
 
 
-def all_rows(measured: Measured) -> pd.DataFrame:
-    """Each run, weights and score: the AUC of every row of the metrics, in percent."""
-    return pd.DataFrame(
-        {"run": name, "weights": weights, "score": score}
-        | {
-            f"{machine_type} {row}": round(100 * drawn[0, 0], 2)
-            for (machine_type, row), drawn in draws.items()
-        }
-        for name, pairs in measured.items()
-        for (weights, score), draws in pairs.items()
-    )
+def all_aucs(
+    seeds: Sequence[Sequence[RunMetrics]], pair: tuple[str, str], machine_type: str, row: str
+) -> np.ndarray:
+    """Return the AUC in percent in all runs `(seeds, modes, 1 + DRAWS)`: that of the clips
+    themselves, then those of the bootstrap draws.
+    """
+    values = [[run[pair].rows[machine_type, row].values["AUC"] for run in runs] for runs in seeds]
+    return 100 * np.array(values)
+
+
+def format_mean(aucs: np.ndarray) -> str:
+    return f"{aucs[:, :, 0].mean():.2f}"
+
+
+def format_gain(aucs: np.ndarray, base: np.ndarray) -> str:
+    """Format the difference of two scores with its interval, and in how many runs it is above 0."""
+    gain = (aucs - base).mean(axis=1)  # of each seed
+    value, half = difference(gain, np.zeros_like(gain))
+    is_higher = aucs[:, :, 0] - base[:, :, 0] > 1e-9  # ties do not count
+    return f", {value:+.2f} ± {half:.2f}, {is_higher.sum()} of {is_higher.size}"
+
+
+def auc_table(run: str, metrics: RunMetrics) -> pd.DataFrame:
+    """Make a table with a row for each weights and score of a run: all AUC values, in percent."""
+    lines = []
+    for (weights, score), pair_metrics in metrics.items():
+        line: dict[str, str | float] = {"run": run, "weights": weights, "score": score}
+        for (machine_type, machine), row in pair_metrics.rows.items():
+            line[f"{machine_type} {machine}"] = round(100 * row.values["AUC"][0], 2)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 if __name__ == "__main__":

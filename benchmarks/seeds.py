@@ -1,22 +1,21 @@
-"""Is a difference between the modes more than chance? Trainings of each mode with many seeds, in
-one process.
+"""Train each mode with many seeds in one process, to test whether the modes differ significantly.
 
     python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --seeds 30
-    # and again
+    # continue for at most ten minutes
     python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --minutes 10
 
 The recordings are read once and stay in the memory of the device, and the step of a mode is
 compiled once. A run trains as train.py does, but writes no checkpoints; the weights of the lowest
 validation loss are evaluated as eval.py does. OUTPUT/seeds.csv gets a row after each run: mode,
 seed, epoch of the weights, validation loss, and AUC and pAUC of each machine ID for the three
-scores, as fractions. OUTPUT/seeds.md has means, and differences between the modes, whose intervals
-allow for other seeds but not for other test clips. Started again, it goes on with the runs that are
-missing. A run of the 285 recordings of docs/real_recordings.md takes a quarter of an hour on two
-cores.
+scores, as fractions. OUTPUT/seeds.md has means and the differences between the modes, whose
+intervals cover other seeds but not other test clips. When started again, the script continues with
+the missing runs. A run with the 285 recordings of docs/real_recordings.md takes a quarter of an
+hour on two cores.
 
-Where the recordings have to be brought to another machine in parts:
+To copy the recordings to another machine in parts:
 
-1. Here, as FLAC, half as large, in a folder for each part:
+1. Here, convert them to FLAC, which is half as large, in a folder for each part:
 
        import pathlib, soundfile
        for wav in pathlib.Path("FOLDER/slider/train").glob("*.wav"):
@@ -24,12 +23,13 @@ Where the recordings have to be brought to another machine in parts:
            flac.parent.mkdir(parents=True, exist_ok=True)
            soundfile.write(flac, *soundfile.read(wav, dtype="int16"))
 
-   The recordings of docs/real_recordings.md take 42 MB (slider/train), 30 MB (slider/test) and 18 MB (valve).
-2. There, for each part, `mkdir -p ~/recordings && cp -r part_1/* ~/recordings/`, to a folder that stays. The first part
-   can come together with another command, such as benchmarks/gpu.py.
-3. With the last part: `python3 benchmarks/seeds.py --config docs/real_recordings.yaml --data_root ~/recordings
-   --minutes 5 --output DIR`. A part that is missing is an error that names its folder. To go on in another call, bring
-   OUTPUT/seeds.csv and OUTPUT/seeds.json back into DIR.
+   The recordings of docs/real_recordings.md take 42 MB (slider/train), 30 MB (slider/test) and
+   18 MB (valve).
+2. There, copy each part to a folder that persists:
+   `mkdir -p ~/recordings && cp -r part_1/* ~/recordings/`.
+3. After the last part, run `python3 benchmarks/seeds.py --config docs/real_recordings.yaml
+   --data_root ~/recordings --minutes 5 --output DIR`. If a part is missing, the error names its
+   folder. To continue in another call, copy OUTPUT/seeds.csv and OUTPUT/seeds.json to DIR.
 """
 
 import copy
@@ -39,6 +39,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,17 @@ import scipy.stats
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import State, TrainedModel, check_configuration
-from config import SCORINGS, Config, parse_command_line
-from corpus import settle_classes
-from dataloader import ClipSet, fingerprint, load_clips
+from checkpoint import Checkpoint, Model, check_configuration
+from classes import Classes
+from config import Config, make_config, parse_command_line
+from dataloader import ClipSet, load_clips
 from evaluation.metrics import COVERAGE, SUMMARY_ROWS
 from evaluation.result import evaluate
+from evaluation.scores import KINDS
 from evaluation.tables import markdown_header, markdown_row
 from losses import MODES
-from trainer import Run
+from recordings import find_classes
+from trainer import Trainer, check_clips
 from utils import (
     OneLineParser,
     UserError,
@@ -72,32 +75,28 @@ METRICS = ("AUC", "pAUC")
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "--seeds", type=int, default=30, help="of each mode, from 1 on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=np.inf,
-        help="after which no run begins (default: no limit)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("check_points/seeds"), help="default: %(default)s"
-    )
-    config, options, given = parse_command_line(parser)
+    text = "of each mode, from 1 on (default: %(default)s)"
+    parser.add_argument("--seeds", type=int, default=30, help=text)
+    names = list(MODES)
+    parser.add_argument("--modes", nargs="+", choices=names, default=names, help="default: all")
+    text = "after which no run begins (default: no limit)"
+    parser.add_argument("--minutes", type=float, default=np.inf, help=text)
+    folder = Path("check_points/seeds")
+    parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
+    config, options = parse_command_line(parser)
     end = time.monotonic() + 60 * options.minutes
-    for key in {"mode", "seed", "save_path", "init_from"} & given.keys():
+    for key in {"mode", "seed", "save_path", "init_from"} & config.given:
         raise UserError(
             f"command line: {key}: --modes, --seeds and --output choose, and every run begins anew"
         )
-    config = settle_classes(config)
+    classes = find_classes(config)
     device = use_device(config.device)
-    clips, test = (load_clips(config, split) for split in ("train", "test"))
-    rows = find_rows(options.output, config, fingerprint([clips, test]))
-    clips.samples, test.samples = clips.read_all(device), test.read_all(device)
+    clips, test_clips = (
+        load_clips(config, classes, split, config.windows(split)) for split in ("train", "test")
+    )
+    rows = find_rows(options.output, config, describe_clips(clips, test_clips))
+    clips.keep_on(device)
+    test_clips.keep_on(device)
     finished = {(row["mode"], row["seed"]) for row in rows}
     runs = [(mode, seed) for seed in range(1, options.seeds + 1) for mode in options.modes]
     for mode, seed in runs:
@@ -106,26 +105,30 @@ def main() -> None:
         if time.monotonic() > end:
             print(f"{options.minutes:g} minutes are over; start the same command again, it goes on")
             break
-        rows.append(
-            measure_run(config.model_copy(update={"mode": mode, "seed": seed}), device, clips, test)
-        )
+        chosen = {"mode": mode, "seed": seed, "tensorboard": False}
+        run = config.model_copy(update=chosen)
+        row = measure_run(run, classes, device, clips, test_clips)
+        rows.append(row)
         write_csv(options.output / "seeds.csv", pd.DataFrame(rows))
-        auc = np.mean(
-            [value for name, value in rows[-1].items() if re.fullmatch("published/.*/AUC", name)]
-        )
-        print(
-            f"{mode}, seed {seed}: mean AUC {100 * auc:.2f}, {rows[-1]['seconds']:.1f} s",
-            flush=True,
-        )
+        aucs = [value for name, value in row.items() if re.fullmatch("published/.*/AUC", name)]
+        line = f"{mode}, seed {seed}: mean AUC {100 * np.mean(aucs):.2f}, {row['seconds']:.1f} s"
+        print(line, flush=True)
     if rows:
         text = "\n".join(summarise(pd.DataFrame(rows)))
         print("\n" + text)
         write_text(options.output / "seeds.md", text + "\n")
 
 
-def find_rows(folder: Path, config: Config, clips: str) -> list[dict[str, Any]]:
-    """The rows of the runs that are finished. Raises `UserError` where these had other clips or
-    another configuration.
+def describe_clips(clips: ClipSet, test_clips: ClipSet) -> dict[str, Any]:
+    """Return which clips are used, in plain values."""
+    names = [f"{row.machine_type}/{row.path.name}" for row in test_clips.recordings.itertuples()]
+    return {"train": clips.fingerprint(), "test": names}
+
+
+def find_rows(folder: Path, config: Config, clips: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the finished runs.
+
+    Raises `UserError` if they had other clips or another configuration.
     """
     about, table = folder / "seeds.json", folder / "seeds.csv"
     check_writable(about, "--output names another folder")
@@ -135,93 +138,121 @@ def find_rows(folder: Path, config: Config, clips: str) -> list[dict[str, Any]]:
     try:
         before, rows = json.loads(about.read_text()), pd.read_csv(table).to_dict("records")
     except (OSError, ValueError):
-        raise UserError(
-            f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
-        ) from None
-    check_configuration(config, before, about, "give the same, or --output names another folder")
+        message = f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
+        raise UserError(message) from None
+    checkpoint = Checkpoint(about, {}, make_config((str(about), before["config"])))
+    check_configuration(config, checkpoint, "give the same, or --output names another folder")
     if before["clips"] != clips:
-        raise UserError(
-            f"{about}: the finished runs had other clips; --output names another folder"
-        )
+        message = f"{about}: the finished runs had other clips; --output names another folder"
+        raise UserError(message)
     return rows
 
 
 def measure_run(
-    config: Config, device: torch.device, clips: ClipSet, test: ClipSet
+    config: Config, classes: Classes, device: torch.device, clips: ClipSet, test_clips: ClipSet
 ) -> dict[str, Any]:
-    """Train and evaluate: a row of the table."""
+    """Train and evaluate a run; return its row of the table."""
     start = time.monotonic()
-    run, best = train_run(config, device, clips)
-    run.trainer.network.load_state_dict(best["model"])
-    trained = TrainedModel(
-        config.checkpoint, run.trainer.network.eval(), config, best | {"embeddings": run.embed()}
-    )
+    trainer = train_run(config, classes, device, clips)
     row: dict[str, Any] = {
         "mode": config.mode,
         "seed": config.seed,
-        "epoch": best["epoch"],
-        "loss": run.best_loss,
+        "epoch": trainer.best.epoch,
+        "loss": trainer.best_loss,
     }
-    for kind, result in evaluate(trained, test, "test", device, SCORINGS).items():
+    windows = config.windows("test")
+    model = trainer.best_model()
+    for result in evaluate(model, test_clips, config, "test", windows, list(KINDS), device):
         assert result.metrics  # the clips of the folder `test` have a condition
         table = result.metrics.table
         for machine_type, name in table.index[~table.index.isin(SUMMARY_ROWS, level=1)]:
-            values = table.loc[machine_type, name]
-            row |= {f"{kind}/{machine_type}/{name}/{metric}": values[metric] for metric in METRICS}
+            for metric in METRICS:
+                column = f"{result.kind}/{machine_type}/{name}/{metric}"
+                row[column] = table.loc[(machine_type, name), metric]
     return row | {"seconds": time.monotonic() - start}
 
 
-def train_run(config: Config, device: torch.device, clips: ClipSet) -> tuple[Run, State]:
-    """Train to the last epoch. Returns the run, and its state after the epoch of the lowest
-    validation loss.
+def train_run(
+    config: Config, classes: Classes, device: torch.device, clips: ClipSet
+) -> "TrainerInMemory":
+    """Train to the last epoch."""
+    train_clips, valid_clips = split(clips, config)
+    check_clips(config, classes, train_clips, valid_clips)
+    trainer = TrainerInMemory(config, classes, device, train_clips, valid_clips)
+    trainer.fit()
+    return trainer
+
+
+def split(clips: ClipSet, config: Config) -> tuple[ClipSet, ClipSet]:
+    """Split clips as `ClipSet.split` does, into parts whose samples are in memory, too."""
+    parts = clips.split(config.split_ratio, config.seed)
+    assert clips.samples is not None
+    for part in parts:
+        numbers = np.flatnonzero(clips.paths.isin(part.paths))
+        part.samples = clips.samples[torch.from_numpy(numbers).to(clips.samples.device)]
+    return parts
+
+
+class TrainerInMemory(Trainer):
+    """A trainer that writes no files and prints nothing.
+
+    Attributes:
+        best: The checkpoint of the lowest validation loss.
     """
-    run = Run(config, device, *clips.split(config.split_ratio, config.seed))
-    run.begin(None)
-    best: State = {}
-    while run.epoch < config.epoch:
-        scores, is_best = run.run_epoch()
+
+    best: Checkpoint
+
+    def save(self, scores: np.ndarray, is_best: bool) -> None:
         if is_best:
-            best = copy.deepcopy(run.state(scores))
-    return run, best
+            self.best = copy.deepcopy(self.checkpoint(scores))
+
+    def report(self, is_best: bool, log: Any) -> None:
+        pass
+
+    def best_model(self) -> Model:
+        """Return the model of the best checkpoint, with the embeddings of all clips."""
+        self.network.load_state_dict(self.best.weights)
+        bank, held_out = self.embed(self.train_clips), self.embed(self.valid_clips)
+        assert self.best.held_out
+        with_embedding = replace(self.best.held_out, embedding=held_out.embedding)
+        checkpoint = replace(self.best, bank=bank, held_out=with_embedding)
+        return Model(self.network.eval(), self.config, self.classes, checkpoint)
 
 
 # ---- The summary ----
 
 
 def summarise(table: pd.DataFrame) -> Iterator[str]:
-    """For each score the mean AUC of the IDs of each machine type: mean and deviation over the
-    seeds, and differences of the modes, seed by seed.
+    """Yield the lines of two tables for each score: mean AUC by mode, and differences of the modes.
+
+    The AUC is averaged over the machine IDs of a type. The first table has the mean and standard
+    deviation over the seeds. The second one has the differences between runs of the same seed.
     """
     values = table.melt(["mode", "seed"], [name for name in table.columns if name.endswith("/AUC")])
     values[["score", "type", "id", "metric"]] = values["variable"].str.split("/", expand=True)
-    each = 100 * values.groupby(["score", "type", "mode", "seed"])["value"].mean()
+    auc = 100 * values.groupby(["score", "type", "mode", "seed"])["value"].mean()
     types, modes = values["type"].unique().tolist(), table["mode"].unique().tolist()
-    for score in SCORINGS:
-        yield from (
-            "",
-            f"## {score}: mean AUC of the machine IDs, in percent",
-            "",
-            *markdown_header("mode", types),
-        )
+    for score in KINDS:
+        yield from ("", f"## {score}: mean AUC of the machine IDs, in percent", "")
+        yield from markdown_header("mode", types)
         for mode in modes:
-            runs = [each[score, machine_type, mode] for machine_type in types]
-            yield markdown_row(f"{mode} (n = {len(runs[0])})", [spread(x) for x in runs])
-        yield from ("", *markdown_header(f"difference ({COVERAGE:.0%} interval)", types))
+            runs = [auc[score, machine_type, mode] for machine_type in types]
+            yield markdown_row(f"{mode} (n = {len(runs[0])})", [spread(run) for run in runs])
+        yield ""
+        yield from markdown_header(f"difference ({COVERAGE:.0%} interval)", types)
         for one, other in itertools.combinations(modes, 2):
-            pairs = [(each[score, name, one] - each[score, name, other]).dropna() for name in types]
-            yield markdown_row(
-                f"{one} minus {other}", [interval(differences) for differences in pairs]
-            )
+            pairs = [(auc[score, name, one] - auc[score, name, other]).dropna() for name in types]
+            yield markdown_row(f"{one} minus {other}", [interval(pair) for pair in pairs])
 
 
 def spread(values: pd.Series) -> str:
-    return (
-        f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
-    )
+    """Format the mean of some values and, of several, their standard deviation."""
+    mean = f"{values.mean():.2f}"
+    return f"{mean} ± {values.std():.2f}" if len(values) > 1 else mean
 
 
 def interval(differences: pd.Series) -> str:
-    """The mean of the differences and its interval by Student's t."""
+    """Format the mean of the differences and its interval by Student's t."""
     count = len(differences)
     if count < 2:
         return "-"

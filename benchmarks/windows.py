@@ -1,23 +1,22 @@
-"""What long recordings and machines of unknown ID cost: AUC of joined recordings, a fault within an
-hour.
+"""Measure how well long recordings and machines of unknown ID are scored.
 
     python benchmarks/windows.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
 
-FOLDER holds training and test clips of 10 s. Of each checkpoint, in percent and for each machine
-type:
+FOLDER holds training and test clips of 10 s. For each checkpoint and machine type, in percent:
 
-- the mean AUC of the IDs of the test clips one by one; of recordings of three test clips each of one ID and condition,
-  joined in the order of their names, with windows 10 s and 5 s apart; and what averaging alone does: the AUC of the
-  means of the scores of three clips, over 1000 random ways to form threes. With windows 10 s apart the windows are the
-  clips themselves, and the AUC is that of one such way: "off by" is the largest difference between the score of a
-  recording and the mean of those of its clips.
-- how many of the normal ones are called anomalous.
-- the AUC against the own ID, and against the best-fitting ID of the machine type, as where the ID is not known.
+- the mean AUC of the machine IDs for single test clips, and for recordings of three joined test
+  clips of the same ID and condition, in the order of their names, with windows 10 s and 5 s apart.
+  To show the effect of averaging alone, there is the AUC of the mean scores of three clips, over
+  1000 random groupings. Windows 10 s apart are the clips themselves, so their AUC belongs to one
+  such grouping: "off by" is the largest difference between the score of a recording and the mean
+  score of its clips.
+- the share of normal clips or recordings that are called anomalous.
+- the AUC against the best-fitting ID of the machine type, as for a machine of unknown ID.
 
-Then `score.py --timeline --plots` of ten minutes and of an hour: normal test clips of the first ID,
-over and over, and from 40:00 to 41:00 (9:00 to 10:00) anomalous ones. It prints when the window
-with the highest score starts, which minutes have the highest mean score of the windows that lie in
-them, the time, and the highest anonymous memory of the process.
+Then `score.py --timeline --plots` scores ten minutes and an hour of normal test clips of the first
+ID, repeated, with anomalous ones from 9:00 to 10:00 or from 40:00 to 41:00. Printed are the start
+of the window with the highest score, the minutes whose windows have the highest mean scores, the
+time, and the peak anonymous memory of the process.
 """
 
 import itertools
@@ -26,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +35,22 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import TrainedModel, load_model
-from config import parse_command_line
-from corpus import ANOMALOUS, MACHINE, NORMAL, machines_of_classes
+from audio import Windows
+from checkpoint import Model, load_model
+from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
-from evaluation.recordings import clock
+from evaluation.bank import with_bank
 from evaluation.result import evaluate
-from evaluation.scoring import anomaly_scores, run_model
+from evaluation.scores import over_windows
+from evaluation.single import clock
+from inference import run_model
 from model.tastgram import SAMPLE_RATE, SECONDS
+from names import ANOMALOUS, NORMAL
+from recordings import MACHINE, find_recordings
 from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
-JOINED, WAYS = 3, 1000
+JOINED, GROUPINGS = 3, 1000
 MINUTE = 60 // SECONDS  # clips
 
 
@@ -55,109 +58,111 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="files of trained weights")
     parser.add_argument("--output", type=Path, help="keep the recordings here")
-    config, options, given = parse_command_line(parser)
+    config, options = parse_command_line(parser)
     device = use_device(config.device)
+    models = [load_model(path, config) for path in options.checkpoints]
+    recordings = find_recordings(config, models[0].classes, "test")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output or Path(temporary)
+        joined = join_recordings(recordings, folder / "joined")
         rows = []
-        for path in options.checkpoints:
-            trained = load_model(path, config, given)
-            clips = load_clips(trained.config, "test")
-            joined = join_recordings(clips.recordings, folder / "joined")
-            rows += [
-                {"checkpoint": path.stem, **row} for row in measure(trained, clips, joined, device)
-            ]
+        for model in models:
+            rows += measure(model, joined, config, device)
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="%.2f"))
         print(table.groupby("machine_type").mean(numeric_only=True).to_string(float_format="%.2f"))
         for minutes, fault in ((10, 9), (60, 40)):
-            recording = join_with_fault(
-                clips.recordings, folder / f"{minutes}_minutes.wav", minutes, fault
-            )
+            file = folder / f"{minutes}_minutes.wav"
+            long_recording = join_with_fault(recordings, file, minutes, fault)
             for path in options.checkpoints:
-                print(listen(path, recording, clips.recordings.iloc[0]), flush=True)
+                print(score_long(path, long_recording, recordings.iloc[0]), flush=True)
 
 
 def measure(
-    trained: TrainedModel, clips: ClipSet, joined: Path, device: torch.device
-) -> Iterator[dict[str, object]]:
-    """For each machine type what the head of this file lists."""
-    single = score(trained, clips, device)
-    recordings = {}
-    for hop in (10.0, 5.0):
-        keys = {"data_root": str(joined), "window": "all", "hop": hop}
-        config = trained.config.model_copy(update=keys)
-        model = TrainedModel(trained.path, trained.network, config, trained.state)
-        recordings[hop] = score(model, load_clips(config, "test"), device)
-    unknown = score_best_id(trained, clips, device)
-    for machine_type, of_type in single.groupby("machine_type", sort=False):
-        shuffled = (of_type.sample(frac=1, random_state=seed) for seed in range(WAYS))
-        drawn = np.array([mean_auc(means_of_threes(clips)) for clips in shuffled])
-        expected, joined_scores = (
-            means_of_threes(of_type),
-            of(recordings[10.0], machine_type)["exact_score"],
-        )
-        yield {
-            "machine_type": machine_type,
-            "single": mean_auc(of_type),
-            "threes": drawn.mean(),
-            "from": np.percentile(drawn, 2.5),
-            "to": np.percentile(drawn, 97.5),
-            **{
-                f"joined, {hop:g} s": mean_auc(of(table, machine_type))
-                for hop, table in recordings.items()
-            },
-            "off by": f"{np.abs(np.sort(expected['exact_score']) - np.sort(joined_scores)).max():.0e}",
-            "called, single": called(of_type),
-            **{
-                f"called, {hop:g} s": called(of(table, machine_type))
-                for hop, table in recordings.items()
-            },
-            "best ID": mean_auc(of(unknown, machine_type)),
-        }
+    model: Model, joined: Path, config: Config, device: torch.device
+) -> list[dict[str, object]]:
+    """Return a row of figures for each machine type; `joined` is the folder of joined clips."""
+    model = with_bank(model, config, [config.scoring], device)
+    windows = model.windows(config, "test")
+    clips = load_clips(config, model.classes, "test", windows)
+    tables = {
+        "single": score(model, clips, config, windows, device),
+        "best ID": score_best_id(model, clips, config, device),
+    }
+    joined_config = config.model_copy(update={"data_root": str(joined)})
+    for hop in (10, 5):
+        windows = Windows(hop, windows.channel)
+        joined_clips = load_clips(joined_config, model.classes, "test", windows)
+        tables[f"joined, {hop} s"] = score(model, joined_clips, config, windows, device)
+    rows = []
+    for machine_type in model.classes.machine_types:
+        row: dict[str, object] = {"checkpoint": model.path.stem, "machine_type": machine_type}
+        rows.append(row | compare(tables, machine_type))
+    return rows
 
 
-def of(table: pd.DataFrame, machine_type: object) -> pd.DataFrame:
-    return table[table["machine_type"] == machine_type]
+def score(
+    model: Model, clips: ClipSet, config: Config, windows: Windows, device: torch.device
+) -> pd.DataFrame:
+    """Return the table of recordings with scores and decisions."""
+    (result,) = evaluate(model, clips, config, "test", windows, [config.scoring], device)
+    return result.recordings
 
 
-def score(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.DataFrame:
-    kind = trained.config.scoring
-    return evaluate(trained, clips, "test", device, [kind])[kind].clips
+def score_best_id(
+    model: Model, clips: ClipSet, config: Config, device: torch.device
+) -> pd.DataFrame:
+    """Return the table of recordings with the lowest score over the IDs of the machine type."""
+    machines = model.classes.machines
+    outputs = run_model(model, clips, config, device)
+    scorer = model.scorer(config.scoring, config.neighbours)
+    window_scores = scorer.against_machines(outputs, machines).numpy()
+    scores = over_windows(window_scores, clips.recording, "mean")  # (recordings, machines)
+    types = np.array([machine_type for machine_type, _ in machines])
+    is_other_type = clips.recordings["machine_type"].to_numpy()[:, None] != types
+    lowest = np.where(is_other_type, np.inf, scores).min(axis=1)
+    return clips.recordings.assign(exact_score=lowest)
 
 
-def score_best_id(trained: TrainedModel, clips: ClipSet, device: torch.device) -> pd.DataFrame:
-    """The lowest score of each clip over the IDs of its machine type."""
-    outputs, machines = run_model(trained, clips, device), machines_of_classes(trained.config)
-    table = clips.recordings.assign(exact_score=np.inf)
-    for label, (machine_type, _) in enumerate(machines):
-        scores = clips.over_windows(
-            anomaly_scores(trained, outputs, torch.full((len(clips),), label)), "mean"
-        )
-        is_type = table["machine_type"] == machine_type
-        table.loc[is_type, "exact_score"] = np.minimum(table["exact_score"], scores)[is_type]
-    return table
+def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, object]:
+    """Return the figures of a machine type, as listed at the top of this file."""
+    chosen = {name: table[table["machine_type"] == machine_type] for name, table in tables.items()}
+    single, ten, five = chosen["single"], chosen["joined, 10 s"], chosen["joined, 5 s"]
+    drawn = []
+    for seed in range(GROUPINGS):
+        shuffled = single.sample(frac=1, random_state=seed)
+        drawn.append(mean_auc(average_threes(shuffled)))
+    expected = np.sort(average_threes(single)["exact_score"])
+    return {
+        "single": mean_auc(single),
+        "threes": np.mean(drawn),
+        "from": np.percentile(drawn, 2.5),
+        "to": np.percentile(drawn, 97.5),
+        "joined, 10 s": mean_auc(ten),
+        "joined, 5 s": mean_auc(five),
+        "off by": f"{np.abs(expected - np.sort(ten['exact_score'])).max():.0e}",
+        "called, single": share_called_anomalous(single),
+        "called, 10 s": share_called_anomalous(ten),
+        "called, 5 s": share_called_anomalous(five),
+        "best ID": mean_auc(chosen["best ID"]),
+    }
 
 
 def mean_auc(table: pd.DataFrame) -> float:
-    groups = [group for _, group in table.groupby("machine_id")]
-    return 100 * float(
-        np.mean(
-            [
-                roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"])
-                for group in groups
-            ]
-        )
-    )
+    """Return the mean AUC of the machine IDs in percent."""
+    aucs = []
+    for _, group in table.groupby("machine_id"):
+        aucs.append(roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"]))
+    return 100 * float(np.mean(aucs))
 
 
-def called(table: pd.DataFrame) -> float:
-    """The percentage of the normal ones that are called anomalous."""
+def share_called_anomalous(table: pd.DataFrame) -> float:
+    """Return the percentage of normal recordings that are called anomalous."""
     return 100 * float(table["decision"][table["condition"] == NORMAL].mean())
 
 
-def means_of_threes(table: pd.DataFrame) -> pd.DataFrame:
-    """The means of the scores of three clips of one ID and condition that follow each other."""
+def average_threes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean scores of three consecutive clips of the same ID and condition."""
     rows = []
     for machine, group in table.groupby([*MACHINE, "condition"]):
         scores = group["exact_score"].to_numpy()
@@ -178,60 +183,57 @@ def join(paths: Sequence[Path], file: Path) -> Path:
 
 
 def join_recordings(clips: pd.DataFrame, root: Path) -> Path:
-    """A data folder with the test clips of each ID and condition joined; what is left over is left
-    out.
+    """Write a data folder with joined test clips of the same ID and condition; return it.
+
+    A remainder of fewer than three clips is left out.
     """
     for (machine_type, machine_id, condition), group in clips.groupby([*MACHINE, "condition"]):
         paths, prefix = group["path"].tolist(), "normal" if condition == NORMAL else "anomaly"
         for number in range(len(paths) // JOINED):
             chosen = paths[JOINED * number : JOINED * (number + 1)]
-            join(
-                chosen, root / machine_type / "test" / f"{prefix}_id_{machine_id}_{number:04d}.wav"
-            )
+            name = f"{prefix}_id_{machine_id}_{number:04d}.wav"
+            join(chosen, root / machine_type / "test" / name)
     return root
 
 
 def join_with_fault(clips: pd.DataFrame, file: Path, minutes: int, fault: int) -> Path:
-    """So many minutes of the first machine, normal but for the minute after that of the fault."""
-    own = clips[(clips[MACHINE] == clips[MACHINE].iloc[0]).all(axis=1)]
-    normal, anomalous = (
-        own["path"][own["condition"] == condition].tolist() for condition in (NORMAL, ANOMALOUS)
-    )
+    """Write a recording of the first machine, with one anomalous minute from `fault` minutes on."""
+    clips = clips[(clips[MACHINE] == clips[MACHINE].iloc[0]).all(axis=1)]
+    normal = clips["path"][clips["condition"] == NORMAL].tolist()
+    anomalous = clips["path"][clips["condition"] == ANOMALOUS].tolist()
     paths = list(itertools.islice(itertools.cycle(normal), minutes * MINUTE))
     paths[fault * MINUTE : (fault + 1) * MINUTE] = anomalous[:MINUTE]
     return join(paths, file)
 
 
-def listen(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
-    """What score.py says of a recording, how long it takes, and how much memory."""
+def score_long(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
+    """Score a recording with score.py; describe the result, the time and the peak memory."""
     machine = ("--machine_type", clip["machine_type"], "--machine_id", clip["machine_id"])
     options = (str(recording), *machine, "--timeline", "--plots", "--json")
-    began, highest, said = time.monotonic(), 0.0, recording.with_suffix(".json")
-    with said.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "score.py", checkpoint, *options], stdout=file
-        )
+    command = [sys.executable, ROOT / "score.py", checkpoint, *options]
+    start, peak_memory, output = time.monotonic(), 0.0, recording.with_suffix(".json")
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file)
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            found = [
-                line.split()[1]
-                for line in status.read_text().splitlines()
-                if line.startswith("RssAnon")
-            ]
-            highest = max(highest, *(int(kilobytes) / 1e3 for kilobytes in found), 0.0)
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peak_memory = max(peak_memory, int(line.split()[1]) / 1e3)
             time.sleep(0.05)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     if process.returncode:
-        sys.exit(process.returncode)  # it has said why
-    (row,) = json.loads(said.read_text())
+        sys.exit(process.returncode)  # score.py has printed the reason
+    (row,) = json.loads(output.read_text())
     windows = pd.DataFrame(row["windows"])
     whole = windows[windows["start"] % 60 <= 60 - SECONDS]
     minutes = whole.groupby(whole["start"] // 60 + 1)["score"].mean().nlargest(3)
     highest_minutes = ", ".join(f"{minute:.0f} ({score:.2f})" for minute, score in minutes.items())
     return (
-        f"{checkpoint.stem}, {recording.name}: score {row['score']:.2f}, threshold {row['threshold']:.2f}; "
-        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; worst at {clock(row['worst']['start'])}; "
-        f"highest minutes: {highest_minutes}; {seconds:.1f} s, RssAnon {highest:.0f} MB; {row['picture']}"
+        f"{checkpoint.stem}, {recording.name}: "
+        f"score {row['score']:.2f}, threshold {row['threshold']:.2f}; "
+        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; "
+        f"worst at {clock(row['worst']['start'])}; highest minutes: {highest_minutes}; "
+        f"{seconds:.1f} s, RssAnon {peak_memory:.0f} MB; {row['picture']}"
     )
 
 

@@ -1,26 +1,24 @@
-"""Fetch the DCASE 2020 Challenge Task 2 recordings and lay them out as
-datasets/<type>/{train,test}.
+"""Download the recordings of DCASE 2020 Challenge Task 2 to datasets/<type>/{train,test}.
 
-    # what the paper trains on: development + additional
+    # the paper's training and test recordings: development + additional
     python datasets/download.py
-    python datasets/download.py --dry_run                 # only say what, how large, and where to
+    python datasets/download.py --dry_run                 # only print names, sizes and folders
     python datasets/download.py --types fan pump          # some machine types
     # the challenge's evaluation clips and their labels
     python datasets/download.py --parts evaluation
     python datasets/download.py --output /data/dcase2020  # to another folder
 
-The parts, each one zip per machine type, come from Zenodo (addresses, sizes and md5:
-dcase2020_task2.yaml):
+Each part has one zip per machine type on Zenodo (addresses, sizes and md5: dcase2020_task2.yaml):
 
     development  <type>/train/normal_id_XX_*.wav and <type>/test/{normal,anomaly}_id_XX_*.wav
-    additional   <type>/train/normal_id_XX_*.wav of the other machine IDs, merged into the same folder
+    additional   <type>/train/normal_id_XX_*.wav of the other machine IDs, in the same folder
     evaluation   <type>/evaluation/id_XX_*.wav, unlabelled; the labels are in eval_data_list.csv
 
-Run it again after any error, Ctrl-C or crash: it goes on where it stopped. Where nothing is missing
-it does nothing and needs no network. <output>/.download/ holds a zip until it is unpacked, then
-<zip>.json with its md5 and clip counts. A zip's clips get their final names when all are unpacked,
-and replace files of those names. The exit status is 2, after one line, for an error the user can
-put right.
+After an error, Ctrl-C or a crash, run it again to continue. If nothing is missing, it does nothing
+and needs no network. <output>/.download/ holds a zip until it is unpacked, then <zip>.json with its
+md5 and its numbers of clips. The clips of a zip are moved to their final names, and replace files
+of those names, once all of them are unpacked. After an error that the user can fix, it prints one
+line, and the exit status is 2.
 """
 
 import argparse
@@ -48,51 +46,56 @@ from utils import OneLineParser, UserError, run_script, write_text
 
 TABLE = Path(__file__).resolve().with_name("dcase2020_task2.yaml")
 
-# The clips in a zip of each part, between "<type>/" and "_XX_NNNNNNNN.wav", and the folders they go
-# to.
+# Names of the clips in the zips of each part, between "<type>/" and "_XX_NNNNNNNN.wav".
 CLIPS_IN_ZIP = {
     "development": "(train/normal|test/normal|test/anomaly)_id",
     "additional": "train/normal_id",
     "evaluation": "test/id",
 }
+# Folders that they are moved to, below the folder of the machine type.
 FOLDERS = {"development": "{train,test}", "additional": "train", "evaluation": "evaluation"}
 
-TRIES = 6  # of a request; and how often in a row a connection may bring no new byte
-PAUSE_SECONDS = (
-    2.0  # after a lost connection; between tries of a request none, then 4, 8, 16 and 32
-)
-MAX_PAUSE_SECONDS = 300  # a busy server may ask for hours
-TIMEOUT_SECONDS = (10, 60)  # to connect, and without a byte
-CHUNK_BYTES = 1 << 14  # what a lost connection may take with it
-TRY_AGAIN = (429, 500, 502, 503, 504)  # HTTP status
+# Attempts of a request, and attempts in a row to resume a download that bring no new byte.
+TRIES = 6
+# Pause after a lost connection. Between the attempts of a request: none, then 4, 8, 16 and 32 s.
+PAUSE_SECONDS = 2.0
+MAX_PAUSE_SECONDS = 300  # limit to the pause that a busy server may ask for
+TIMEOUT_SECONDS = (10, 60)  # to connect, and to wait for the next byte
+CHUNK_BYTES = 1 << 14  # at most lost when a connection is lost
+TRY_AGAIN = (429, 500, 502, 503, 504)  # HTTP status codes
 
 
 @dataclasses.dataclass(frozen=True)
 class Zip:
-    """One zip of the data set and where it lies until it is unpacked. Sizes in bytes."""
+    """One zip of the data set. Sizes in bytes."""
 
     part: str
     machine_type: str
     url: str
-    path: Path
+    path: Path  # where it is until it is unpacked
     md5: str
     size: int
     unpacked_size: int
 
     @property
-    def marker(self) -> Path:  # exists once the zip is unpacked to the end
+    def marker(self) -> Path:
+        """File that exists once the zip is unpacked to the end."""
         return self.path.with_suffix(".json")
 
     @property
-    def unpacking(self) -> Path:  # holds the clips until all are unpacked
+    def unpacking(self) -> Path:
+        """Folder that holds the clips until all are unpacked."""
         return self.path.with_suffix(".unpacking")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Download what is missing of the chosen parts and machine types."""
     table = yaml.safe_load(TABLE.read_text())
     options = parse_options(table, arguments)
-    output, state, labels = options.output, options.output / ".download", table["evaluation_labels"]
-    missing = [item for item in choose_zips(table, options, state) if not is_complete(item, output)]
+    output, labels = options.output, table["evaluation_labels"]
+    downloads = output / ".download"
+    zips = choose_zips(table, options, downloads)
+    missing = [item for item in zips if not is_complete(item, output)]
     labels_missing = "evaluation" in options.parts and not (output / labels["file"]).exists()
     print_plan(missing, output)
     if labels_missing:
@@ -102,24 +105,24 @@ def main(arguments: list[str] | None = None) -> None:
 
     session = make_session()
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        downloads.mkdir(parents=True, exist_ok=True)
         for item in missing:
             shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
         check_space(missing, output)
         if labels_missing:
-            fetch_labels(session, labels, options.url, output, state)
+            fetch_labels(session, labels, options.url, output, downloads)
         for item in missing:
             fetch_zip(session, item, output)
     except requests.RequestException as error:
-        raise UserError(f"{error}; check --url, or start again later to go on") from None
-    except OSError as error:  # a full disk, a folder without rights
-        raise UserError(
-            f"{output}: {error.strerror or error}; mend that and start again, it goes on here"
-        ) from None
+        raise UserError(f"{error}; check --url, or start again later to continue") from None
+    except OSError as error:  # such as a full disk, or a folder without write permission
+        reason = error.strerror or error
+        raise UserError(f"{output}: {reason}; fix this and start again to continue") from None
     print(f"{output}: complete")
 
 
 def parse_options(table: dict, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. `table` is the content of dcase2020_task2.yaml."""
     types, parts = list(table["clip_bytes"]), ["development", "additional"]
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
@@ -134,29 +137,29 @@ def parse_options(table: dict, arguments: list[str] | None) -> argparse.Namespac
     )
     parser.add_argument("--types", nargs="+", choices=types, default=types, help="default: all")
     parser.add_argument(
-        "--dry_run", action="store_true", help="say what would be fetched, write nothing"
+        "--dry_run", action="store_true", help="print what would be downloaded, write nothing"
     )
     parser.add_argument(
-        "--url", default=table["url"], help=f"address on a mirror (default: {table['url']})"
+        "--url", default=table["url"], help=f"address of a mirror (default: {table['url']})"
     )
     options = parser.parse_args(arguments)
     if "{file}" not in options.url:
-        raise UserError(
-            f"--url {options.url}: the place of the file name is missing, as in {table['url']}"
-        )
+        raise UserError(f"--url {options.url}: {{file}} is missing, as in {table['url']}")
     return options
 
 
-def choose_zips(table: dict, options: argparse.Namespace, state: Path) -> Iterator[Zip]:
-    """The zips of the chosen parts and machine types, in the order of the table."""
+def choose_zips(table: dict, options: argparse.Namespace, downloads: Path) -> Iterator[Zip]:
+    """Yield the zips of the chosen parts and machine types, in the order of the table."""
     for part, record in table["parts"].items():
         for machine_type, row in record["zips"].items():
             if part in options.parts and machine_type in options.types:
                 file = record["file"].format(type=machine_type)
                 url = file_url(options.url, record["record"], file)
                 unpacked_size = row["clips"] * table["clip_bytes"][machine_type]
-                size = row["size"] or unpacked_size  # which it cannot exceed
-                yield Zip(part, machine_type, url, state / file, row["md5"], size, unpacked_size)
+                size = row["size"] or unpacked_size  # an upper limit where the size is unknown
+                yield Zip(
+                    part, machine_type, url, downloads / file, row["md5"], size, unpacked_size
+                )
 
 
 def file_url(pattern: str, record: int, file: str) -> str:
@@ -164,14 +167,12 @@ def file_url(pattern: str, record: int, file: str) -> str:
 
 
 def print_plan(missing: list[Zip], output: Path) -> None:
+    """Print a line for each missing zip, and their total size."""
     for item in missing:
-        limit = (
-            "at most " if item.size == item.unpacked_size else ""
-        )  # where the table does not have it
+        is_size_known = item.size != item.unpacked_size
+        size = gigabytes(item.size) if is_size_known else f"at most {gigabytes(item.size)}"
         folder = output / item.machine_type / FOLDERS[item.part]
-        print(
-            f"{item.path.name}: {limit}{gigabytes(item.size)}, unpacked {gigabytes(item.unpacked_size)} -> {folder}"
-        )
+        print(f"{item.path.name}: {size}, unpacked {gigabytes(item.unpacked_size)} -> {folder}")
     size = gigabytes(sum(item.size for item in missing))
     unpacked_size = gigabytes(sum(item.unpacked_size for item in missing))
     print(f"missing in {output}: {len(missing)} zips, {size}, unpacked {unpacked_size}")
@@ -182,15 +183,16 @@ def gigabytes(size: int) -> str:
 
 
 def check_space(missing: list[Zip], output: Path) -> None:
-    """Raise UserError if the disk cannot hold the clips and, beside them, what is missing of the
-    largest zip.
+    """Raise `UserError` if the disk is too small for the clips and, beside them, the largest zip.
+
+    The zips are downloaded one by one, and each is deleted once it is unpacked.
     """
-    here = [
-        sum(path.stat().st_size for path in item.path.parent.glob(f"{item.path.name}*"))
-        for item in missing
-    ]
-    zips = [item.size - size for item, size in zip(missing, here, strict=True)]
-    needed = sum(item.unpacked_size for item in missing) + max([0, *zips])
+    largest = 0
+    for item in missing:
+        files = item.path.parent.glob(f"{item.path.name}*")
+        downloaded = sum(path.stat().st_size for path in files)
+        largest = max(largest, item.size - downloaded)
+    needed = sum(item.unpacked_size for item in missing) + largest
     free = shutil.disk_usage(output).free
     if free < needed:
         remedy = "free some space, or choose fewer --types or --parts or another --output"
@@ -198,50 +200,49 @@ def check_space(missing: list[Zip], output: Path) -> None:
 
 
 def is_complete(item: Zip, output: Path) -> bool:
-    """Whether the zip was unpacked to the end and all its clips are still there."""
+    """Return whether the zip was unpacked to the end and all its clips still exist."""
     try:
-        done = json.loads(item.marker.read_text())
-        here = {group: len(list(output.glob(f"{group}_????????.wav"))) for group in done["clips"]}
-        return done["md5"] == item.md5 and Counter(done["clips"]) <= Counter(here)
-    except (
-        FileNotFoundError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # or torn, when the machine lost its power
-        return False
+        marker = json.loads(item.marker.read_text())
+        return marker["md5"] == item.md5 and has_clips(output, marker["clips"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False  # not unpacked yet, or the marker was damaged by a power failure
+
+
+def has_clips(output: Path, counts: dict[str, int]) -> bool:
+    """Return whether all clips exist; `counts` is as {"fan/train/normal_id_00": 911}."""
+    for group, count in counts.items():
+        if len(list(output.glob(f"{group}_????????.wav"))) < count:
+            return False
+    return True
 
 
 # ---- Unpacking ----
 
 
 def fetch_zip(session: requests.Session, item: Zip, output: Path) -> None:
-    """Fetch, check and unpack one zip: all its clips beside the data set at first, then into it."""
-    fetch(session, item.url, item.path, lambda path: md5_of(path) == item.md5)
+    """Download, check and unpack one zip."""
+    fetch(session, item.url, item.path, lambda path: compute_md5(path) == item.md5)
     with zipfile.ZipFile(item.path) as archive:
-        clips = clips_in(archive, item)
-        archive.extractall(
-            item.unpacking, tqdm(clips.values(), desc=f"unpacking {item.path.name}", unit="clip")
-        )
+        clips = find_clips(archive, item)
+        progress = tqdm(clips.values(), desc=f"unpacking {item.path.name}", unit="clip")
+        archive.extractall(item.unpacking, progress)
     for clip in clips:
         (output / clip).parent.mkdir(parents=True, exist_ok=True)
         (item.unpacking / clip).replace(output / clip)
     shutil.rmtree(item.unpacking)
-    counts = Counter(
-        clip[: -len("_NNNNNNNN.wav")] for clip in clips
-    )  # as in {"fan/train/normal_id_00": 911}
+    counts = Counter(clip.removesuffix(".wav").rpartition("_")[0] for clip in clips)
     os.sync()  # the marker reaches the disk after the clips: a zip without one is unpacked again
     write_text(item.marker, json.dumps({"md5": item.md5, "clips": counts}, indent=2) + "\n")
     item.path.unlink()
 
 
-def clips_in(archive: zipfile.ZipFile, item: Zip) -> dict[str, zipfile.ZipInfo]:
-    """The entries of the clips, each named as its place in the data set; whatever else is there is
-    passed over.
+def find_clips(archive: zipfile.ZipFile, item: Zip) -> dict[str, zipfile.ZipInfo]:
+    """Find the clips among the entries of a zip, and rename them to their paths in the data set.
+
+    Returns the entries by path. Other entries are ignored.
     """
-    expected = re.compile(
-        rf"{item.machine_type}/{CLIPS_IN_ZIP[item.part]}_\d\d_\d{{8}}\.wav", re.ASCII
-    )
+    pattern = rf"{item.machine_type}/{CLIPS_IN_ZIP[item.part]}_\d\d_\d{{8}}\.wav"
+    expected = re.compile(pattern, re.ASCII)
     clips = {}
     for entry in archive.infolist():
         if expected.fullmatch(entry.filename):
@@ -252,38 +253,36 @@ def clips_in(archive: zipfile.ZipFile, item: Zip) -> dict[str, zipfile.ZipInfo]:
 
 
 def fetch_labels(
-    session: requests.Session, labels: dict, url: str, output: Path, state: Path
+    session: requests.Session, labels: dict, url: str, output: Path, downloads: Path
 ) -> None:
-    """Fetch the list with the labels of the evaluation clips, which is known by its lines alone."""
-    row = re.compile(
-        r"^id_\d\d_\d{8}\.wav,(?:normal|anomaly)_id_\d\d_\d{8}\.wav,[01]$", re.MULTILINE
-    )
-    url, path = file_url(url, labels["record"], labels["file"]), state / labels["file"]
-    fetch(
-        session,
-        url,
-        path,
-        lambda path: len(row.findall(path.read_text("latin-1"))) == labels["clips"],
-    )
+    """Download the labels of the evaluation clips. Their list has no md5; its lines are counted."""
+    name = r"id_\d\d_\d{8}\.wav"
+    row = re.compile(rf"^{name},(?:normal|anomaly)_{name},[01]$", re.MULTILINE)
+
+    def is_published_list(path: Path) -> bool:
+        return len(row.findall(path.read_text("latin-1"))) == labels["clips"]
+
+    path = downloads / labels["file"]
+    fetch(session, file_url(url, labels["record"], labels["file"]), path, is_published_list)
     path.replace(output / labels["file"])
 
 
-def md5_of(path: Path) -> str:
+def compute_md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-# ---- Fetching ----
+# ---- Downloading ----
 
 
 def make_session() -> requests.Session:
-    """A session that tries again where a server is out of reach or busy, after the pause that it
-    asks for.
+    """Make a session that repeats a request if the server cannot be reached or is busy.
+
+    It waits as long as the server asks for.
     """
     session = requests.Session()
-    session.headers["Accept-Encoding"] = (
-        "identity"  # so that ranges and lengths count the bytes of the file
-    )
+    # Ranges and lengths must count the bytes of the file, not those of a compressed transfer.
+    session.headers["Accept-Encoding"] = "identity"
     retry = Retry(
         TRIES - 1,
         backoff_factor=PAUSE_SECONDS,
@@ -299,58 +298,63 @@ def make_session() -> requests.Session:
 def fetch(
     session: requests.Session, url: str, path: Path, is_right: Callable[[Path], bool]
 ) -> None:
-    """Have the file of `url` at `path`: take one that is there already, and fetch a wrong one once
-    more.
+    """Download `url` to `path`, unless the right file is already there.
+
+    A wrong file is deleted and downloaded once more. Raises `UserError` if it is wrong again.
     """
-    part = path.with_name(f"{path.name}.part")
+    partial = path.with_name(f"{path.name}.part")
     for _ in range(2):
         if not path.exists():
-            download(session, url, part)
-            part.rename(path)
+            download(session, url, partial)
+            partial.rename(path)
         if is_right(path):
             return
         print(f"{path}: not the published file", file=sys.stderr)
         path.unlink()
     raise UserError(
-        f"{url}: the server does not send the published file; try again later or another --url"
+        f"{url}: the server does not send the published file; try again later, or another --url"
     )
 
 
-def download(session: requests.Session, url: str, part: Path) -> None:
-    """Receive what is missing of `part`, in as many tries as it takes while they bring something."""
-    idle, most = 0, 0  # tries in a row without a new byte; bytes
-    while not receive(session, url, part):
-        received = part.stat().st_size
-        idle = 0 if received > most else idle + 1
-        most = max(most, received)
-        if idle == TRIES:
+def download(session: requests.Session, url: str, partial: Path) -> None:
+    """Download what is missing of a partial file, resuming whenever the connection is lost.
+
+    Raises `UserError` after too many attempts in a row without a new byte.
+    """
+    idle_tries, largest_size = 0, 0
+    while not receive(session, url, partial):
+        size = partial.stat().st_size
+        idle_tries = 0 if size > largest_size else idle_tries + 1
+        largest_size = max(largest_size, size)
+        if idle_tries == TRIES:
             raise UserError(
-                f"{url}: the connection is lost at byte {received} again and again; start again later"
+                f"{url}: the connection is always lost at byte {size}; start again later"
             )
-        tqdm.write(
-            f"{url}: the connection was lost at byte {received}; it goes on there", file=sys.stderr
-        )
+        message = f"{url}: the connection was lost at byte {size}; resuming from there"
+        tqdm.write(message, file=sys.stderr)
         time.sleep(PAUSE_SECONDS)
 
 
-def receive(session: requests.Session, url: str, part: Path) -> bool:
-    """Ask once for what is missing of `part` and append it; start over if the server ignores the
-    range. Returns whether the end was reached.
+def receive(session: requests.Session, url: str, partial: Path) -> bool:
+    """Request what is missing of a partial file once, and append it.
+
+    If the server ignores the requested range, the file is replaced. Returns whether the end was
+    reached.
     """
-    with part.open("ab") as file:
-        have = file.tell()
-        headers = {"Range": f"bytes={have}-"} if have else {}
+    with partial.open("ab") as file:
+        size = file.tell()
+        headers = {"Range": f"bytes={size}-"} if size else {}
         with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-            if (
-                have and response.status_code == 416
-            ):  # nothing lies beyond: all of it is here, right or not
+            if size and response.status_code == 416:  # the range is beyond the end of the file
                 return True
             response.raise_for_status()
             if response.status_code != 206:
-                have = file.truncate(0)
+                size = file.truncate(0)
             length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True) as bar:
+            total = size + int(length) if length else None
+            with tqdm(
+                desc=partial.stem, initial=size, total=total, unit="B", unit_scale=True
+            ) as bar:
                 try:
                     for chunk in response.iter_content(CHUNK_BYTES):
                         bar.update(file.write(chunk))

@@ -1,5 +1,4 @@
-"""Make a small set of machine sounds from code alone, in the layout of DCASE 2020 Task 2 or of
-2023.
+"""Synthesize a small set of machine sounds, in the layout of DCASE 2020 Task 2 or of 2023.
 
     # 576 clips, 185 MB, in datasets/synthetic
     python datasets/synthesize.py
@@ -11,27 +10,28 @@
     python datasets/synthesize.py --form 2023
 
 A clip is OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav: 10 s, 16 kHz, mono, 16-bit
-PCM. There are six machine types with three IDs each; per ID, --train normal clips to train on, and
---test normal and --test anomalous clips to test on. A clip depends on the seed and on its own name
-only. The set shows that the code works; it says nothing about real machines.
+PCM. There are six machine types with three IDs each. Each ID has --train normal clips to train on,
+and --test normal and --test anomalous clips to test on. A clip depends only on the seed and its
+name. The set shows that the code works; it says nothing about real machines.
 
 In the form of 2023 a machine type has one section with two domains, and a clip is
 OUTPUT/<type>/{train,test}/
 section_00_{source,target}_{train,test}_{normal,anomaly}_NNNN_spd_<speed>.wav. In the source domain
-the machine runs at two speeds, in the target domain at a third one and in a louder factory. --train
-is the number of source clips, with an eighth as many of the target domain; --test that of each
-domain.
+the machine runs at two speeds; in the target domain it runs at a third speed, in a louder factory.
+--train is the number of training clips of the source domain; the target domain has an eighth of it.
+--test is the number of test clips of each label in each domain.
 
-The sound of a machine is the tones of its shaft, broadband noise, and knocks where it moves in
-strokes, filtered by the resonances of its housing; the noise of a factory is added. The IDs of a
+The sound of a machine is the sum of the tones of its shaft, broadband noise, and knocks if it moves
+in strokes, filtered by the resonances of its housing. The noise of a factory is added. The IDs of a
 type differ in speed and resonances. Speed, resonances and levels vary a little between the normal
 clips of an ID. An anomalous clip has one of FAULTS.
 
-OUTPUT/synthetic.json is empty until the last clip is written. A folder that holds the very set
-asked for is left alone, a set that was broken off is made again, and a folder without that file is
-never touched unless it is empty.
+OUTPUT/synthetic.json describes the set; it is empty until the last clip is written. A folder that
+already holds the requested set is left as it is, and an interrupted set is made again. A folder
+without synthetic.json is used only if it is empty.
 """
 
+import argparse
 import json
 import shlex
 import signal
@@ -56,13 +56,13 @@ FREQUENCY = np.fft.rfftfreq(SAMPLES, 1 / RATE)  # Hz
 
 
 class Machine(NamedTuple):
+    """A machine type."""
+
     shaft_hz: float  # revolutions per second
     blades: int  # or vanes or gear teeth that pass in one revolution
     resonances_hz: tuple[float, float, float]  # of the housing
-    noise: float  # level of the noise of air, water or friction, where that of the tones is 1
-    stroke_s: float | None = (
-        None  # from one stroke to the next; None for a machine that only rotates
-    )
+    noise: float  # level of the noise of air, water or friction, relative to the level of the tones
+    stroke_s: float | None = None  # from one stroke to the next; None: it only rotates
 
 
 TYPES = {
@@ -78,27 +78,28 @@ MACHINES = {
     for machine_type in TYPES
 }
 FORMS = ("2020", "2023")
-FAULTS = (
-    "slow",
-    "loose",
-    "worn",
-    "dry",
-)  # weak motor, loose housing, damaged bearing, more friction
+# A weak motor, a loose housing, a damaged bearing, more friction.
+FAULTS = ("slow", "loose", "worn", "dry")
+MARKER = "synthetic.json"
 
 
 class Clip(NamedTuple):
+    """The properties of a clip, from which its name is made."""
+
     machine_type: str
     machine_id: int
     split: str  # train, test
     label: str  # normal, anomaly
     number: int
-    domain: str = ""  # source, target; none in the form of 2020
+    domain: str = ""  # source, target; empty in the form of 2020
 
     @property
     def speed(self) -> int:
-        """1 to 3, in the order of the IDs, or of the speeds of a section."""
-        if self.domain:
-            return 3 if self.domain == "target" else 1 + self.number % 2
+        """Speed from 1 to 3: of the ID, or in the form of 2023 of the clip."""
+        if self.domain == "target":
+            return 3
+        if self.domain == "source":
+            return 1 + self.number % 2
         return 1 + MACHINES[self.machine_type].index(self.machine_id)
 
     @property
@@ -107,128 +108,196 @@ class Clip(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.folder}/{self.name_with(f'{self.number:08d}', f'{self.number:04d}_spd_{self.speed}')}"
+        """Path below the folder of the set."""
+        digits = 4 if self.domain else 8
+        return f"{self.folder}/{self.format_name(f'{self.number:0{digits}d}', str(self.speed))}"
 
     @property
     def pattern(self) -> str:
-        """The names of all such clips in the folder, whatever their number."""
-        return self.name_with("[0-9]" * 8, "[0-9]" * 4 + "_spd_[1-3]")
+        """Pattern of the names of such clips in the folder, with any number and speed."""
+        digits = 4 if self.domain else 8
+        return self.format_name("[0-9]" * digits, "[1-3]")
 
-    def name_with(self, number: str, number_and_speed: str) -> str:
+    def format_name(self, number: str, speed: str) -> str:
         if self.domain:
             kind = f"{self.domain}_{self.split}_{self.label}"
-            return f"section_{self.machine_id:02d}_{kind}_{number_and_speed}.wav"
+            return f"section_{self.machine_id:02d}_{kind}_{number}_spd_{speed}.wav"
         return f"{self.label}_id_{self.machine_id:02d}_{number}.wav"
 
 
-def factor(rng: np.random.Generator, deviation: float) -> float:
-    """A random factor near 1."""
+# ---- Sounds ----
+
+
+def random_factor(rng: np.random.Generator, deviation: float) -> float:
+    """Draw a factor near 1, with this standard deviation of its logarithm."""
     return float(np.exp(deviation * rng.normal()))
 
 
-def resonance(peak_hz: float) -> np.ndarray:
-    """The response at FREQUENCY of a damped resonator, 1 at its peak."""
+def resonance_response(peak_hz: float) -> np.ndarray:
+    """Return the response at FREQUENCY of a damped resonator, 1 at its peak."""
     band = 1j * FREQUENCY * peak_hz / 8
     return band / (peak_hz**2 - FREQUENCY**2 + band)
 
 
-def filtered(sound: np.ndarray, response: np.ndarray) -> np.ndarray:
+def filter_sound(sound: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(sound) * response, SAMPLES)
 
 
-def impulses(count: np.ndarray) -> np.ndarray:
-    """An impulse wherever this rising curve passes a whole number, with the energy of 10 ms of
-    noise of rms 1.
+def make_impulses(count: np.ndarray) -> np.ndarray:
+    """Return an impulse at each sample at which `count`, a rising curve, passes a whole number.
+
+    An impulse has the energy of 10 ms of noise with an rms value of 1.
     """
-    return np.sqrt(0.01 * RATE) * (np.diff(np.floor(count), prepend=np.floor(count[0])) > 0)
+    is_passing = np.diff(np.floor(count), prepend=np.floor(count[0])) > 0
+    return np.sqrt(0.01 * RATE) * is_passing
 
 
 def machine_sound(clip: Clip, severity: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The machine without its surroundings, with each of FAULTS in a severity from 0 to 1."""
+    """Return the sound of the machine alone. Each of FAULTS has a severity from 0 to 1."""
     machine = TYPES[clip.machine_type]
     variant = clip.speed - 2
-    speed = 1.09**variant * factor(rng, 0.012) * (1 - 0.15 * severity["slow"])
+    speed = 1.09**variant * random_factor(rng, 0.012) * (1 - 0.15 * severity["slow"])
     tuning = 0.95**variant * (1 - 0.22 * severity["loose"])
 
     turns = rng.random() + speed * machine.shaft_hz * TIME
-    # The exponential function makes harmonics of the cosine of the blades; the shaft modulates
-    # them.
+    # The exponential function adds harmonics to the cosine of the blades. The shaft modulates them.
     tones = np.exp(6 * np.cos(2 * np.pi * machine.blades * turns) + 0.5 * np.cos(2 * np.pi * turns))
-    sound = factor(rng, 0.15) * (tones - tones.mean()) / tones.std()
-    sound += (
-        factor(rng, 0.15) * machine.noise * (1 + 4 * severity["dry"]) * rng.normal(size=SAMPLES)
-    )
-    sound += (
-        3 * severity["worn"] * impulses(3.6 * turns)
-    )  # 3.6 balls pass the damage in one revolution
+    sound = random_factor(rng, 0.15) * (tones - tones.mean()) / tones.std()
+    noise_level = random_factor(rng, 0.15) * machine.noise * (1 + 4 * severity["dry"])
+    sound += noise_level * rng.normal(size=SAMPLES)
+    # 3.6 balls of the bearing pass the damage in one revolution.
+    sound += 3 * severity["worn"] * make_impulses(3.6 * turns)
     if machine.stroke_s:
         strokes = rng.random() + speed / machine.stroke_s * TIME
-        sound *= np.clip(
-            5 * np.sin(2 * np.pi * strokes), 0.1, 1
-        )  # moves in the first half of a stroke, then rests
-        sound += 3 * factor(rng, 0.15) * impulses(strokes)
-    peaks_hz = [peak_hz * tuning * factor(rng, 0.012) for peak_hz in machine.resonances_hz]
-    responses = [factor(rng, 0.15) * resonance(peak_hz) for peak_hz in peaks_hz]
-    return filtered(sound, 0.15 + np.sum(responses, axis=0))
+        # It moves in the first half of a stroke, then rests.
+        sound *= np.clip(5 * np.sin(2 * np.pi * strokes), 0.1, 1)
+        sound += 3 * random_factor(rng, 0.15) * make_impulses(strokes)
+
+    peaks_hz = [peak_hz * tuning * random_factor(rng, 0.012) for peak_hz in machine.resonances_hz]
+    responses = [random_factor(rng, 0.15) * resonance_response(peak_hz) for peak_hz in peaks_hz]
+    return filter_sound(sound, 0.15 + np.sum(responses, axis=0))
 
 
 def synthesize(clip: Clip, seed: int) -> np.ndarray:
-    """The samples of one clip, within ±1."""
+    """Return the samples of a clip, within ±1."""
     rng = np.random.default_rng(list(f"{seed} {clip.name}".encode()))
     severity = dict.fromkeys(FAULTS, 0.0)
     if clip.label == "anomaly":
         severity[FAULTS[clip.number % len(FAULTS)]] = rng.uniform(0.3, 1)
-    factory = filtered(rng.normal(size=SAMPLES), np.maximum(FREQUENCY, 50) ** rng.uniform(-1, -0.7))
+    noise = rng.normal(size=SAMPLES)
+    factory = filter_sound(noise, np.maximum(FREQUENCY, 50) ** rng.uniform(-1, -0.7))
     loudness = 1.5 if clip.domain == "target" else 1.0
-    sound = (
-        machine_sound(clip, severity, rng)
-        + loudness * rng.uniform(0.4, 0.8) * factory / factory.std()
-    )
-    rms = np.clip(0.01 * factor(rng, 0.2), 0.005, 0.02)
+    sound = machine_sound(clip, severity, rng)
+    sound = sound + loudness * rng.uniform(0.4, 0.8) * factory / factory.std()
+    rms = np.clip(0.01 * random_factor(rng, 0.2), 0.005, 0.02)
     return np.clip(sound * rms / np.sqrt(np.mean(sound**2)), -1, 1)
 
 
-def clips_of_set(form: str, train: int, test: int) -> list[Clip]:
-    counts = {("train", "normal"): train, ("test", "normal"): test, ("test", "anomaly"): test}
-    machines = [
-        (machine_type, machine_id) for machine_type, ids in MACHINES.items() for machine_id in ids
-    ]
-    domains = [""]
-    if form == "2023":
-        machines, domains = [(machine_type, 0) for machine_type in MACHINES], ["source", "target"]
-    return [
-        Clip(*machine, *part, i, domain)
-        for machine in machines
-        for part, count in counts.items()
-        for domain in domains
-        for i in range(max(1, count // 8) if (part[0], domain) == ("train", "target") else count)
-    ]
+# ---- The set ----
 
 
-def write(clip: Clip, output: Path, seed: int) -> None:
+def list_clips(form: str, train: int, test: int) -> list[Clip]:
+    """List the clips of a set, for the options --form, --train and --test."""
+    if form == "2020":
+        machines = MACHINES
+        groups = [
+            ("train", "normal", "", train),
+            ("test", "normal", "", test),
+            ("test", "anomaly", "", test),
+        ]
+    else:
+        machines = {machine_type: [0] for machine_type in MACHINES}
+        groups = [
+            ("train", "normal", "source", train),
+            ("train", "normal", "target", max(1, train // 8)),
+            ("test", "normal", "source", test),
+            ("test", "normal", "target", test),
+            ("test", "anomaly", "source", test),
+            ("test", "anomaly", "target", test),
+        ]
+    clips = []
+    for machine_type, machine_ids in machines.items():
+        for machine_id in machine_ids:
+            for split, label, domain, count in groups:
+                for number in range(count):
+                    clips.append(Clip(machine_type, machine_id, split, label, number, domain))
+    return clips
+
+
+def write_clip(clip: Clip, output: Path, seed: int) -> None:
     samples = np.round(32767 * synthesize(clip, seed)).astype("<i2")
     with wave.open(str(output / clip.name), "wb") as file:
         file.setparams((1, 2, RATE, SAMPLES, "NONE", ""))
         file.writeframes(samples.tobytes())
 
 
-def make_set(output: Path, clips: list[Clip], seed: int) -> None:
-    """Remove the clips of an earlier set, of whatever size and form, and write these."""
-    for clip in [clip for form in FORMS for clip in clips_of_set(form, 1, 1)]:
-        folder = output / clip.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(clip.pattern):
-            path.unlink()
-    # Ctrl-C reaches the workers too: they leave the message to this process.
+def remove_clips(output: Path) -> None:
+    """Remove the clips of an earlier set of any size and form, and make the folders."""
+    for form in FORMS:
+        for clip in list_clips(form, train=1, test=1):
+            folder = output / clip.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(clip.pattern):
+                path.unlink()
+
+
+def write_clips(output: Path, clips: list[Clip], seed: int) -> None:
+    """Write the clips with several processes."""
+    # The workers ignore Ctrl-C, which reaches them too: this process alone prints the message.
     with ProcessPoolExecutor(
         initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     ) as pool:
-        written = pool.map(partial(write, output=output, seed=seed), clips, chunksize=4)
+        written = pool.map(partial(write_clip, output=output, seed=seed), clips, chunksize=4)
         for _ in tqdm(written, total=len(clips), unit="clip"):
             pass
 
 
+def read_marker(output: Path) -> str | None:
+    """Read the description of the set in a folder.
+
+    Returns an empty string for an interrupted set, and None if there is no set.
+    """
+    marker = output / MARKER
+    return marker.read_text() if marker.is_file() else None
+
+
+def check_output(output: Path, description: str, overwrite: bool) -> None:
+    """Raise `UserError` if a folder must not be written to: it holds other files or another set."""
+    existing = read_marker(output)
+    if existing is None and output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"{output} holds files that were not made by this script: choose another --output"
+        )
+    if existing and existing != description and not overwrite:
+        raise UserError(f"{output} holds another set: choose another --output, or add --overwrite")
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Make the set that the command line describes, unless the folder holds it already."""
+    options = parse_options(arguments)
+    output, seed = options.output, options.seed
+    clips = list_clips(options.form, options.train, options.test)
+    description = json.dumps(
+        {"form": options.form, "train": options.train, "test": options.test, "seed": seed}
+    )
+    is_complete = (
+        not options.overwrite
+        and read_marker(output) == description
+        and all((output / clip.name).is_file() for clip in clips)
+    )
+    if not is_complete:
+        check_output(output, description, options.overwrite)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARKER).write_text("")
+        remove_clips(output)
+        write_clips(output, clips, seed)
+        (output / MARKER).write_text(description)
+    state = ", complete already" if is_complete else ""
+    command = f"python train.py --data_root {shlex.quote(str(output))} --machines auto"
+    print(f"{output}: {len(clips)} clips{state}; next: {command}")
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
         "--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)"
@@ -240,56 +309,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--train", type=int, default=16, help="training clips per ID (default: %(default)s)"
     )
     parser.add_argument(
-        "--test",
-        type=int,
-        default=8,
-        help="test clips per ID, of each label (default: %(default)s)",
+        "--test", type=int, default=8, help="test clips per ID and label (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=2023, help="default: %(default)s")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the clips of an earlier run"
     )
     options = parser.parse_args(arguments)
-    output = options.output or Path(
-        "datasets/synthetic" if options.form == "2020" else "datasets/synthetic_2023"
-    )
+    if options.output is None:
+        name = "synthetic" if options.form == "2020" else "synthetic_2023"
+        options.output = Path("datasets") / name
+    counts = f"--train {options.train} --test {options.test}"
     if min(options.train, options.test) < 1:
-        raise UserError(f"--train {options.train} --test {options.test}: both must be at least 1")
+        raise UserError(f"{counts}: both must be at least 1")
     if options.form == "2023" and max(options.train, options.test) > 10_000:
-        raise UserError(
-            f"--train {options.train} --test {options.test}: names of 2023 have numbers of four digits"
-        )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is not a folder: choose another --output")
-
-    clips = clips_of_set(options.form, options.train, options.test)
-    mark = output / "synthetic.json"
-    found = mark.read_text() if mark.is_file() else ""
-    wanted = json.dumps(
-        {"form": options.form, "train": options.train, "test": options.test, "seed": options.seed}
-    )
-    done = (
-        found == wanted
-        and not options.overwrite
-        and all((output / clip.name).is_file() for clip in clips)
-    )
-    if not done:
-        if output.is_dir() and not mark.is_file() and any(output.iterdir()):
-            raise UserError(
-                f"{output} holds files that were not made by this script: choose another --output"
-            )
-        if found not in ("", wanted) and not options.overwrite:  # empty: a set that was broken off
-            raise UserError(
-                f"{output} holds another set: choose another --output, or add --overwrite"
-            )
-        output.mkdir(parents=True, exist_ok=True)
-        mark.write_text("")
-        make_set(output, clips, options.seed)
-        mark.write_text(wanted)
-    print(
-        f"{output}: {len(clips)} clips{', complete already' if done else ''}; next: "
-        f"python train.py --data_root {shlex.quote(str(output))} --machines auto"
-    )
+        raise UserError(f"{counts}: names of 2023 have numbers of four digits")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"{options.output} is not a folder: choose another --output")
+    return options
 
 
 if __name__ == "__main__":

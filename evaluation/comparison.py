@@ -1,4 +1,4 @@
-"""Several checkpoints side by side: configurations over their seeds, and what they differ in."""
+"""Several checkpoints side by side: their configurations over the seeds, and the differences."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,227 +8,259 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from config import COMPUTATION_KEYS, show_value
+from config import COMPUTATION_KEYS
 from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
+    Column,
+    columns_of,
     in_words,
     markdown_header,
     markdown_row,
     percent,
+    published_cells,
     published_rows,
-    summary,
-    titles,
+    titles_of,
 )
 from utils import UserError, write_csv, write_text
 
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
-Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test clips. The variance
-is that of each mean over its seeds, which are taken as independent, plus that of the difference when the test clips are
-drawn anew (bootstrap within machine ID, condition and domain, the same clips on both sides); Student's t with the
-degrees of freedom of Welch and Satterthwaite. Where nothing differs, one interval in twenty does not contain 0. Scores
-of the same runs share their seeds, which makes their intervals wider than necessary. A configuration of a single run
-tells nothing of its seeds: then the interval allows for other test clips alone.
+Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test
+clips. The variance is that of each mean over its seeds, which are taken as independent, plus that
+of the difference when the test clips are drawn anew (bootstrap within machine ID, condition and
+domain, the same clips on both sides); Student's t with the degrees of freedom of Welch and
+Satterthwaite. Where nothing differs, one interval in twenty does not contain 0. Scores of the same
+runs share their seeds, which makes their intervals wider than necessary. A configuration of a
+single run tells nothing of its seeds: then the interval allows for other test clips alone.
 """
 
+Groups = dict[str, list[Result]]  # the runs of each configuration, which differ in their seeds
 
-def group_by_configuration(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The runs of each configuration, which differ in their seed only, by what tells it from the
-    others.
+# ---- Configurations ----
 
-    Raises `UserError` where the checkpoints have not scored the same clips, none has a label, or
-    two are of one run.
+
+def group_by_configuration(results: Sequence[Result]) -> Groups:
+    """Group results by their configuration, named by what tells it from the others.
+
+    Raises:
+        UserError: If the results are of different recordings, if no condition is known, or if two
+            results are of the same run.
     """
-    if any(result.metrics is None for result in results):
-        raise UserError("nothing to compare: the condition of the clips is not known")
-    if any(not result.clips["path"].equals(results[0].clips["path"]) for result in results):
-        raise UserError(
-            "the checkpoints were not trained on the same machines in the same order, so their clips differ"
-        )
-    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.metrics is None:
+            raise UserError("nothing to compare: the condition of the clips is not known")
+        if not result.recordings["path"].equals(results[0].recordings["path"]):
+            raise UserError(
+                "the checkpoints were not trained on the same machines in the same order, so their "
+                "clips differ"
+            )
+    groups: Groups = {}
     for name, result in zip(name_configurations(results), results, strict=True):
-        for other in groups.setdefault(name, []):
-            if other.about["seed"] == result.about["seed"]:
-                both = f"{other.trained.path} and {result.trained.path}"
-                raise UserError(f"{both} are of the same configuration and seed; leave one out")
-        groups[name].append(result)
+        runs = groups.setdefault(name, [])
+        for run in runs:
+            if run.about["seed"] == result.about["seed"]:
+                raise UserError(
+                    f"{run.model.path} and {result.model.path} are of the same configuration and "
+                    f"seed; leave one out"
+                )
+        runs.append(result)
     return groups
 
 
 def name_configurations(results: Sequence[Result]) -> list[str]:
-    """What tells the configuration of each result from the others."""
-    settings = [settings_of(result) for result in results]
+    """Name the configuration of each result by the settings that differ between the results."""
+    all_settings = [settings_of(result) for result in results]
     values: dict[str, set[str]] = {}
-    for own in settings:
-        for key, value in own.items():
+    for settings in all_settings:
+        for key, value in settings.items():
             values.setdefault(key, set()).add(value)
     names = []
-    for own in settings:
-        differing = [key for key in own if key == "file" or len(values[key]) > 1]
-        names.append(", ".join(f"{key} {own[key]}" for key in differing or ["mode"]))
+    for settings in all_settings:
+        keys = [key for key in settings if key == "file" or len(values[key]) > 1]
+        names.append(", ".join(f"{key} {settings[key]}" for key in keys or ["mode"]))
     return names
 
 
 def settings_of(result: Result) -> dict[str, str]:
-    """The keys of the training that are neither seed nor computation, or the file of a bare state
-    dict; and the kind of score.
+    """Return the settings that make a configuration, as text.
+
+    They are the keys of the training but for its seed and those on computation, or the file of a
+    bare state dict, and the kind of score.
     """
-    scoring = {"scoring": result.trained.config.scoring}
-    if "config" not in result.trained.state:
-        return {"file": str(result.trained.path)} | scoring
-    config = dict(result.trained.state["config"])
-    if isinstance(config["classes"], dict):
-        config["classes"] = show_value("classes", config["classes"])
-    values = {key: value for key, value in config.items() if key not in (*COMPUTATION_KEYS, "seed")}
-    return {key: in_words(value) for key, value in values.items()} | scoring
+    config = result.model.checkpoint.config
+    if config is None:
+        return {"file": str(result.model.path), "scoring": result.kind}
+    settings = {}
+    for key, value in config.model_dump().items():
+        if key != "seed" and key not in COMPUTATION_KEYS:
+            settings[key] = in_words(value)
+    settings["machines"] = result.model.classes.describe_machines()
+    if config.classes == "attributes":
+        settings["classes"] = f"attributes ({len(result.model.classes)} classes)"
+    settings["scoring"] = result.kind
+    return settings
 
 
-def compare(groups: dict[str, list[Result]], split: str, folder: Path, figure: str = "") -> None:
-    """Write comparison.md, with the figure of this name in it, and comparison.csv; print the
-    tables.
+def find_pairs(groups: Groups) -> list[tuple[str, str]]:
+    """Return the pairs of configurations to compare: those that share the kind of score or the
+    checkpoints.
     """
-    metrics = metrics_of(next(iter(groups.values()))[0])
-    *types, _ = metrics.table.index.unique("machine_type")
-    sections = {f"Average over {len(types)} machine types": tables_of(groups, AVERAGE, split)}
-    sections |= {machine_type: tables_of(groups, machine_type, split) for machine_type in types}
-    sections["Runs, average over machine types"] = run_table(groups)
-    lines = [
-        line
-        for title, table in sections.items()
-        for line in (f"## {title}, in percent", "", *table, "")
-    ]
+    pairs = []
+    for one, other in itertools.combinations(groups, 2):
+        is_same_kind = groups[one][0].kind == groups[other][0].kind
+        if is_same_kind or paths_of(groups[one]) == paths_of(groups[other]):
+            pairs.append((one, other))
+    return pairs
+
+
+def paths_of(runs: Sequence[Result]) -> list[Path]:
+    return [run.model.path for run in runs]
+
+
+# ---- Tables ----
+
+
+def compare(groups: Groups, folder: Path, figure: str = "") -> None:
+    """Write comparison.md and comparison.csv, and print the tables.
+
+    `figure` is the name of a picture in the folder that comparison.md shows.
+    """
+    metrics = metrics_of(first_run(groups))
+    machine_types = [name for name in metrics.machine_types if name != AVERAGE]
+    lines = section(
+        f"Average over {len(machine_types)} machine types", comparison_table(groups, AVERAGE)
+    )
+    for machine_type in machine_types:
+        lines += section(machine_type, comparison_table(groups, machine_type))
+    lines += section("Runs, average over machine types", run_table(groups))
     text = "\n".join([*lines, EXPLANATION])
     if metrics.rule.text:
         text += f"\nDomains: {metrics.rule.text}.\n"
     print("\n" + text)
     picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
     write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
-    write_csv(
-        folder / "comparison.csv",
-        pd.concat([all_rows(run) for runs in groups.values() for run in runs]),
-    )
-    print(
-        f"{', '.join(['comparison.md', 'comparison.csv', *([figure] if figure else [])])}: {folder}"
-    )
+    tables = map(all_rows, itertools.chain(*groups.values()))
+    write_csv(folder / "comparison.csv", pd.concat(tables))
+    files = ["comparison.md", "comparison.csv"]
+    if figure:
+        files.append(figure)
+    print(f"{', '.join(files)}: {folder}")
+
+
+def section(title: str, table: Sequence[str]) -> list[str]:
+    return [f"## {title}, in percent", "", *table, ""]
+
+
+def first_run(groups: Groups) -> Result:
+    return next(iter(groups.values()))[0]
 
 
 def metrics_of(result: Result) -> Metrics:
-    assert result.metrics  # `group_by_configuration` has made sure
+    assert result.metrics  # checked by `group_by_configuration`
     return result.metrics
 
 
-# ---- Tables ----
-
-
-def tables_of(groups: dict[str, list[Result]], machine_type: str, split: str) -> list[str]:
-    """The configurations, each with the published figures where there are any, and their
-    differences.
+def comparison_table(groups: Groups, machine_type: str) -> list[str]:
+    """Return the lines of two tables on a machine type: the configurations, with the published
+    figures if there are any, and their differences.
     """
-    columns = titles(metrics_of(next(iter(groups.values()))[0]).rule)
-    draws = {name: summary_draws(runs, machine_type) for name, runs in groups.items()}
-    lines = markdown_header("configuration", columns)
+    columns = columns_of(metrics_of(first_run(groups)).rule)
+    lines = markdown_header("configuration", titles_of(columns))
     for name, runs in groups.items():
-        lines.append(markdown_row(f"{name} (n = {len(runs)})", spread(draws[name])))
-        published = published_rows(runs[0].trained.config, split, metrics_of(runs[0])).get(
-            machine_type
-        )
+        cells = [spread(draws_of(runs, machine_type, column)) for column in columns]
+        lines.append(markdown_row(f"{name} (n = {len(runs)})", cells))
+        published = published_rows(runs[0]).get(machine_type)
         if published:
-            cells = [f"{value:.2f}" for value in published]
-            lines.append(
-                markdown_row(f"{name}, published", [*cells, *["-"] * (len(columns) - len(cells))])
-            )
-    if len(groups) > 1:
-        lines += ["", *markdown_header(f"difference ({COVERAGE:.0%} interval)", columns)]
+            cells = published_cells(published, columns)
+            lines.append(markdown_row(f"{name}, published", cells))
+    if len(groups) == 1:
+        return lines
+    lines.append("")
+    lines += markdown_header(f"difference ({COVERAGE:.0%} interval)", titles_of(columns))
     for one, other in find_pairs(groups):
+        cells = []
+        for column in columns:
+            minuend = draws_of(groups[one], machine_type, column)
+            subtrahend = draws_of(groups[other], machine_type, column)
+            cells.append(format_difference(minuend, subtrahend))
         is_single = len(groups[one]) == 1 or len(groups[other]) == 1
         name = f"{one} minus {other}{' (test clips alone)' if is_single else ''}"
-        lines.append(markdown_row(name, show_difference(draws[one], draws[other])))
+        lines.append(markdown_row(name, cells))
     return lines
 
 
-def find_pairs(groups: dict[str, list[Result]]) -> list[tuple[str, str]]:
-    """The configurations to compare: all, but not two that differ in the training and in the kind
-    of score.
-    """
-    trainings = {name: [run.trained.path for run in runs] for name, runs in groups.items()}
-    scorings = {name: runs[0].trained.config.scoring for name, runs in groups.items()}
-    return [
-        (one, other)
-        for one, other in itertools.combinations(groups, 2)
-        if trainings[one] == trainings[other] or scorings[one] == scorings[other]
-    ]
-
-
-def show_difference(one: np.ndarray, other: np.ndarray) -> list[str]:
-    cells = []
-    for value, half in 100 * np.transpose(difference(one, other)):
-        is_missing = np.isnan(value)
-        cells.append(
-            "-" if is_missing else f"{value:+.2f} ({value - half:+.2f} to {value + half:+.2f})"
-        )
-    return cells
-
-
-def run_table(groups: dict[str, list[Result]]) -> list[str]:
-    columns = ("seed", "epoch of the weights", "scoring")
-    rule = metrics_of(next(iter(groups.values()))[0]).rule
-    lines = markdown_header("checkpoint", [*titles(rule), *columns])
-    for runs in groups.values():
-        for run, drawn in zip(runs, summary_draws(runs, AVERAGE), strict=True):
-            about = [in_words(run.about[name]) for name in columns]
-            lines.append(markdown_row(str(run.trained.path), [*map(percent, drawn[0]), *about]))
+def run_table(groups: Groups) -> list[str]:
+    """Return the lines of a table of all runs, averaged over the machine types."""
+    columns = columns_of(metrics_of(first_run(groups)).rule)
+    about = ["seed", "epoch of the weights", "scoring"]
+    lines = markdown_header("checkpoint", [*titles_of(columns), *about])
+    for run in itertools.chain(*groups.values()):
+        cells = [spread(draws_of([run], AVERAGE, column)) for column in columns]
+        cells += [in_words(run.about[name]) for name in about]
+        lines.append(markdown_row(str(run.model.path), cells))
     return lines
 
 
 def all_rows(result: Result) -> pd.DataFrame:
-    """Every row of the metrics, as fractions."""
+    """Return all rows of the metrics of a result, as fractions."""
     table = metrics_of(result).table.drop(columns=list(COUNTS)).reset_index()
-    for name in ("seed", "scoring", "mode"):
-        table.insert(0, name, result.about[name])
-    table.insert(0, "checkpoint", str(result.trained.path))
+    table.insert(0, "checkpoint", str(result.model.path))
+    for position, name in enumerate(("mode", "scoring", "seed"), 1):
+        table.insert(position, name, result.about[name])
     return table
 
 
-# ---- Statistics of runs that differ in their seed `(runs, 1 + DRAWS, n)` ----
+# ---- Statistics of runs that differ in their seeds ----
 
 
-def summary_draws(runs: Sequence[Result], machine_type: str) -> np.ndarray:
-    """The summary of a machine type: of the clips themselves and of all draws."""
-    rule, draws = metrics_of(runs[0]).rule, [metrics_of(run).draws for run in runs]
-    places = [(row, rule.columns.index(column)) for row, column, _ in summary(rule)]
-    each = [[drawn[machine_type, row][:, column] for row, column in places] for drawn in draws]
-    return np.stack(each).transpose(0, 2, 1)
-
-
-def spread(runs: np.ndarray) -> list[str]:
-    """Mean and standard deviation."""
-    means = runs[:, 0].mean(axis=0)
-    if len(runs) == 1:
-        return [percent(mean) for mean in means]
-    deviations = runs[:, 0].std(axis=0, ddof=1)
-    return [
-        f"{percent(mean)} ± {percent(deviation)}"
-        for mean, deviation in zip(means, deviations, strict=True)
-    ]
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of the means of two configurations, and half the width of its interval `(n,)`.
-
-    The variance of the seeds has the degrees of freedom of each side, that of the test clips
-    infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
-    Where a side is a single run, nothing is known of its seeds, and their variance is left out.
+def draws_of(runs: Sequence[Result], machine_type: str, column: Column) -> np.ndarray:
+    """Return a metric of a machine type in several runs `(runs, 1 + draws)`: the values of the
+    recordings themselves, then those of the bootstrap draws.
     """
-    drawn = one.mean(axis=0) - other.mean(axis=0)
-    variance = drawn[1:].var(axis=0)
+    rows = [metrics_of(run).rows[machine_type, column.summary] for run in runs]
+    return np.stack([row.values[column.metric] for row in rows])
+
+
+def spread(runs: np.ndarray) -> str:
+    """Format the mean of runs `(runs, 1 + draws)`, and their standard deviation if there are
+    several.
+    """
+    values = runs[:, 0]
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{percent(values.mean())} ± {percent(values.std(ddof=1))}"
+
+
+def format_difference(one: np.ndarray, other: np.ndarray) -> str:
+    """Format the difference of two configurations `(runs, 1 + draws)` in percent, with its
+    interval.
+    """
+    value, half = difference(one, other)
+    if np.isnan(value):
+        return "-"
+    value, half = 100 * value, 100 * half
+    return f"{value:+.2f} ({value - half:+.2f} to {value + half:+.2f})"
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Compute the difference of the means of two configurations `(runs, 1 + draws)`, and half the
+    width of its interval.
+
+    The variance over the seeds has the degrees of freedom of each side, that over the test clips
+    infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
+    Where a side is a single run, the variance over its seeds is unknown, and both are left out.
+    """
+    draws = one.mean(axis=0) - other.mean(axis=0)
+    variance = draws[1:].var()
     if len(one) == 1 or len(other) == 1:
-        return drawn[0], scipy.stats.norm.ppf((1 + COVERAGE) / 2) * np.sqrt(variance)
-    by_degrees = np.zeros_like(variance)
+        quantile = scipy.stats.norm.ppf((1 + COVERAGE) / 2)
+        return draws[0], quantile * np.sqrt(variance)
+    by_degrees = 0.0
     for runs in (one, other):
-        of_mean = runs[:, 0].var(axis=0, ddof=1) / len(runs)
+        of_mean = runs[:, 0].var(ddof=1) / len(runs)
         variance = variance + of_mean
         by_degrees += of_mean**2 / (len(runs) - 1)
-    degrees = np.maximum(1, variance**2 / np.maximum(by_degrees, np.finfo(float).tiny))
-    return drawn[0], scipy.stats.t.ppf((1 + COVERAGE) / 2, degrees) * np.sqrt(variance)
+    degrees = max(1.0, variance**2 / max(by_degrees, np.finfo(float).tiny))
+    return draws[0], scipy.stats.t.ppf((1 + COVERAGE) / 2, degrees) * np.sqrt(variance)

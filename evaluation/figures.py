@@ -1,7 +1,7 @@
 """Figures of an evaluation, as PNG files at the width of a paper's column or page.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart too; normal and
-anomalous also differ in line or marker.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; normal and anomalous
+also differ in line or marker.
 """
 
 import textwrap
@@ -18,13 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
+from torch import Tensor
 
-from checkpoint import HISTORY, RunFiles, TrainedModel
-from config import Config, name_id
-from corpus import ANOMALOUS, MACHINE, NORMAL, UNLABELLED
-from dataloader import read
-from evaluation.metrics import AVERAGE, MAX_FPR
+from checkpoint import read_history
+from config import name_id
+from dataloader import read_clip
+from evaluation.metrics import AVERAGE, MAX_FPR, POOLED
 from evaluation.result import Result
+from evaluation.scores import KINDS, Kind
 from model import CHANNELS, FrontEnd
 from model.tastgram import (
     HOP_LENGTH,
@@ -35,37 +36,43 @@ from model.tastgram import (
     SECONDS,
     temporal_gate,
 )
-from utils import UserError, replace_file
+from names import ANOMALOUS, NORMAL, UNLABELLED
+from recordings import MACHINE
+from utils import replace_file
 
-COLUMN, PAGE = 3.5, 7.2  # inches
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-BLUE, GREEN, RED = COLOURS[0], COLOURS[2], COLOURS[5]
-CONDITIONS = {
-    NORMAL: (BLUE, "-"),
-    ANOMALOUS: (RED, "--"),
-    UNLABELLED: ("0.6", "-"),
-}  # colour and line
-SCORES = {
-    "published": "cross-entropy",
-    "angle": "degrees to own centre",
-    "nearest": "cosine distance to the nearest training clips",
-}
+# Widths in inches.
+COLUMN = 3.5
+PAGE = 7.2
+PANEL = COLUMN / 2
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY_BLUE, RED, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY_BLUE, RED, YELLOW, BLACK)
+LINES = ("-", "--", "-.", ":")
+MARKERS = "osD^v<>"
+# The colour and line of each condition.
+CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7, "figure.dpi": 200, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.2,
-}  # fmt: skip
-MAX_POINTS = 5000  # of the embedding map
-MAX_COLUMNS, COLUMNS_PER_SECOND = (
-    1440,
-    15,
-)  # of the log-mel of a whole recording; a column has two frames or more
-PANEL = COLUMN / 2  # inches: width of one of several panels
-TITLE_LETTERS = 26  # in a line above a panel
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "figure.dpi": 200,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+}
+
+TITLE_LENGTH = 26  # characters in a line above a panel
+MAX_POINTS = 5000  # of the map of embeddings
+# Columns of the log-mel of a whole recording. Each has two frames or more.
+MAX_COLUMNS = 1440
+COLUMNS_PER_SECOND = 15
 
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure (inches) that is written to `path` at the end, without a display."""
+    """Yield a figure of this size (inches), and write it to `path` at the end. Needs no display."""
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
@@ -77,307 +84,304 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def panels(
     path: Path, count: int, width: float, row_height: float
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of `count` panels in rows."""
-    across = min(round(width / PANEL), count)
-    rows = -(-count // across)
-    with figure(path, width, row_height * rows + 0.5) as drawn:
-        axes = drawn.subplots(rows, across, squeeze=False).ravel()
+    """Yield a figure with `count` panels in rows, and write it to `path` at the end. Sizes are in
+    inches.
+    """
+    n_columns = min(round(width / PANEL), count)
+    n_rows = -(-count // n_columns)
+    with figure(path, width, row_height * n_rows + 0.5) as drawn:
+        axes = drawn.subplots(n_rows, n_columns, squeeze=False).ravel()
         for empty in axes[count:]:
             empty.set_axis_off()
         yield drawn, list(axes[:count])
 
 
-def as_it_is(text: str) -> str:
-    """Text that matplotlib shows, whatever is in a file name: neither a formula nor bytes that are
-    not UTF-8.
+def escape(text: str) -> str:
+    """Escape a text for matplotlib: "$", which would begin a formula, and bytes of a file name that
+    are not UTF-8.
     """
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def draw_all(result: Result, folder: Path) -> list[Path]:
-    """Every figure that the evaluation allows; returns their files."""
-    history = read_history(result.trained)
-    title = f"{result.trained.path.stem} ({result.trained.config.mode})"
-    figures = {
-        "angles": (lambda path: draw_angles({title: [result]}, path), result.metrics is not None),
-        "roc": (lambda path: draw_roc(result, path), result.metrics is not None),
-        "scores": (lambda path: draw_scores(result, path), True),
-        "tastgram": (lambda path: draw_tastgram(result, path), True),
-        "embedding": (lambda path: draw_embedding(result, path), len(result.clips) > 3),
-        "history": (lambda path: draw_history(history, path), len(history) > 0),
-    }
-    files = [folder / f"{name}.png" for name, (_, is_possible) in figures.items() if is_possible]
-    for file in files:
-        figures[file.stem][0](file)
-    return files
-
-
-def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """The angle between embedding and own class centre, normal and anomalous clips, a panel per
-    group of results.
-    """
-    clips = {name: pd.concat([result.known for result in group]) for name, group in groups.items()}
-    with panels(path, len(clips), COLUMN, 1.6) as (drawn, axes):
-        bins = np.linspace(0, max(of_group["angle"].max() for of_group in clips.values()), 60)
-        for axis, (name, of_group) in zip(axes, clips.items(), strict=True):
-            draw_histograms(axis, of_group, "angle", bins)
-            axis.set(
-                title=as_it_is(textwrap.fill(name, TITLE_LETTERS)), xlabel="angle to own centre (°)"
-            )
-        axes[0].set_ylabel("density")
-        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-
-
-def draw_histograms(axis: Axes, clips: pd.DataFrame, column: str, bins: Any) -> None:
-    for condition, (colour, line) in CONDITIONS.items():
-        values = clips.loc[clips["condition"] == condition, column]
-        if len(values):
-            axis.hist(values, bins, density=True, color=colour, alpha=0.3)
-            axis.hist(
-                values,
-                bins,
-                density=True,
-                color=colour,
-                histtype="step",
-                linestyle=line,
-                label=condition,
-            )
-    axis.set_yticks([])
-
-
-def draw_roc(result: Result, path: Path) -> None:
-    """The ROC curve of each machine type, pooled over its IDs, with the region of the pAUC."""
-    assert result.metrics
-    auc = result.metrics.table["AUC"].xs("pooled", level="machine_id").drop(AVERAGE).dropna()
-    with figure(path, COLUMN, 3.2) as drawn:
-        axis = drawn.subplots()
-        axis.axvspan(0, MAX_FPR, color="0.9", lw=0, label=f"pAUC region (to {MAX_FPR:g})")
-        for number, (machine_type, value) in enumerate(auc.items()):
-            clips = result.known[result.known["machine_type"] == machine_type]
-            false, true, _ = roc_curve(
-                clips["condition"] == ANOMALOUS, clips["score"], drop_intermediate=False
-            )
-            line, colour = ("-", "--", "-.", ":")[number // 2 % 4], COLOURS[number % len(COLOURS)]
-            axis.plot(
-                false,
-                true,
-                line,
-                color=colour,
-                label=as_it_is(f"{machine_type}, AUC {100 * value:.1f} %"),
-            )
-        axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
-        axis.set(
-            xlabel="false positive rate",
-            ylabel="true positive rate",
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-            aspect="equal",
-        )
-        axis.legend(loc="lower right")
-
-
-def draw_scores(result: Result, path: Path) -> None:
-    """The scores of each machine ID with its threshold; the cross-entropy on a logarithmic axis."""
-    kind = result.trained.config.scoring
-    is_log = kind == "published"
-
-    def place(values: pd.Series | float) -> Any:
-        return np.log10(np.maximum(values, 1e-12)) if is_log else values
-
-    clips = result.clips.assign(place=place(result.clips["exact_score"]))
-    groups = clips.groupby(MACHINE, sort=False)
-    bins = np.histogram_bin_edges(clips["place"], 40)
-    if is_log:
-        bins = np.linspace(np.floor(bins[0]), np.ceil(bins[-1]), 40)
-    with panels(path, groups.ngroups, PAGE, 1.4) as (drawn, axes):
-        handles: dict[str, Any] = {}
-        for axis, (machine, group) in zip(axes, groups, strict=True):
-            draw_histograms(axis, group, "place", bins)
-            threshold = group["threshold"].iloc[0]
-            if not np.isnan(threshold):
-                axis.axvline(place(threshold), color="black", linestyle=":", label="threshold")
-            axis.set_title(as_it_is(f"{machine[0]} {machine[1]}"))
-            if is_log:
-                axis.xaxis.set_major_formatter(lambda x, _: f"$10^{{{x:.0f}}}$")
-            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        drawn.supxlabel(f"anomaly score ({SCORES[kind]})", fontsize=8)
-        drawn.supylabel("density", fontsize=8)
-        drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-
-
-def read_samples(path: Path, start: float, channel: int) -> torch.Tensor:
-    """The samples of the window of a recording that starts at this second, as a batch of one, int16
-    `(1, T)`.
-    """
+def read_samples(path: Path, start: float, channel: int) -> Tensor:
+    """Read the clip that starts at a second of a recording, as a batch of one, int16 `(1, T)`."""
     samples = np.empty(N_SAMPLES, dtype=np.int16)
-    read(samples, channel, path, start)
+    read_clip(samples, path, start, channel)
     return torch.from_numpy(samples).unsqueeze(0)
 
 
-def draw_timeline(row: Mapping[str, Any], config: Config, path: Path) -> None:
-    """The score of each window of a recording, at its middle, with the threshold, over the log-mel.
-    The row is one of `recordings.score_recordings`.
+# ---- An evaluation ----
+
+
+def draw_all(result: Result, folder: Path) -> list[Path]:
+    """Draw the figures that an evaluation allows into a folder, and return their files."""
+    history = read_history(result.model)
+    files = []
+    if result.metrics is not None:
+        title = f"{result.model.path.stem} ({result.model.config.mode})"
+        files.append(draw_angles({title: [result]}, folder / "angles.png"))
+        files.append(draw_roc(result, folder / "roc.png"))
+    files.append(draw_scores(result, folder / "scores.png"))
+    files.append(draw_tastgram(result, folder / "tastgram.png"))
+    if len(result.recordings) > 3:  # t-SNE needs a few
+        files.append(draw_embedding(result, folder / "embedding.png"))
+    if len(history):
+        files.append(draw_history(history, folder / "history.png"))
+    return files
+
+
+def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
+    """Draw histograms of the angle between the embedding and the closest centre of the machine, of
+    normal and of anomalous recordings: a panel for each group of results. Returns `path`.
     """
-    starts, scores = (
-        np.array([window[name] for window in row["windows"]]) for name in ("start", "score")
-    )
-    seconds = starts[-1] + SECONDS
-    unit, name = (60, "min") if seconds > 120 else (1, "s")
-    middles, worst = starts + SECONDS / 2, row["worst"]["start"]
-    decisions = np.array([window["decision"] or UNLABELLED for window in row["windows"]])
-    with figure(path, PAGE, 3.2) as drawn:
-        score, image = drawn.subplots(2, 1, sharex=True)
-        score.axvspan(
-            worst / unit, (worst + SECONDS) / unit, color="0.85", lw=0, label="worst window"
-        )
-        score.plot(middles / unit, scores, color="0.6", lw=0.6)
-        for decision in [name for name in CONDITIONS if name in decisions]:
-            chosen, label = decisions == decision, decision if row["decision"] else None
-            score.plot(
-                middles[chosen] / unit,
-                scores[chosen],
-                ".",
-                ms=3,
-                color=CONDITIONS[decision][0],
-                label=label,
-            )
-        if row["threshold"] is not None:
-            score.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
-        score.set(ylabel=f"score\n({SCORES[config.scoring]})", ylim=(0, None))
-        log_mel = whole_log_mel(Path(row["file"]), starts[-1], config.channel)
-        image.imshow(
-            log_mel,
-            origin="lower",
-            aspect="auto",
-            extent=(0, seconds / unit, 0, N_MELS),
-            cmap="viridis",
-        )
-        image.set(xlabel=f"time ({name})", ylabel="mel bin", xlim=(0, seconds / unit))
-        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
-        verdict = f", {row['decision']}" if row["decision"] else ""
-        title = f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}{verdict}"
-        drawn.suptitle(as_it_is(title), fontsize=8)
-        drawn.legend(*score.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    tables = {name: pd.concat([result.known for result in runs]) for name, runs in groups.items()}
+    largest = max(recordings["angle"].max() for recordings in tables.values())
+    bins = np.linspace(0, largest, 60)
+    with panels(path, len(tables), COLUMN, 1.6) as (drawn, axes):
+        for axis, (name, recordings) in zip(axes, tables.items(), strict=True):
+            draw_histograms(axis, recordings, "angle", bins)
+            title = textwrap.fill(name, TITLE_LENGTH)
+            axis.set(title=escape(title), xlabel="angle to own centre (°)")
+        axes[0].set_ylabel("density")
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return path
+
+
+def draw_histograms(axis: Axes, recordings: pd.DataFrame, column: str, bins: np.ndarray) -> None:
+    """Draw a histogram of a column for each condition of the recordings."""
+    for condition, (colour, line) in CONDITIONS.items():
+        values = recordings.loc[recordings["condition"] == condition, column]
+        if len(values) == 0:
+            continue
+        style: dict[str, Any] = {"bins": bins, "density": True, "color": colour}
+        axis.hist(values, alpha=0.3, **style)
+        axis.hist(values, histtype="step", linestyle=line, label=condition, **style)
+    axis.set_yticks([])
+
+
+def draw_roc(result: Result, path: Path) -> Path:
+    """Draw the ROC curve of each machine type, pooled over its IDs, and the region of the pAUC.
+    Returns `path`.
+    """
+    assert result.metrics
+    aucs = result.metrics.table["AUC"].xs(POOLED, level="machine_id").drop(AVERAGE).dropna()
+    with figure(path, COLUMN, 3.2) as drawn:
+        axis = drawn.subplots()
+        axis.axvspan(0, MAX_FPR, color="0.9", lw=0, label=f"pAUC region (to {MAX_FPR:g})")
+        for number, (machine_type, auc) in enumerate(aucs.items()):
+            of_type = result.known[result.known["machine_type"] == machine_type]
+            is_anomaly = of_type["condition"] == ANOMALOUS
+            false, true, _ = roc_curve(is_anomaly, of_type["score"], drop_intermediate=False)
+            line = LINES[number // 2 % len(LINES)]
+            colour = COLOURS[number % len(COLOURS)]
+            label = escape(f"{machine_type}, AUC {100 * auc:.1f} %")
+            axis.plot(false, true, line, color=colour, label=label)
+        axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
+        axis.set(xlabel="false positive rate", ylabel="true positive rate")
+        axis.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        axis.legend(loc="lower right")
+    return path
+
+
+def draw_scores(result: Result, path: Path) -> Path:
+    """Draw histograms of the scores of each machine, with its threshold. Returns `path`."""
+    kind = KINDS[result.kind]
+    positions = axis_positions(result.recordings["exact_score"], kind)
+    recordings = result.recordings.assign(position=positions)
+    machines = recordings.groupby(MACHINE, sort=False)
+    bins = np.histogram_bin_edges(positions, 40)
+    if kind.is_logarithmic:
+        bins = np.linspace(np.floor(bins[0]), np.ceil(bins[-1]), 40)
+    with panels(path, machines.ngroups, PAGE, 1.4) as (drawn, axes):
+        handles: dict[str, Any] = {}  # by label
+        for axis, (machine, of_machine) in zip(axes, machines, strict=True):
+            draw_histograms(axis, of_machine, "position", bins)
+            threshold = of_machine["threshold"].iloc[0]
+            if not np.isnan(threshold):
+                position = axis_positions(threshold, kind)
+                axis.axvline(position, color="black", linestyle=":", label="threshold")
+            axis.set_title(escape(f"{machine[0]} {machine[1]}"))
+            if kind.is_logarithmic:
+                axis.xaxis.set_major_formatter(format_power)
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles[label] = handle
+        drawn.supxlabel(f"anomaly score ({kind.unit})", fontsize=8)
+        drawn.supylabel("density", fontsize=8)
+        drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+    return path
+
+
+def axis_positions(scores: Any, kind: Kind) -> Any:
+    """Return where scores of a kind lie on their axis: their log10, or the scores themselves."""
+    return np.log10(np.maximum(scores, 1e-12)) if kind.is_logarithmic else scores
+
+
+def format_power(exponent: float, _: float) -> str:
+    """Format a tick of a logarithmic axis, as a formula for matplotlib."""
+    return f"$10^{{{exponent:.0f}}}$"
 
 
 @torch.no_grad()
-def whole_log_mel(path: Path, last: float, channel: int) -> np.ndarray:
-    """The log-mel `(M, N)` in dB of a recording whose last window starts at this second: the mean
-    over the frames in each of N stretches of equal length.
+def draw_tastgram(result: Result, path: Path) -> Path:
+    """Draw the input channels of the first clip of a normal recording (without one, of the first
+    recording), and the gate of the temporal attention. Returns `path`.
     """
-    front_end, seconds = FrontEnd(["sgram"]), last + SECONDS
-    count = min(MAX_COLUMNS, int(seconds * COLUMNS_PER_SECOND))
-    sums, counts = np.zeros((count, N_MELS)), np.zeros((count, 1))
-    for start in (*np.arange(0, last, SECONDS), last):
-        log_mel = front_end(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
-        times = start + np.arange(N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
-        columns = np.minimum(times / seconds * count, count - 1).astype(int)
-        np.add.at(sums, columns, log_mel.T)
-        np.add.at(counts, columns, 1)
-    return (sums / counts).T
-
-
-@torch.no_grad()
-def draw_tastgram(result: Result, path: Path) -> None:
-    """The input channels of the first clip known to be normal (else the first), its first 10 s, and
-    the gate of the attention.
-    """
-    normal = result.clips[result.clips["condition"] == NORMAL]
-    clip = (normal if len(normal) else result.clips).iloc[0]
-    network = result.trained.network.cpu()
-    inputs = FrontEnd(CHANNELS)(read_samples(clip["path"], 0.0, result.trained.config.channel))
-    images = dict(zip(network.channels, network.features(**inputs)[0].numpy(), strict=True))
+    normal = result.recordings[result.recordings["condition"] == NORMAL]
+    recording = (normal if len(normal) else result.recordings).iloc[0]
+    network = result.model.network.cpu()
+    samples = read_samples(recording["path"], 0.0, result.windows.channel)
+    inputs = FrontEnd(CHANNELS)(samples)
+    images = network.features(**inputs)[0].numpy()
     gate = temporal_gate(inputs["log_mel"])[0, 0, 0].numpy()
     with figure(path, COLUMN, 1.35 * (len(images) + 1)) as drawn:
-        axes = drawn.subplots(len(images) + 1, 1, sharex=True)
-        for axis, (name, image) in zip(axes, images.items(), strict=False):
-            shown = axis.imshow(
-                image, origin="lower", aspect="auto", extent=(0, SECONDS, 0, N_MELS), cmap="viridis"
-            )
+        *channel_axes, gate_axis = drawn.subplots(len(images) + 1, 1, sharex=True)
+        for axis, name, image in zip(channel_axes, network.channels, images, strict=True):
+            shown = draw_image(axis, image, SECONDS)
             axis.set(title=name if name == "tgram" else f"{name} (dB)", ylabel="row")
             drawn.colorbar(shown, ax=axis)
-        axes[-1].plot(
-            np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE, np.maximum(gate, 1e-45), color=BLUE
-        )
-        if gate.max() < 0.01:
-            axes[-1].set_yscale("log")
-        else:
-            axes[-1].set_ylim(0, 1)
-        title = f"temporal attention, highest {gate.max():.2g}"
-        axes[-1].set(title=title, xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS))
-        drawn.suptitle(as_it_is(f"{clip['machine_type']}, {clip['path'].name}"), fontsize=8)
+        draw_gate(gate_axis, gate)
+        title = f"{recording['machine_type']}, {recording['path'].name}"
+        drawn.suptitle(escape(title), fontsize=8)
+    return path
 
 
-def draw_embedding(result: Result, path: Path) -> None:
-    """t-SNE of the embeddings (cosine distance), coloured by machine; anomalous clips are crosses."""
-    chosen = np.unique(np.linspace(0, len(result.clips) - 1, MAX_POINTS).astype(int))
-    clips, embedding = result.clips.iloc[chosen], result.embedding[chosen].astype(np.float64)
-    perplexity = min(30.0, (len(chosen) - 1) / 3)
-    x, y = (
-        TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
-        .fit_transform(embedding)
-        .T
-    )
-    is_anomaly = (clips["condition"] == ANOMALOUS).to_numpy()
-    machines = clips["machine_type"].str.cat(clips["machine_id"], sep=" ").to_numpy()
-    names, markers = (
-        list(dict.fromkeys(machines)),
-        "osD^v<>",
-    )  # markers of the IDs that have the same colour
+def draw_image(axis: Axes, image: np.ndarray, duration: float) -> Any:
+    """Draw an image with a row for each mel bin over a time axis. Returns it, for a colour bar."""
+    extent = (0, duration, 0, N_MELS)
+    return axis.imshow(image, origin="lower", aspect="auto", extent=extent, cmap="viridis")
+
+
+def draw_gate(axis: Axes, gate: np.ndarray) -> None:
+    """Draw the gate `(F,)` of a clip; on a logarithmic axis where it is almost closed."""
+    times = np.arange(len(gate)) * HOP_LENGTH / SAMPLE_RATE
+    axis.plot(times, np.maximum(gate, 1e-45), color=BLUE)
+    if gate.max() < 0.01:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(0, 1)
+    title = f"temporal attention, highest {gate.max():.2g}"
+    axis.set(title=title, xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS))
+
+
+def draw_embedding(result: Result, path: Path) -> Path:
+    """Draw a t-SNE map of the embeddings (cosine distance): a colour or marker for each machine,
+    and crosses for anomalous recordings. Returns `path`.
+    """
+    n_recordings = len(result.recordings)
+    chosen = np.unique(np.linspace(0, n_recordings - 1, MAX_POINTS).astype(int))
+    points = project(result.embedding[chosen])
+    recordings = result.recordings.iloc[chosen]
+    is_anomaly = (recordings["condition"] == ANOMALOUS).to_numpy()
+    machines = recordings["machine_type"].str.cat(recordings["machine_id"], sep=" ").to_numpy()
+    names = list(dict.fromkeys(machines))
     with figure(path, PAGE, 4.2) as drawn:
         axis = drawn.subplots()
         for number, name in enumerate(names):
-            colour, marker = (
-                COLOURS[number % len(COLOURS)],
-                markers[number // len(COLOURS) % len(markers)],
-            )
-            normal, anomalous = (
-                (machines == name) & (is_anomaly == condition) for condition in (False, True)
-            )
-            axis.scatter(
-                x[normal],
-                y[normal],
-                s=10,
-                color=colour,
-                marker=marker,
-                label=as_it_is(name),
-                linewidths=0,
-            )
-            axis.scatter(x[anomalous], y[anomalous], s=10, color=colour, marker="x", linewidths=0.7)
+            is_machine = machines == name
+            colour = COLOURS[number % len(COLOURS)]
+            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+            normal, anomalous = points[is_machine & ~is_anomaly], points[is_machine & is_anomaly]
+            style: dict[str, Any] = {"s": 10, "color": colour}
+            axis.scatter(*normal.T, marker=marker, label=escape(name), linewidths=0, **style)
+            axis.scatter(*anomalous.T, marker="x", linewidths=0.7, **style)
         axis.scatter([], [], s=10, color="0.4", marker="x", label="anomalous")
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-        axis.legend(
-            loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 18, markerscale=1.5
-        )
+        n_columns = 1 + len(names) // 18
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=n_columns, markerscale=1.5)
+    return path
 
 
-def read_history(trained: TrainedModel) -> pd.DataFrame:
-    """The epochs of the whole run from history.csv; where that is gone, those up to the best, from
-    the checkpoint.
-    """
-    path = RunFiles(trained.path).history
-    if not path.exists():
-        return pd.DataFrame(trained.state.get("history", []))
-    try:
-        return pd.read_csv(path)[list(HISTORY)].astype(float)
-    except (ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{path}: not the history of a training; remove it, and the checkpoint's own is drawn"
-        ) from None
+def project(embedding: np.ndarray) -> np.ndarray:
+    """Project embeddings `(n, E)` onto a plane with t-SNE: `(n, 2)`."""
+    perplexity = min(30.0, (len(embedding) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
+    return tsne.fit_transform(embedding.astype(np.float64))
 
 
-def draw_history(history: pd.DataFrame, path: Path) -> None:
-    """Loss, accuracy and learning rate over the epochs."""
+def draw_history(history: pd.DataFrame, path: Path) -> Path:
+    """Draw loss, accuracy and learning rate over the epochs. Returns `path`."""
+    epochs = history["epoch"]
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)
         for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-            axis.plot(
-                history["epoch"], history[f"train_{name}"], color=BLUE, label="training (mixed)"
-            )
-            axis.plot(
-                history["epoch"], history[f"valid_{name}"], "--", color=RED, label="validation"
-            )
+            axis.plot(epochs, history[f"train_{name}"], color=BLUE, label="training (mixed)")
+            axis.plot(epochs, history[f"valid_{name}"], "--", color=RED, label="validation")
             axis.set(xlabel="epoch", ylabel=name)
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-        lr.plot(history["epoch"], history["lr"], color=GREEN)
+        lr.plot(epochs, history["lr"], color=GREEN)
         lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    return path
+
+
+# ---- A recording ----
+
+
+def draw_timeline(row: Mapping[str, Any], kind: str, channel: int, path: Path) -> None:
+    """Draw the score of each window of a recording over time, above the log-mel of the recording.
+
+    Args:
+        row: The recording, as `score_recordings` returns it.
+        kind: The kind of its scores.
+        channel: The channel of the recording that was scored.
+        path: The file to write.
+    """
+    last_start = row["windows"][-1]["start"]
+    duration = last_start + SECONDS
+    unit, unit_name = (60, "min") if duration > 120 else (1, "s")
+    with figure(path, PAGE, 3.2) as drawn:
+        score_axis, image_axis = drawn.subplots(2, 1, sharex=True)
+        draw_window_scores(score_axis, row, unit)
+        score_axis.set(ylabel=f"score\n({KINDS[kind].unit})", ylim=(0, None))
+        log_mel = average_log_mel(Path(row["file"]), last_start, channel)
+        draw_image(image_axis, log_mel, duration / unit)
+        time_label = f"time ({unit_name})"
+        image_axis.set(xlabel=time_label, ylabel="mel bin", xlim=(0, duration / unit))
+        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
+        title = f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}"
+        if row["decision"]:
+            title += f", {row['decision']}"
+        drawn.suptitle(escape(title), fontsize=8)
+        legend = score_axis.get_legend_handles_labels()
+        drawn.legend(*legend, loc="outside lower center", ncols=4)
+
+
+def draw_window_scores(axis: Axes, row: Mapping[str, Any], unit: float) -> None:
+    """Draw the score of each window at its middle, coloured by its decision; the threshold, and the
+    span of the worst window.
+
+    `row` is a recording as `score_recordings` returns it, `unit` the seconds in a unit of the axis.
+    """
+    windows = row["windows"]
+    middles = np.array([window["start"] for window in windows]) + SECONDS / 2
+    scores = np.array([window["score"] for window in windows])
+    decisions = np.array([window["decision"] or UNLABELLED for window in windows])
+    worst = row["worst"]["start"]
+    span = worst / unit, (worst + SECONDS) / unit
+    axis.axvspan(*span, color="0.85", lw=0, label="worst window")
+    axis.plot(middles / unit, scores, color="0.6", lw=0.6)
+    for decision, (colour, _) in CONDITIONS.items():
+        chosen = decisions == decision
+        if chosen.any():
+            label = decision if row["decision"] else None
+            axis.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=colour, label=label)
+    if row["threshold"] is not None:
+        axis.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
+
+
+@torch.no_grad()
+def average_log_mel(path: Path, last_start: float, channel: int) -> np.ndarray:
+    """Compute the log-mel `(M, columns)` in dB of a whole recording, averaged over the frames of
+    each column. `last_start` is the second at which the last window of the recording starts.
+    """
+    front_end = FrontEnd(["sgram"])
+    duration = last_start + SECONDS
+    n_columns = min(MAX_COLUMNS, int(duration * COLUMNS_PER_SECOND))
+    sums = np.zeros((n_columns, N_MELS))
+    counts = np.zeros((n_columns, 1))
+    for start in (*np.arange(0, last_start, SECONDS), last_start):
+        log_mel = front_end(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
+        times = start + np.arange(N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
+        columns = np.minimum(times / duration * n_columns, n_columns - 1).astype(int)
+        np.add.at(sums, columns, log_mel.T)
+        np.add.at(counts, columns, 1)
+    return (sums / counts).T

@@ -1,275 +1,416 @@
-"""AUC, pAUC and mAUC of anomaly scores, those of each domain and the official score; with bootstrap
-intervals.
+"""AUC, pAUC and other metrics of anomaly scores, with bootstrap intervals.
 
-The rows of a set of clips: for each machine type those of its IDs (`00`, ...), then `pooled` (all
-its clips together), `mean` and `min` over its IDs; and for the type `average` the means of these
-three over the types. Where clips have domains, `hmean` too: the harmonic mean over the IDs of a
-type, and for `average` over the IDs of all types.
+The table of metrics has a row for each machine, named by its machine ID, and summary rows for each
+machine type: `pooled` (one ROC curve over all recordings of the type), `mean` and `min` over its
+machine IDs, and, where recordings have domains, `hmean`, the harmonic mean over its machine IDs.
+The rows of the machine type `average` are the means of the first three over the machine types;
+its `hmean` is the harmonic mean over the machine IDs of all types.
+
+A new metric is a `Metric` in the tuple `ALL_RECORDINGS` or in a `Rule`. Files, tables, report and
+comparison then have it.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from corpus import ANOMALOUS, MACHINE, SOURCE, TARGET, TEST_FOLDERS
+from names import ANOMALOUS, SOURCE, TARGET
+from recordings import MACHINE
 
-MAX_FPR = 0.1  # pAUC covers false positive rates up to here
-AVERAGE = "average"  # the machine type of the rows that average over types
+MAX_FPR = 0.1  # pAUC covers false positive rates from 0 to here
+AVERAGE = "average"  # the machine type of the rows over all machine types
+POOLED, MEAN, MIN, HMEAN = SUMMARY_ROWS = ("pooled", "mean", "min", "hmean")
 OFFICIAL = "official"  # the column of the official score
-SUMMARY_ROWS = ("pooled", "mean", "min", "hmean")  # of a machine type, beside those of its IDs
-COUNTS = ("n_normal", "n_anomaly")
+COUNTS = ("n_normal", "n_anomaly")  # the columns with the numbers of recordings
 DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
+
+# ---- Metrics ----
 
 
 def area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """The area under ROC curves, `(draws, points)` -> `(draws,)`; rates go from (0, 0) to (1, 1)."""
+    """Compute the area under ROC curves.
+
+    `false` and `true` are the false and true positive rates `(draws, points)`, from (0, 0) to
+    (1, 1). Returns `(draws,)`.
+    """
     return np.sum(np.diff(false) * (true[:, 1:] + true[:, :-1]) / 2, axis=1)
 
 
 def partial_area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """The area up to a false positive rate of MAX_FPR, standardised as in scikit-learn: 0.5 for
-    chance, 1 at best.
+    """Compute the area under ROC curves up to a false positive rate of MAX_FPR.
+
+    It is standardised as in scikit-learn: 0.5 for chance, 1 at best. `false` and `true` are the
+    false and true positive rates `(draws, points)`, from (0, 0) to (1, 1). Returns `(draws,)`.
     """
     width = np.diff(false)
-    inside = np.clip(
-        MAX_FPR - false[:, :-1], 0.0, width
-    )  # the part of each step that lies below MAX_FPR
+    inside = np.clip(MAX_FPR - false[:, :-1], 0.0, width)  # the part of a step below MAX_FPR
     slope = np.divide(np.diff(true), width, out=np.zeros_like(width), where=width > 0)
     partial = np.sum(inside * (true[:, :-1] + slope * inside / 2), axis=1)
     chance = MAX_FPR**2 / 2
     return (1 + (partial - chance) / (MAX_FPR - chance)) / 2
 
 
-class Measure(NamedTuple):
-    """A metric of the normal clips of one domain and the anomalous ones of another; "" stands for
-    all clips.
+@dataclass(frozen=True)
+class Metric:
+    """A metric: a column of the table.
+
+    `compute` maps false and true positive rates `(draws, points)` to values `(draws,)`. `normal`
+    and `anomalous` restrict the recordings of these conditions to a domain; "" takes all of them.
+    `summaries` are the summary rows in which tables for reading show the metric.
     """
 
-    metric: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    name: str
+    compute: Callable[[np.ndarray, np.ndarray], np.ndarray]
     normal: str = ""
     anomalous: str = ""
+    summaries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is measured, by column, and which columns the official score is the harmonic mean of."""
+    """The metrics of a year of the challenge.
 
-    measures: dict[str, Measure]
+    `official` names the terms of the official score, which is their harmonic mean; empty if there
+    is no such score. `text` explains the metrics of the domains.
+    """
+
+    metrics: tuple[Metric, ...]
     official: tuple[str, ...] = ()
     text: str = ""
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return (*self.measures, *((OFFICIAL,) if self.official else ()), *COUNTS)
+    def names(self) -> list[str]:
+        """The columns of the table that hold metrics, with the official score."""
+        names = [metric.name for metric in self.metrics]
+        return [*names, OFFICIAL] if self.official else names
+
+    def shown_in(self, summary: str) -> list[str]:
+        """Return the columns that tables for reading show of a summary row.
+
+        The row `hmean`, which only a rule with an official score has, begins with the terms of the
+        score and ends with the score.
+        """
+        names = [metric.name for metric in self.metrics if summary in metric.summaries]
+        if summary != HMEAN:
+            return names
+        if not self.official:
+            return []
+        others = [name for name in names if name not in self.official]
+        return [*self.official, *others, OFFICIAL]
+
+
+ALL_RECORDINGS = (
+    Metric("AUC", area, summaries=(POOLED, MEAN, MIN)),
+    Metric("pAUC", partial_area, summaries=(POOLED, MEAN)),
+)
+NO_DOMAINS = Rule(ALL_RECORDINGS)
+RULE_2021 = Rule(
+    (
+        *ALL_RECORDINGS,
+        Metric("AUC_source", area, normal=SOURCE, anomalous=SOURCE),
+        Metric("AUC_target", area, normal=TARGET, anomalous=TARGET),
+        Metric("pAUC_source", partial_area, normal=SOURCE, anomalous=SOURCE),
+        Metric("pAUC_target", partial_area, normal=TARGET, anomalous=TARGET),
+    ),
+    official=("AUC_source", "AUC_target", "pAUC_source", "pAUC_target"),
+    text="rule of DCASE 2021: AUC and pAUC of a domain take its clips alone",
+)
+RULE_2022 = Rule(
+    (
+        *ALL_RECORDINGS,
+        Metric("AUC_source", area, normal=SOURCE),
+        Metric("AUC_target", area, normal=TARGET),
+    ),
+    official=("AUC_source", "AUC_target", "pAUC"),
+    text=(
+        "rule of DCASE 2022 and later: the AUC of a domain takes its normal clips and the "
+        "anomalous ones of both domains, pAUC all clips"
+    ),
+)
+
+
+def find_rule(recordings: pd.DataFrame) -> Rule:
+    """Choose the rule of the year from the columns `domain` and `part` of recordings.
+
+    Only in 2021 had each domain its own test folder, which `part` ends with.
+    """
+    if not recordings["domain"].any():
+        return NO_DOMAINS
+    if recordings["part"].str.endswith((f"{SOURCE}_test", f"{TARGET}_test")).any():
+        return RULE_2021
+    return RULE_2022
+
+
+# ---- The table ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, with its bootstrap draws.
+
+    `values` holds `(1 + draws,)` numbers for each metric: first the value of the recordings
+    themselves, then of the resampled ones; all NaN without normal or without anomalous recordings.
+    `counts` holds the numbers of recordings, by COUNTS: means where the row is a mean, and NaN
+    where it combines no rows.
+    """
+
+    values: dict[str, np.ndarray]
+    counts: dict[str, float]
 
     @property
-    def rates(self) -> tuple[str, ...]:
-        """The columns but for the counts."""
-        return self.columns[: -len(COUNTS)]
+    def has_both(self) -> bool:
+        """Whether it has normal and anomalous recordings, without which there is no ROC curve."""
+        return all(count > 0 for count in self.counts.values())
 
 
-ALL = {"AUC": Measure(area), "pAUC": Measure(partial_area)}
-NO_DOMAINS = Rule(ALL)
-SHARED_ANOMALIES = Rule(
-    ALL | {"AUC_source": Measure(area, SOURCE), "AUC_target": Measure(area, TARGET)},
-    ("AUC_source", "AUC_target", "pAUC"),
-    "rule of DCASE 2022 and later: the AUC of a domain takes its normal clips and the anomalous ones of both domains, "
-    "pAUC all clips",
-)
-OWN_ANOMALIES = Rule(
-    ALL
-    | {f"AUC_{domain}": Measure(area, domain, domain) for domain in (SOURCE, TARGET)}
-    | {f"pAUC_{domain}": Measure(partial_area, domain, domain) for domain in (SOURCE, TARGET)},
-    ("AUC_source", "AUC_target", "pAUC_source", "pAUC_target"),
-    "rule of DCASE 2021: AUC and pAUC of a domain take its clips alone",
-)
-
-# By (machine type, row) the columns of the rule `(1 + DRAWS, columns)`: first of the clips
-# themselves, then of resampled ones. A metric is NaN where it has no normal or no anomalous clips.
-Draws = dict[tuple[str, str], np.ndarray]
+Rows = dict[tuple[str, str], Row]  # by machine type and machine ID or summary
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The columns of each (machine type, row), with the bounds of their intervals, and the draws
-    behind them.
+    """The metrics of recordings.
+
+    `table` is indexed by machine type and machine ID or summary. Its columns are the names of the
+    rule, COUNTS, and for each name the bounds of its interval, with the endings _low and _high.
+    `rows` has the bootstrap draws of each row.
     """
 
     rule: Rule
     table: pd.DataFrame
-    draws: Draws
+    rows: Rows
+
+    @property
+    def machine_types(self) -> list[str]:
+        """The machine types in the table; the last is `average`."""
+        return self.table.index.unique("machine_type").tolist()
+
+    def summary_row(self, machine_type: str, summary: str) -> pd.Series:
+        key: Any = machine_type, summary  # pandas' types take a tuple for a single cell
+        return self.table.loc[key]
 
 
-class Group(NamedTuple):
-    """Clips that are measured together `(n,)`, and how often each counts `(1 + draws, n)`."""
+def measure(
+    recordings: pd.DataFrame, rule: Rule = NO_DOMAINS, draws: int = DRAWS, seed: int = SEED
+) -> Metrics:
+    """Compute the metrics of scored recordings and their bootstrap draws.
+
+    The recordings have the columns `machine_type`, `machine_id`, `condition` and `score`, and
+    `domain` if the rule has domains. They are resampled with replacement within machine ID,
+    condition and domain. For the same seed the same recordings are drawn whatever the scores, so
+    that two models can be compared draw by draw.
+    """
+    rng = np.random.default_rng(seed)
+    rows: Rows = {}
+    all_id_rows: list[Row] = []
+    machine_types = recordings["machine_type"].unique().tolist()
+    for machine_type in machine_types:
+        chosen = recordings[recordings["machine_type"] == machine_type]
+        sample = draw_sample(chosen, rule, draws, rng)
+        machine_ids = chosen["machine_id"].to_numpy()
+        id_rows = []
+        for machine_id in sorted(set(machine_ids)):
+            row = measure_sample(sample.take(machine_ids == machine_id), rule)
+            rows[machine_type, machine_id] = row
+            id_rows.append(row)
+        rows[machine_type, POOLED] = measure_sample(sample, rule)
+        rows[machine_type, MEAN] = combine(id_rows, np.mean)
+        rows[machine_type, MIN] = combine(id_rows, np.min)
+        if rule.official:
+            rows[machine_type, HMEAN] = combine_harmonically(id_rows, rule)
+        all_id_rows += id_rows
+    for summary in (POOLED, MEAN, MIN):
+        type_rows = [rows[machine_type, summary] for machine_type in machine_types]
+        rows[AVERAGE, summary] = combine(type_rows, np.mean)
+    if rule.official:
+        rows[AVERAGE, HMEAN] = combine_harmonically(all_id_rows, rule)
+    return Metrics(rule, make_table(rows), rows)
+
+
+def make_table(rows: Rows) -> pd.DataFrame:
+    """Build the table of `Metrics` from its rows."""
+    table_rows = []
+    for machine, row in rows.items():
+        cells: dict[str, object] = dict(zip(MACHINE, machine, strict=True))
+        for name, values in row.values.items():
+            cells[name] = values[0]
+        cells |= row.counts
+        for name, values in row.values.items():
+            cells[f"{name}_low"], cells[f"{name}_high"] = interval(values[1:])
+        table_rows.append(cells)
+    table = pd.DataFrame(table_rows).set_index(MACHINE)
+    for name in COUNTS:  # as integers, except for means
+        counts = [int(count) if count.is_integer() else count for count in table[name]]
+        table[name] = pd.Series(counts, table.index, dtype=object)
+    return table
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """Return the bounds of the middle 95 % of bootstrap draws `(draws,)`."""
+    tail = 100 * (1 - COVERAGE) / 2
+    low, high = np.percentile(draws, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+# ---- Recordings and their bootstrap draws ----
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Recordings that are measured together `(n,)`, and how often each counts in a draw.
+
+    `weights` are `(1 + draws, n)`: in the first row, the recordings themselves, all are 1.
+    """
 
     is_anomaly: np.ndarray
     domain: np.ndarray
     scores: np.ndarray
-    counts: np.ndarray
+    weights: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Sample":
+        """Return the recordings for which `chosen` `(n,)` is true."""
+        weights = self.weights[:, chosen]
+        return Sample(self.is_anomaly[chosen], self.domain[chosen], self.scores[chosen], weights)
+
+    def take_domains(self, normal: str, anomalous: str) -> "Sample":
+        """Return the normal recordings of one domain and the anomalous ones of another; "" stands
+        for both domains.
+        """
+        if not normal and not anomalous:
+            return self
+        wanted = np.where(self.is_anomaly, anomalous, normal)
+        return self.take((wanted == "") | (self.domain == wanted))
 
 
-def find_rule(clips: pd.DataFrame) -> Rule:
-    """By the domains of the clips, and the folders they are in: those of 2021 have a domain each."""
-    if not clips["domain"].any():
-        return NO_DOMAINS
-    folders = {path.parent.name for path in clips["path"]}
-    return (
-        OWN_ANOMALIES if any(TEST_FOLDERS.get(folder) for folder in folders) else SHARED_ANOMALIES
-    )
+def draw_sample(
+    recordings: pd.DataFrame, rule: Rule, draws: int, rng: np.random.Generator
+) -> Sample:
+    """Draw the recordings of a machine type within machine ID, condition and domain."""
+    is_anomaly = recordings["condition"] == ANOMALOUS
+    domain = recordings["domain"] if rule.official else pd.Series("", recordings.index)
+    strata = recordings.groupby(["machine_id", is_anomaly, domain]).ngroup()
+    weights = resample(strata.to_numpy(), draws, rng)
+    scores = recordings["score"].to_numpy(float)
+    return Sample(is_anomaly.to_numpy(), domain.to_numpy(str), scores, weights)
 
 
-def measure(
-    clips: pd.DataFrame, rule: Rule = NO_DOMAINS, draws: int = DRAWS, seed: int = SEED
-) -> Metrics:
-    """The metrics of clips with the columns `machine_type`, `machine_id`, `condition` and `score`,
-    and `domain` where the rule has domains.
+def resample(strata: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw recordings with replacement within strata; `strata` `(n,)` numbers that of each.
 
-    Clips are resampled with replacement within machine ID, condition and domain. For the same seed
-    the same clips are drawn whatever the scores, so that two models can be compared draw by draw.
+    Returns how often each recording counts `(1 + draws, n)`; in the first row, without drawing,
+    once.
     """
-    rng, result, of_ids = np.random.default_rng(seed), Draws(), []
-    types = clips["machine_type"].unique().tolist()
-    for machine_type in types:
-        groups = {}
-        for machine_id, own in clips[clips["machine_type"] == machine_type].groupby("machine_id"):
-            is_anomaly = (own["condition"] == ANOMALOUS).to_numpy()
-            domain = own["domain"].to_numpy(str) if rule.official else np.full(len(own), "")
-            counts = resample(is_anomaly, domain, draws, rng)
-            groups[str(machine_id)] = Group(
-                is_anomaly, domain, own["score"].to_numpy(float), counts
-            )
-        rows = {machine_id: compute(group, rule) for machine_id, group in groups.items()}
-        per_id = list(rows.values())
-        rows["pooled"] = compute(
-            Group(*(np.concatenate(x, axis=-1) for x in zip(*groups.values(), strict=True))), rule
-        )
-        rows["mean"], rows["min"] = combine(per_id, np.mean), combine(per_id, np.min)
-        if rule.official:
-            rows["hmean"] = combine_harmonically(per_id, rule)
-        result |= {(machine_type, name): row for name, row in rows.items()}
-        of_ids += per_id
-    for name in ("pooled", "mean", "min"):
-        result[AVERAGE, name] = combine(
-            [result[machine_type, name] for machine_type in types], np.mean
-        )
+    weights = np.ones((1 + draws, len(strata)), dtype=np.float32)
+    for stratum in np.unique(strata):
+        chosen = np.flatnonzero(strata == stratum)
+        size = len(chosen)
+        # Each draw has a range of numbers for itself, so that one bincount counts all draws.
+        drawn = rng.integers(size, size=(draws, size)) + np.arange(draws)[:, None] * size
+        counts = np.bincount(drawn.ravel(), minlength=draws * size)
+        weights[1:, chosen] = counts.reshape(draws, size)
+    return weights
+
+
+# ---- Rows ----
+
+
+def measure_sample(sample: Sample, rule: Rule) -> Row:
+    """Compute all metrics of a rule for a sample."""
+    values: dict[str, np.ndarray] = {}
+    curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
+    for metric in rule.metrics:
+        domains = metric.normal, metric.anomalous
+        if domains not in curves:
+            curves[domains] = roc_curves(sample.take_domains(*domains))
+        curve = curves[domains]
+        if curve is None:
+            values[metric.name] = np.full(len(sample.weights), np.nan)
+        else:
+            values[metric.name] = metric.compute(*curve)
     if rule.official:
-        result[AVERAGE, "hmean"] = combine_harmonically(of_ids, rule)
-    return Metrics(rule, make_table(result, rule), result)
+        values[OFFICIAL] = official_score([values], rule)
+    n_anomaly = int(sample.is_anomaly.sum())
+    n_normal = len(sample.is_anomaly) - n_anomaly
+    return Row(values, {"n_normal": n_normal, "n_anomaly": n_anomaly})
 
 
-def resample(
-    is_anomaly: np.ndarray, domain: np.ndarray, draws: int, rng: np.random.Generator
-) -> np.ndarray:
-    """How often each clip counts `(1 + draws, n)`: once, then as drawn among those of its condition
-    and domain.
+def roc_curves(sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
+    """Compute the ROC curve of each draw.
+
+    Returns false and true positive rates `(1 + draws, points)` at (0, 0) and after each group of
+    equal scores, from the highest down; None if all recordings are normal, or all anomalous.
     """
-    counts = np.ones((1 + draws, len(is_anomaly)), dtype=np.float32)
-    for condition in (False, True):
-        for of_domain in np.unique(domain):
-            chosen = np.flatnonzero((is_anomaly == condition) & (domain == of_domain))
-            size = len(chosen)
-            if size:
-                drawn = rng.integers(size, size=(draws, size)) + np.arange(draws)[:, None] * size
-                counts[1:, chosen] = np.bincount(drawn.ravel(), minlength=draws * size).reshape(
-                    draws, size
-                )
-    return counts
-
-
-def compute(group: Group, rule: Rule) -> np.ndarray:
-    """The columns of the rule `(draws, columns)`."""
-    result = np.full((len(group.counts), len(rule.columns)), np.nan)
-    result[:, -len(COUNTS) :] = (~group.is_anomaly).sum(), group.is_anomaly.sum()
-    rates: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
-    for column, (metric, normal, anomalous) in enumerate(rule.measures.values()):
-        if (normal, anomalous) not in rates:
-            rates[normal, anomalous] = roc_curves(select(group, normal, anomalous))
-        if curves := rates[normal, anomalous]:
-            result[:, column] = metric(*curves)
-    if rule.official:
-        result[:, rule.columns.index(OFFICIAL)] = official_score([result], rule)
-    return result
-
-
-def select(group: Group, normal: str, anomalous: str) -> Group:
-    """The normal clips of one domain and the anomalous ones of another."""
-    if not normal and not anomalous:
-        return group
-    wanted = np.where(group.is_anomaly, anomalous, normal)
-    chosen = (wanted == "") | (group.domain == wanted)
-    return Group(*(values[..., chosen] for values in group))
-
-
-def roc_curves(group: Group) -> tuple[np.ndarray, np.ndarray] | None:
-    """False and true positive rates `(draws, points)` after each group of equal scores, from the
-    highest down; None where all clips are normal, or all anomalous.
-    """
-    if group.is_anomaly.all() or not group.is_anomaly.any():
+    if sample.is_anomaly.all() or not sample.is_anomaly.any():
         return None
-    order = np.argsort(-group.scores, kind="stable")
-    starts = np.flatnonzero(np.diff(group.scores[order], prepend=np.nan))  # of the groups
+    order = np.argsort(-sample.scores, kind="stable")
+    starts = np.flatnonzero(np.diff(sample.scores[order], prepend=np.nan))  # of equal scores
     rates = []
     for condition in (False, True):
-        counted = group.counts[:, order] * (group.is_anomaly[order] == condition)
-        cumulative = np.cumsum(np.add.reduceat(counted, starts, axis=1, dtype=np.float64), axis=1)
+        counted = sample.weights[:, order] * (sample.is_anomaly[order] == condition)
+        grouped = np.add.reduceat(counted, starts, axis=1, dtype=np.float64)
+        cumulative = np.cumsum(grouped, axis=1)
         rates.append(np.pad(cumulative / cumulative[:, -1:], ((0, 0), (1, 0))))
-    return rates[0], rates[1]
+    false, true = rates
+    return false, true
 
 
-def combine(rows: Sequence[np.ndarray], function: Callable[..., np.ndarray]) -> np.ndarray:
-    """Each column of several rows combined draw by draw, leaving out rows without AUC, and values
-    that are missing.
+def combine(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> Row:
+    """Combine rows draw by draw by a function of a list of arrays and `axis`, such as `np.mean`.
+
+    Rows without normal or without anomalous recordings are left out, and so are missing values.
     """
-    rated = [row for row in rows if not np.isnan(row[0, 0])]
-    result = np.full_like(rows[0], np.nan)
-    for column in range(result.shape[1]):
-        if values := [row[:, column] for row in rated if not np.isnan(row[0, column])]:
-            result[:, column] = function(values, axis=0)
-    return result
+    return Row(combine_values(rows, function), combine_counts(rows, function))
 
 
-def combine_harmonically(rows: Sequence[np.ndarray], rule: Rule) -> np.ndarray:
-    """The same with the harmonic mean; the official score is that of all values it consists of, in
-    all rows.
+def combine_harmonically(rows: Sequence[Row], rule: Rule) -> Row:
+    """Combine rows by the harmonic mean, and their counts by the mean.
+
+    The official score is the harmonic mean of its terms in all rows.
     """
-    result = combine(rows, harmonic_mean)
-    result[:, -len(COUNTS) :] = combine(rows, np.mean)[:, -len(COUNTS) :]
-    result[:, rule.columns.index(OFFICIAL)] = official_score(rows, rule)
-    return result
+    values = combine_values(rows, harmonic_mean)
+    values[OFFICIAL] = official_score([row.values for row in rows], rule)
+    return Row(values, combine_counts(rows, np.mean))
 
 
-def official_score(rows: Sequence[np.ndarray], rule: Rule) -> np.ndarray:
-    """`(draws,)`, leaving out what is missing; NaN where everything is."""
-    columns = [rule.columns.index(name) for name in rule.official]
-    values = [row[:, column] for row in rows for column in columns if not np.isnan(row[0, column])]
-    return harmonic_mean(values) if values else np.full(len(rows[0]), np.nan)
+def combine_values(
+    rows: Sequence[Row], function: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    combined = {}
+    for name, first in rows[0].values.items():
+        columns = []
+        for row in rows:
+            if row.has_both and not np.isnan(row.values[name][0]):
+                columns.append(row.values[name])
+        combined[name] = function(columns, axis=0) if columns else np.full_like(first, np.nan)
+    return combined
+
+
+def combine_counts(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, float]:
+    counts = [list(row.counts.values()) for row in rows if row.has_both]
+    combined = function(counts, axis=0).tolist() if counts else [np.nan] * len(COUNTS)
+    return dict(zip(COUNTS, combined, strict=True))
+
+
+def official_score(rows: Sequence[Mapping[str, np.ndarray]], rule: Rule) -> np.ndarray:
+    """Compute the harmonic mean of the terms of the official score in all rows, draw by draw.
+
+    Missing terms are left out. Returns `(1 + draws,)`, NaN if all are missing.
+    """
+    terms = []
+    for values in rows:
+        for name in rule.official:
+            if not np.isnan(values[name][0]):
+                terms.append(values[name])
+    if not terms:
+        return np.full_like(rows[0][rule.official[0]], np.nan)
+    return harmonic_mean(terms)
 
 
 def harmonic_mean(values: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
-    """As the organisers compute it: of values raised to the spacing of floating-point numbers at 1."""
+    """Compute the harmonic mean as the organisers do: of values raised to at least the spacing of
+    floating-point numbers at 1.
+    """
     return 1 / np.mean(1 / np.maximum(values, sys.float_info.epsilon), axis=axis)
-
-
-def interval(drawn: np.ndarray) -> list[float]:
-    """The bounds of the middle 95 % of the draws."""
-    tail = 100 * (1 - COVERAGE) / 2
-    return np.percentile(drawn, (tail, 100 - tail)).tolist()
-
-
-def make_table(draws: Draws, rule: Rule) -> pd.DataFrame:
-    rows = []
-    for key, drawn in draws.items():
-        row = dict(zip((*MACHINE, *rule.columns), (*key, *drawn[0]), strict=True))
-        for name, column in zip(rule.rates, drawn[1:].T, strict=False):
-            row[f"{name}_low"], row[f"{name}_high"] = interval(column)
-        rows.append(row)
-    table = pd.DataFrame(rows).set_index(MACHINE)
-    for name in COUNTS:  # whole numbers, but for means
-        counts = [int(x) if x.is_integer() else x for x in table[name]]
-        table[name] = pd.Series(counts, table.index, dtype=object)
-    return table

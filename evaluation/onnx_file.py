@@ -16,47 +16,40 @@ import onnxruntime
 import onnxscript.optimizer
 import pandas as pd
 import torch
+from onnxscript import opset18 as op
 
-from checkpoint import TrainedModel
-from corpus import MACHINE, first_classes
+from checkpoint import Model
+from config import Config, choose_windows
 from dataloader import ClipSet
-from evaluation.decisions import explain_thresholds
 from evaluation.graph import ScoringGraph
-from evaluation.result import check_finite, find_thresholds
-from evaluation.scoring import run_model, scores_against
+from evaluation.scores import check_finite
+from evaluation.thresholds import explain_thresholds, find_thresholds
+from inference import run_in_precision
 from model import TASTgramMFN
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
 from utils import UserError, versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # by the larger of the two a score may differ from that of eval.py
-LEVELS = (
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-    0.01,
-    0.003,
-    0.001,
-    0.0,
-)  # of the signals that are compared; 1 is full scale
+LEVELS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0)  # of the signals compared; 1 is full scale
 CPU = torch.device("cpu")
 
-# ---- Making the model ----
+# ---- Making the file ----
 
 
-def make_model(trained: TrainedModel) -> onnx.ModelProto:
-    """`samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and `embedding` `(N, E)`, float32,
-    with the metadata of `describe`.
+def make_file(model: Model, config: Config) -> onnx.ModelProto:
+    """Make an ONNX model: `samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and
+    `embedding` `(N, E)`, float32, with the metadata of `describe`.
     """
-    model = trace(ScoringGraph(trained))
-    clear_notes(model)
-    onnx.helper.set_model_props(model, describe(trained))
-    model.producer_name, model.producer_version = "TASTgram-MFN", versions()["commit"]
-    return model
+    proto = export(ScoringGraph(model, config))
+    clear_notes(proto)
+    onnx.helper.set_model_props(proto, describe(model, config))
+    proto.producer_name, proto.producer_version = "TASTgram-MFN", versions()["commit"]
+    return proto
 
 
-def trace(graph: ScoringGraph) -> onnx.ModelProto:
+def export(graph: ScoringGraph) -> onnx.ModelProto:
+    """Translate a graph into ONNX."""
     example = torch.zeros(2, N_SAMPLES)  # not 1: that would count as a fixed size
     with quiet():
         program = torch.onnx.export(
@@ -67,6 +60,7 @@ def trace(graph: ScoringGraph) -> onnx.ModelProto:
             opset_version=OPSET,
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("N")},),
+            custom_translation_table={torch.ops.aten.acos.default: translate_acos},
             verbose=False,
             optimize=False,  # the exporter's optimiser replaces POWER_FLOOR, 2e-16, by 0
         )
@@ -77,19 +71,25 @@ def trace(graph: ScoringGraph) -> onnx.ModelProto:
     return program.model_proto
 
 
-def clear_notes(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes for its developers: traces of this program, with the paths of
-    this computer.
+def translate_acos(cosine):  # type: ignore[no-untyped-def]  # an ONNX value, whose type is private
+    """Translate the arccosine of float64 by way of the sine of half the angle. ONNX Runtime has
+    inverse trigonometric functions for float32 only, in which the cosine of a small angle has lost
+    most of the angle, and its sine has not.
     """
-    graph = model.graph
-    for part in (
-        graph,
-        *graph.node,
-        *graph.input,
-        *graph.output,
-        *graph.value_info,
-        *graph.initializer,
-    ):
+    one, two = (
+        op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.DOUBLE, [], [x]))
+        for x in (1.0, 2.0)
+    )
+    half_sine = op.Sqrt(op.Div(op.Sub(one, cosine), two))
+    half_angle = op.Asin(op.Cast(half_sine, to=onnx.TensorProto.FLOAT))
+    return op.Mul(two, op.Cast(half_angle, to=onnx.TensorProto.DOUBLE))
+
+
+def clear_notes(proto: onnx.ModelProto) -> None:
+    """Remove the notes of the exporter for its developers: traces of this program, with paths."""
+    graph = proto.graph
+    nodes = (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (graph, *nodes):
         del part.metadata_props[:]
         part.doc_string = ""
 
@@ -107,31 +107,33 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-# ---- What the file says of itself ----
+# ---- The metadata ----
 
 
-def describe(trained: TrainedModel) -> dict[str, str]:
-    """The metadata, lists as JSON: machines in the order of the columns of `scores`, and the
-    threshold of each (null where there is none); sample rate in Hz; the windows of `score.py`,
-    their length and the time from one to the next in seconds, and how their scores are combined.
+def describe(model: Model, config: Config) -> dict[str, str]:
+    """Return the metadata. Lists are JSON: the machines in the order of the columns of `scores`,
+    and the threshold of each (null where there is none). The sample rate is in Hz; `window` and
+    `hop` are the length of a window of score.py and the time from one to the next, in seconds.
     """
-    config, machines = trained.config, list(first_classes(trained.config))
-    thresholds = find_thresholds(trained)
-    explain_thresholds(thresholds, config.machines, trained.path)
-    values = thresholds["threshold"].reindex(pd.MultiIndex.from_tuples(machines))
+    machines = model.classes.machines
+    scorer = model.scorer(config.scoring, config.neighbours)
+    thresholds = find_thresholds(model, scorer, config)
+    explain_thresholds(thresholds, machines, model.path)
+    by_machine = thresholds["threshold"].to_dict()
+    channel = model.windows(config, "test").channel
     return {
         "machines": json.dumps(machines),
-        "thresholds": json.dumps([None if np.isnan(value) else value for value in values.tolist()]),
+        "thresholds": json.dumps([by_machine.get(machine) for machine in machines]),
         "sample_rate": str(SAMPLE_RATE),
         "window": str(SECONDS),
-        "hop": str(config.model_copy(update={"window": "all"}).hop_of("test")),
+        "hop": str(choose_windows("all", config.hop, channel, "test").hop),
         "over_windows": config.over_windows,
-        "channel": str(config.channel),
-        "mode": config.mode,
-        "input": json.dumps(config.input),
+        "channel": str(channel),
+        "mode": model.config.mode,
+        "input": json.dumps(model.config.input),
         "scoring": config.scoring,
         "version": versions()["commit"],
-        "weights_sha256": hash_weights(trained.network),
+        "weights_sha256": hash_weights(model.network),
     }
 
 
@@ -142,50 +144,51 @@ def hash_weights(network: TASTgramMFN) -> str:
     return digest.hexdigest()
 
 
-# ---- Comparing it with eval.py ----
+# ---- The comparison with eval.py ----
 
 
-def compare(content: bytes, trained: TrainedModel) -> float:
-    """The largest difference between the scores of an ONNX file with this content and those of
-    eval.py, on the CPU: against every machine ID, for signals from full scale to silence.
+def compare(content: bytes, model: Model, config: Config) -> float:
+    """Return the largest difference between the scores of an ONNX file with this content and those
+    of eval.py, on the CPU: against every machine, for signals from full scale to silence.
 
-    Raises `UserError` where a difference is larger than RELATIVE and ABSOLUTE allow, or a score is
-    not finite.
+    Raises:
+        UserError: If a difference is larger than RELATIVE and ABSOLUTE allow, or a score is not
+            finite.
     """
     clips = synthetic_clips()
     assert clips.samples is not None
-    samples = clips.samples.numpy().astype(np.float32) / 32768.0
-    machines = first_classes(trained.config)
-    expected = scores_against(trained, run_model(trained, clips, CPU, "eval.py"), machines.values())
-    check_finite(
-        trained,
-        pd.DataFrame(list(machines) * len(clips), columns=MACHINE).assign(score=expected.ravel()),
-    )
+    machines = model.classes.machines
+    outputs = run_in_precision(model, clips, len(clips), CPU, torch.float32, "eval.py")
+    scorer = model.scorer(config.scoring, config.neighbours)
+    expected = scorer.against_machines(outputs, machines).numpy()
+    check_finite(expected.ravel(), machines * len(clips), config.scoring, model.path)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    samples = clips.samples.numpy().astype(np.float32) / 32768.0
     parts = (samples[:1], samples[1:])  # any number of clips is possible
     scores = np.concatenate([session.run(["scores"], {"samples": part})[0] for part in parts])
     return largest_difference(scores, expected)
 
 
 def largest_difference(scores: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference. Raises `UserError` if one is larger than allowed."""
     differences = np.abs(scores - expected)
     excess = differences - np.maximum(RELATIVE * np.abs(expected), ABSOLUTE)
     worst = np.unravel_index(excess.argmax(), excess.shape)  # a NaN counts as the highest
     if not excess[worst] <= 0:
         raise UserError(
-            f"no file is written: a score is {scores[worst]:.6g} with it, and {expected[worst]:.6g} with eval.py; "
-            f"check the packages (requirements-export.txt)"
+            f"no file is written: a score is {scores[worst]:.6g} with it, and "
+            f"{expected[worst]:.6g} with eval.py; check the packages (requirements-export.txt)"
         )
     return float(differences.max())
 
 
 def synthetic_clips() -> ClipSet:
-    """A tone with noise at each of LEVELS."""
+    """Make a tone with noise at each of LEVELS."""
     rng, time = np.random.default_rng(0), np.arange(N_SAMPLES) / SAMPLE_RATE
     rows = []
     for level in LEVELS:
         sound = np.sin(2 * np.pi * rng.uniform(50, 2000) * time) + rng.normal(0, 0.5, N_SAMPLES)
         rows.append(np.clip(level * sound, -1, 1) * 32767)
-    clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * len(rows)}), num_workers=1)
+    clips = ClipSet(pd.DataFrame({"path": [Path()] * len(rows)}), num_workers=1)
     clips.samples = torch.from_numpy(np.stack(rows).astype(np.int16))
     return clips

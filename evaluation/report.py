@@ -1,4 +1,4 @@
-"""One HTML file with everything about an evaluation, that needs no server and no other file."""
+"""One HTML file with everything about an evaluation; it needs no server and no other file."""
 
 import base64
 import io
@@ -11,7 +11,6 @@ import pandas as pd
 import yaml
 from torch import Tensor
 
-from corpus import MACHINE
 from evaluation.figures import read_samples
 from evaluation.metrics import COUNTS, Metrics
 from evaluation.result import HARDEST, Result
@@ -23,66 +22,69 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
-    """Tables, figures, configuration and the hardest clips, in one file."""
+    """Write tables, figures, configuration and the hardest clips of a result into one file.
+
+    `figures` are the files of the pictures.
+    """
     tables = {}
     if result.metrics:
         tables["Metrics (percent, 95 % intervals)"] = metric_table(result.metrics)
     if len(result.thresholds):
         tables["Thresholds"] = result.thresholds.reset_index()
-    config = result.trained.state.get("config", result.trained.config.model_dump())
-    content = {
-        "title": f"{result.trained.path.name}: {result.about['mode']}, {result.about['scoring']} score",
-        "about": {name: in_words(value) for name, value in result.about.items()},
-        "tables": {title: table.to_html(index=False, border=0) for title, table in tables.items()},
-        "figures": {file.stem: in_base64(file.read_bytes()) for file in figures},
-        "hardest": hardest_clips(result),
-        "n_hardest": HARDEST,
-        "config": yaml.safe_dump(config, sort_keys=False, default_flow_style=None),
-    }
-    template = jinja2.Environment(
+    config = result.model.config.model_dump()
+    page = load_template().render(
+        title=f"{result.model.path.name}: {result.about['mode']}, {result.kind} score",
+        about=result.about,
+        tables=tables,
+        figures=figures,
+        hardest=hardest_clips(result),
+        n_hardest=HARDEST,
+        config=yaml.safe_dump(config, sort_keys=False, default_flow_style=None),
+    )
+    write_text(path, page)
+
+
+def load_template() -> jinja2.Template:
+    environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    write_text(path, template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content))
-
-
-def metric_table(metrics: Metrics) -> pd.DataFrame:
-    """The metrics as text."""
-    table = metrics.table
-    cells = {
-        name: [with_interval(row, name) for _, row in table.iterrows()]
-        for name in metrics.rule.rates
-    }
-    counts = {
-        name: table[name].map(lambda count: "-" if pd.isna(count) else f"{count:g}")
-        for name in COUNTS
-    }
-    return table.index.to_frame(index=False).assign(
-        **cells, **{name: text.to_numpy() for name, text in counts.items()}
-    )
-
-
-def hardest_clips(result: Result) -> list[dict]:
-    clips = result.hardest[["path", "worst", *MACHINE, "condition", "exact_score"]].to_dict(
-        "records"
-    )
-    front_end, channel = FrontEnd(["sgram"]), result.trained.config.channel
-    return [
-        clip
-        | {
-            "png": in_base64(
-                small_picture(front_end, read_samples(clip["path"], clip["worst"], channel))
-            )
-        }
-        for clip in clips
-    ]
+    environment.filters["in_words"] = in_words
+    environment.filters["in_base64"] = in_base64
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def in_base64(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
+def metric_table(metrics: Metrics) -> pd.DataFrame:
+    """Return the table of metrics with text in its cells: metrics with intervals, and counts."""
+    text = metrics.table.index.to_frame(index=False)
+    for name in metrics.rule.names:
+        text[name] = [with_interval(row, name) for _, row in metrics.table.iterrows()]
+    for name in COUNTS:
+        text[name] = [format_count(count) for count in metrics.table[name]]
+    return text
+
+
+def format_count(count: float) -> str:
+    return "-" if pd.isna(count) else f"{count:g}"
+
+
+def hardest_clips(result: Result) -> list[dict]:
+    """Return the columns of each of the hardest recordings, and as `png` a picture of its window
+    with the highest score.
+    """
+    front_end = FrontEnd(["sgram"])
+    clips = result.hardest.to_dict("records")
+    for clip in clips:
+        samples = read_samples(clip["path"], clip["worst"], result.windows.channel)
+        clip["png"] = small_picture(front_end, samples)
+    return clips
+
+
 def small_picture(front_end: FrontEnd, samples: Tensor) -> bytes:
-    """A PNG of 157 x 64 pixels: every second frame and mel bin of the log-mel."""
+    """Draw a PNG of 157 x 64 pixels: every second frame and mel bin of the log-mel."""
     image = front_end(samples)["log_mel"][0, 0].numpy()[::2, ::2]
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, image, origin="lower", cmap="viridis", format="png")

@@ -1,27 +1,18 @@
-"""Score files of any method, as the challenge asks for them: metrics without a network."""
+"""Score files of any method, in the form of the challenge: metrics without a network."""
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
-from config import MACHINE_ID, name_id, parse_id
-from corpus import (
-    MACHINE,
-    TEST_FOLDERS,
-    File,
-    Labels,
-    form_of,
-    known_clips,
-    label_of,
-    parse_name,
-    read_csv,
-    read_labels,
-)
+from config import is_machine_id, name_id
 from evaluation.metrics import AVERAGE, find_rule, measure
 from evaluation.tables import show_metrics
+from ground_truth import Labels, read_csv, read_labels
+from names import TEST_FOLDERS, File, Form, find_form, parse_name
+from recordings import COLUMNS, known_recordings, make_row
 from utils import UserError, check_writable, notice, versions
 
 FILE_NAME = re.compile(
@@ -30,97 +21,137 @@ FILE_NAME = re.compile(
 )
 FILE_NAMES = "anomaly_score_<type>_id_<XX>.csv or anomaly_score_<type>_section_<XX>_test.csv"
 
+Scores = dict[File, float]
+
+
+class ScoreFile(NamedTuple):
+    """A score file. `folder` is the folder of a machine type that its recordings come from."""
+
+    path: Path
+    machine_type: str
+    machine_id: str
+    folder: str
+
 
 def evaluate_score_files(folder: Path, data_root: Path) -> None:
     """Measure the scores in a folder, print the metrics and write them into its folder `metrics`.
-    Conditions and domains are those that the names of the clips tell, or else the lists of labels
-    in data_root.
+
+    The conditions and domains of the recordings come from their names, or else from the lists of
+    labels in `data_root`.
     """
-    files, scores = read_score_files(folder)
-    form, output = form_of(files), folder / "metrics"
+    scores = read_score_files(folder)
+    form = find_form(list(scores))
+    output = folder / "metrics"
     check_writable(
         output / "metrics.csv",
         "the metrics are written beside the score files; copy these elsewhere",
     )
-    labels = read_labels(data_root, form, files)
-    report_missing(files, labels)
-    rows = [
-        (file.path, file.machine_type, file.name.machine_id, *label_of(file, labels))
-        for file in files
-        if file.name
-    ]
-    clips = pd.DataFrame(rows, columns=["path", *MACHINE, "condition", "domain"]).assign(
-        score=scores
-    )
-    known = known_clips(clips)
-    if len(known) < len(clips):
-        message = f"{len(clips) - len(known)} of {len(clips)} clips are not in {form.labels} under {data_root}"
-        if known.empty:
-            raise UserError(f"{message}, so there is nothing to measure; {form.get_labels}")
-        notice(f"{message} and count in no metric ({form.get_labels})")
-    counts = ", ".join(
-        f"{count} {name}" for name, count in clips["condition"].value_counts().items()
-    )
-    about = {"score files": str(folder), "clips": counts, "evaluated with": versions()}
+    labels = read_labels(data_root, form, list(scores))
+    report_missing(scores, labels)
+    rows = [make_row(file, labels) for file in scores]
+    recordings = pd.DataFrame(rows, columns=COLUMNS).assign(score=list(scores.values()))
+    known = known_recordings(recordings)
+    report_unlabelled(len(recordings) - len(known), len(recordings), form, data_root)
+    about = {
+        "score files": str(folder),
+        "clips": describe_counts(recordings["condition"]),
+        "evaluated with": versions(),
+    }
     show_metrics(measure(known, find_rule(known)), f"Score files of {folder}", about, output, {})
     print(f"metrics of {len(known)} clips: {output}")
 
 
-def read_score_files(folder: Path) -> tuple[list[File], list[float]]:
-    """The clips and their scores. Raises `UserError` for a file of another name or without scores,
-    and for lines that are not those of a clip of its section.
+def describe_counts(conditions: pd.Series) -> str:
+    """Count the conditions, as in "200 normal, 200 anomalous"; the most frequent one is first."""
+    return ", ".join(f"{count} {name}" for name, count in conditions.value_counts().items())
+
+
+# ---- Reading ----
+
+
+def read_score_files(folder: Path) -> Scores:
+    """Read the score of each recording from the score files in a folder.
+
+    Raises:
+        UserError: For a file with another name or without scores, and for lines that are no score
+            of a recording of the section.
     """
     paths = sorted(folder.glob("anomaly_score_*.csv"))
     if not paths:
         raise UserError(f"{folder}: no score files ({FILE_NAMES})")
-    files: dict[Path, File] = {}
-    scores = []
+    scores: Scores = {}
     for path in paths:
-        match = FILE_NAME.fullmatch(path.name)
-        if not match or (match["id"] and not re.fullmatch(MACHINE_ID, match["id"])):
-            raise UserError(f"{path}: not named {FILE_NAMES}, or named like a row of the table")
-        machine_id = match["section"] or name_id(parse_id(match["id"]))
+        score_file = parse_file_name(path)
         lines = read_csv(path)
         if not lines:
-            raise UserError(f"{path}: no scores in it; bring them, or remove the file")
+            raise UserError(f"{path}: no scores in it; add them, or remove the file")
         for number, cells in lines:
-            where, score = (
-                f"{path}, line {number}",
-                to_number(cells[1]) if len(cells) == 2 else math.nan,
-            )
-            if not math.isfinite(score):
-                raise UserError(f"{where}: not `<file name>,<score>`")
-            clip = Path(match["machine_type"], match["folder"] or "test", Path(cells[0]).name)
-            try:
-                name = parse_name(clip)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            if name is None or name.machine_id != machine_id or clip.name != cells[0]:
-                raise UserError(f"{where}: {cells[0]} is no clip of {machine_id}")
-            if clip in files:
-                raise UserError(f"{where}: {clip.name} is given twice")
-            files[clip] = File(clip, match["machine_type"], name)
-            scores.append(score)
-    return list(files.values()), scores
+            where = f"{path}, line {number}"
+            file, score = parse_line(cells, score_file, where)
+            if file in scores:
+                raise UserError(f"{where}: {file.path.name} is given twice")
+            scores[file] = score
+    return scores
+
+
+def parse_file_name(path: Path) -> ScoreFile:
+    """Parse the name of a score file. Raises `UserError` for other names."""
+    match = FILE_NAME.fullmatch(path.name)
+    if not match or (match["id"] and not is_machine_id(match["id"])):
+        raise UserError(f"{path}: not named {FILE_NAMES}, or named like a row of the table")
+    machine_id = match["section"] or name_id(match["id"])
+    return ScoreFile(path, match["machine_type"], machine_id, match["folder"] or "test")
+
+
+def parse_line(cells: list[str], score_file: ScoreFile, where: str) -> tuple[File, float]:
+    """Parse a line of a score file, which is at `where`. Raises `UserError` for other lines."""
+    score = to_number(cells[1]) if len(cells) == 2 else math.nan
+    if not math.isfinite(score):
+        raise UserError(f"{where}: not `<file name>,<score>`")
+    path = Path(score_file.machine_type, score_file.folder, Path(cells[0]).name)
+    try:
+        name = parse_name(path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if name is None or name.machine_id != score_file.machine_id or path.name != cells[0]:
+        raise UserError(f"{where}: {cells[0]} is no clip of {score_file.machine_id}")
+    return File(path, score_file.machine_type, name), score
 
 
 def to_number(text: str) -> float:
+    """Convert a text to a number; NaN if it is none."""
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
-def report_missing(files: Sequence[File], labels: Labels) -> None:
-    """Say which clips of the lists, of machines that there are scores of, have no score."""
-    machines = {(file.machine_type, file.name.machine_id) for file in files if file.name}
-    scored = {(file.machine_type, file.path.stem) for file in files}
-    listed = [
-        clip
-        for clip in labels
-        if (clip[0], clip[1].split("_")[1]) in machines and clip not in scored
-    ]
-    if listed:
+# ---- What is missing ----
+
+
+def report_missing(scores: Scores, labels: Labels) -> None:
+    """Say how many clips in the lists have no score, of the machines that there are scores of."""
+    machines, scored = set(), set()
+    for file in scores:
+        assert file.name
+        machines.add((file.machine_type, file.name.machine_id))
+        scored.add((file.machine_type, file.path.stem))
+    missing = []
+    for machine_type, clip in labels:
+        machine_id = clip.split("_")[1]
+        if (machine_type, machine_id) in machines and (machine_type, clip) not in scored:
+            missing.append(f"{machine_type} {clip}")
+    if missing:
         notice(
-            f"{len(listed)} clips of the lists have no score and count in no metric, such as {' '.join(listed[0])}"
+            f"{len(missing)} clips of the lists have no score and count in no metric, such as "
+            f"{missing[0]}"
         )
+
+
+def report_unlabelled(n_unlabelled: int, n_clips: int, form: Form, data_root: Path) -> None:
+    """Say how many clips have no condition. Raises `UserError` if none has one."""
+    message = f"{n_unlabelled} of {n_clips} clips are not in {form.labels} under {data_root}"
+    if n_unlabelled == n_clips:
+        raise UserError(f"{message}, so there is nothing to measure; {form.get_labels}")
+    if n_unlabelled:
+        notice(f"{message} and count in no metric ({form.get_labels})")

@@ -3,45 +3,97 @@ score files.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from checkpoint import RESULT_FILES, clear
-from config import Config
-from corpus import SOURCE, TARGET, part_name
-from evaluation.decisions import count_decisions, explain_thresholds
+from checkpoint import remove_files
 from evaluation.metrics import (
     AVERAGE,
     COVERAGE,
     DRAWS,
-    NO_DOMAINS,
+    HMEAN,
+    MEAN,
+    MIN,
     OFFICIAL,
+    POOLED,
     SEED,
     SUMMARY_ROWS,
     Metrics,
     Rule,
 )
 from evaluation.result import Result
+from evaluation.thresholds import count_decisions, explain_thresholds
 from model import PUBLISHED_CHANNELS
+from names import SOURCE, TARGET
 from utils import notice, write_csv, write_text
 
-# AUC, pAUC, mAUC (the first three of SUMMARY) in percent on the development test set: the table in
-# the authors' README
+# ---- The columns of tables for reading ----
+
+
+class Column(NamedTuple):
+    """A column of tables for reading: a metric in a summary row of each machine type."""
+
+    summary: str
+    metric: str
+
+    @property
+    def heading(self) -> str:
+        """The name below the title of a block of columns, as in "AUC source" or "mAUC"."""
+        name = self.metric.replace("_", " ")
+        return f"m{name}" if self.summary == MIN else name
+
+    @property
+    def title(self) -> str:
+        """The name without a block, as in "AUC, pooled" or "mAUC"."""
+        if self.metric == OFFICIAL:
+            return "official score"
+        endings = {
+            POOLED: ", pooled",
+            MEAN: ", mean over IDs",
+            MIN: "",
+            HMEAN: ", harmonic mean",
+        }
+        return f"{self.heading}{endings[self.summary]}"
+
+
+def columns_of(rule: Rule) -> list[Column]:
+    """Return the columns of tables for reading."""
+    columns = []
+    for summary in (POOLED, MIN, MEAN, HMEAN):
+        for name in rule.shown_in(summary):
+            columns.append(Column(summary, name))
+    return columns
+
+
+def titles_of(columns: Sequence[Column]) -> list[str]:
+    return [column.title for column in columns]
+
+
+# ---- The published figures ----
+
+
+def published_row(auc: float, pauc: float, mauc: float) -> dict[Column, float]:
+    return {Column(POOLED, "AUC"): auc, Column(POOLED, "pAUC"): pauc, Column(MIN, "AUC"): mauc}
+
+
+# In percent on the development test set, by mode: the table in the authors' README
 PUBLISHED = {
     "noisy_arcmix": {
-        "fan": (98.32, 95.34, 92.67),
-        "pump": (95.44, 85.99, 91.17),
-        "slider": (99.53, 97.50, 97.96),
-        "valve": (99.95, 99.74, 99.89),
-        "ToyCar": (96.76, 90.11, 88.81),
-        "ToyConveyor": (77.90, 67.15, 68.18),
-        AVERAGE: (94.65, 89.31, 89.78),
+        "fan": published_row(auc=98.32, pauc=95.34, mauc=92.67),
+        "pump": published_row(auc=95.44, pauc=85.99, mauc=91.17),
+        "slider": published_row(auc=99.53, pauc=97.50, mauc=97.96),
+        "valve": published_row(auc=99.95, pauc=99.74, mauc=99.89),
+        "ToyCar": published_row(auc=96.76, pauc=90.11, mauc=88.81),
+        "ToyConveyor": published_row(auc=77.90, pauc=67.15, mauc=68.18),
+        AVERAGE: published_row(auc=94.65, pauc=89.31, mauc=89.78),
     }
 }
-# of that test set; AUC and pAUC are pooled over the IDs, so that those of others cannot be compared
+# The machine IDs of that test set: AUC and pAUC are pooled over them, so the figures of other IDs
+# cannot be compared
 MIMII_IDS = {"00", "02", "04", "06"}
 PUBLISHED_IDS = {
     "fan": MIMII_IDS,
@@ -51,107 +103,139 @@ PUBLISHED_IDS = {
     "ToyCar": {"01", "02", "03", "04"},
     "ToyConveyor": {"01", "02", "03"},
 }
-Published = dict[str, tuple[float, float, float]]
-# What a machine type is summed up in: the row of the metrics, the column, and its title
-SUMMARY = (("pooled", "AUC", "AUC, pooled"), ("pooled", "pAUC", "pAUC, pooled"), ("min", "AUC", "mAUC"),
-           ("mean", "AUC", "AUC, mean over IDs"), ("mean", "pAUC", "pAUC, mean over IDs"))  # fmt: skip
+Published = dict[str, dict[Column, float]]  # by machine type
 
 
-def summary(rule: Rule) -> list[tuple[str, str, str]]:
-    """SUMMARY, and what the official score consists of where clips have domains."""
-    of_domains = [
-        ("hmean", column, f"{column.replace('_', ' ')}, harmonic mean") for column in rule.official
-    ]
-    return [
-        *SUMMARY,
-        *of_domains,
-        *([("hmean", OFFICIAL, "official score")] if rule.official else []),
-    ]
+def published_rows(result: Result) -> Published:
+    """Return the published figures that a result can be compared with.
 
-
-def titles(rule: Rule) -> list[str]:
-    return [title for *_, title in summary(rule)]
-
-
-def published_rows(config: Config, split: str, metrics: Metrics) -> Published:
-    """The published rows for what was evaluated: the development test set of 2020, the published
-    channels, windows and score, the machine types of the metrics, all with the published IDs. The
-    average is among them if all its types are.
+    There are some for the development test set of 2020 with the published channels, windows and
+    score, and the published machine IDs; for the average, if all its machine types are evaluated.
     """
-    is_published = (config.input, config.window, config.scoring) == (
-        list(PUBLISHED_CHANNELS),
-        "first",
-        "published",
-    )
-    rows = (
-        PUBLISHED.get(config.mode, {})
-        if is_published and split == "test" and metrics.rule is NO_DOMAINS
-        else {}
-    )
-    measured = metrics.table.index.to_frame(index=False)
-    ids = (
-        measured[~measured["machine_id"].isin(SUMMARY_ROWS)]
-        .groupby("machine_type")["machine_id"]
-        .agg(set)
-        .to_dict()
-    )
-    if any(ids[name] != own for name, own in PUBLISHED_IDS.items() if name in ids):
+    metrics = result.metrics
+    if metrics is None or metrics.rule.official or not is_published_method(result):
         return {}
-    types = set(measured["machine_type"])
-    return {
-        name: row
-        for name, row in rows.items()
-        if name in types and (name != AVERAGE or set(rows) <= types)
-    }
+    ids = measured_ids(metrics)
+    for machine_type, published_ids in PUBLISHED_IDS.items():
+        if ids.get(machine_type, published_ids) != published_ids:
+            return {}
+    machine_types = set(ids)
+    if machine_types >= PUBLISHED_IDS.keys():
+        machine_types.add(AVERAGE)
+    published = PUBLISHED.get(result.model.config.mode, {})
+    return {name: row for name, row in published.items() if name in machine_types}
+
+
+def is_published_method(result: Result) -> bool:
+    """Whether channels, windows, score and split are those of the paper."""
+    return (
+        result.model.config.input == list(PUBLISHED_CHANNELS)
+        and result.windows.hop is None
+        and result.kind == "published"
+        and result.split == "test"
+    )
+
+
+def measured_ids(metrics: Metrics) -> dict[str, set[str]]:
+    """Return the machine IDs in the table by machine type."""
+    ids: dict[str, set[str]] = defaultdict(set)
+    for machine_type, machine_id in metrics.table.index:
+        if machine_id not in SUMMARY_ROWS:
+            ids[machine_type].add(machine_id)
+    return ids
+
+
+# ---- The table on the terminal ----
+
+
+class Block(NamedTuple):
+    """Columns of the table on the terminal with a common title.
+
+    `headings` are the names of the columns, `cells` their values by machine type.
+    """
+
+    title: str
+    headings: list[str]
+    cells: dict[str, list[str]]
+
+    def format_line(self, cells: Sequence[str]) -> str:
+        """Format headings or cells, aligned on the right."""
+        padded = []
+        for heading, cell in zip(self.headings, cells, strict=True):
+            padded.append(cell.rjust(max(8, len(heading))))
+        return " ".join(padded)
+
+    @property
+    def width(self) -> int:
+        return len(self.format_line(self.headings))
+
+
+LAST_WIDTH = 26  # of the title of the last block, which has no border on the right
+
+
+def format_table(metrics: Metrics, published: Published) -> str:
+    """Format the metrics of each machine type in percent.
+
+    They are pooled over the IDs, as published, and means over the IDs, as in the challenge. The
+    last block has what the official score consists of, or else the published figures.
+    """
+    blocks = [
+        summary_block(metrics, POOLED, "pooled over IDs"),
+        summary_block(metrics, MIN, "lowest"),
+        summary_block(metrics, MEAN, "mean over IDs"),
+    ]
+    if metrics.rule.official:
+        last = summary_block(metrics, HMEAN, "harmonic mean over IDs")
+    else:
+        last = published_block(published, metrics.machine_types)
+    titles = [f" {block.title:^{block.width}} " for block in blocks]
+    titles.append(f" {last.title:^{LAST_WIDTH}}")
+    blocks.append(last)
+    headings = [block.format_line(block.headings) + "  " for block in blocks]
+    first_width = max(12, *map(len, metrics.machine_types))
+    lines = [join_blocks("", first_width, titles), join_blocks("in percent", first_width, headings)]
+    for machine_type in metrics.machine_types:
+        cells = [block.format_line(block.cells[machine_type]) + "  " for block in blocks]
+        lines.append(join_blocks(machine_type, first_width, cells))
+    if metrics.rule.text:
+        lines.append(f"Domains: {metrics.rule.text}")
+    return "\n".join(lines)
+
+
+def join_blocks(name: str, width: int, blocks: Sequence[str]) -> str:
+    return f"{name:{width}} |{'|'.join(blocks)}".rstrip()
+
+
+def summary_block(metrics: Metrics, summary: str, title: str) -> Block:
+    """Return the block of the columns that are shown of a summary row."""
+    names = metrics.rule.shown_in(summary)
+    cells = {}
+    for machine_type in metrics.machine_types:
+        row = metrics.summary_row(machine_type, summary)
+        cells[machine_type] = [percent(row[name]) for name in names]
+    return Block(title, [Column(summary, name).heading for name in names], cells)
+
+
+def published_block(published: Published, machine_types: Sequence[str]) -> Block:
+    """Return the block of the published figures; it has no columns if there are none."""
+    columns = list(next(iter(published.values()), {}))
+    cells = {}
+    for machine_type in machine_types:
+        cells[machine_type] = published_cells(published.get(machine_type, {}), columns)
+    title = "published, DCASE 2020" if published else ""
+    return Block(title, [column.heading for column in columns], cells)
+
+
+def published_cells(row: dict[Column, float], columns: Sequence[Column]) -> list[str]:
+    """Format the published figures of a machine type, "-" where there is none."""
+    return [f"{row[column]:.2f}" if column in row else "-" for column in columns]
 
 
 def percent(value: float) -> str:
     return "-" if pd.isna(value) else f"{100 * value:.2f}"
 
 
-def format_table(metrics: Metrics, published: Published) -> str:
-    """The metrics in percent: pooled over IDs as published, as mean over IDs as DCASE rules, and
-    the published row, if any; or, where clips have domains, what the official score consists of.
-    """
-    table, rule = metrics.table, metrics.rule
-    types = table.index.unique("machine_type")
-    first = max(12, *map(len, types))
-    names = (
-        [*rule.official, OFFICIAL]
-        if rule.official
-        else ["AUC", "pAUC", "mAUC"]
-        if published
-        else []
-    )
-    widths = [max(8, len(name)) for name in names]
-    title = (
-        "harmonic mean over IDs" if rule.official else "published, DCASE 2020" if published else ""
-    )
-    lines = [
-        f"{'':{first}} | {'pooled over IDs':^17} | {'lowest':^8} | {'mean over IDs':^17} | {title:^26}",
-        f"{'in percent':{first}} |{'AUC':>8} {'pAUC':>8}  |{'mAUC':>8}  |{'AUC':>8} {'pAUC':>8}  |"
-        + in_columns([name.replace("_", " ") for name in names], widths),
-    ]
-    for machine_type in types:
-        values = [
-            percent(table.loc[(machine_type, row), column]) for row, column, _ in summary(rule)
-        ]
-        last = values[len(SUMMARY) :] or [
-            f"{value:.2f}" for value in published.get(machine_type, ())
-        ]
-        blocks = [
-            in_columns(part, [8] * len(part)) for part in (values[:2], values[2:3], values[3:5])
-        ]
-        lines.append(
-            f"{machine_type:{first}} |{'  |'.join(blocks)}  |{in_columns(last or ['-'] * len(names), widths)}"
-        )
-    return "\n".join(
-        [*(line.rstrip() for line in lines), *([f"Domains: {rule.text}"] if rule.text else [])]
-    )
-
-
-def in_columns(values: Sequence[str], widths: Sequence[int]) -> str:
-    return " ".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+# ---- Markdown ----
 
 
 def markdown_header(title: str, columns: Sequence[str]) -> list[str]:
@@ -163,27 +247,29 @@ def markdown_row(name: str, cells: Sequence[str]) -> str:
 
 
 def markdown_table(metrics: Metrics) -> str:
-    """The metrics of each machine type in Markdown, in percent, each with its interval."""
-    table, columns = metrics.table, summary(metrics.rule)
-    lines = markdown_header("machine type", titles(metrics.rule))
-    for machine_type in table.index.unique("machine_type"):
-        cells = [
-            with_interval(table.loc[(machine_type, row)], column) for row, column, _ in columns
-        ]
+    """Format the metrics of each machine type in percent, each with its interval."""
+    columns = columns_of(metrics.rule)
+    lines = markdown_header("machine type", titles_of(columns))
+    for machine_type in metrics.machine_types:
+        cells = []
+        for summary, metric in columns:
+            cells.append(with_interval(metrics.summary_row(machine_type, summary), metric))
         lines.append(markdown_row(machine_type, cells))
     return "\n".join(lines)
 
 
-def with_interval(row: pd.Series, column: str) -> str:
-    if pd.isna(row[column]):
+def with_interval(row: pd.Series, metric: str) -> str:
+    """Format a metric of a row of the table in percent, as in "91.20 (88.15 to 93.80)"."""
+    if pd.isna(row[metric]):
         return "-"
-    return f"{percent(row[column])} ({percent(row[f'{column}_low'])} to {percent(row[f'{column}_high'])})"
+    low, high = percent(row[f"{metric}_low"]), percent(row[f"{metric}_high"])
+    return f"{percent(row[metric])} ({low} to {high})"
 
 
 def in_words(value: Any) -> str:
-    """A value of `Result.about` as text."""
+    """Format a value of a configuration or of `Result.about`."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {x}" for name, x in value.items())
+        return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):
         return " + ".join(map(str, value))
     if value is None:
@@ -193,104 +279,123 @@ def in_words(value: Any) -> str:
 
 # ---- Files ----
 
+RESULT_FILES = (
+    "metrics.csv",
+    "metrics.json",
+    "results.md",
+    "decisions.csv",
+    "report.html",
+    "anomaly_score_*.csv",
+    "decision_result_*.csv",
+)
 
-def write_result(result: Result, folder: Path, split: str) -> None:
-    """Write the tables in place of everything that an earlier evaluation wrote, and print the
+
+def clear_results(folder: Path) -> None:
+    """Remove the files of an earlier evaluation, and the folder if nothing else is in it."""
+    remove_files(folder / "figures", ["*.png"])
+    remove_files(folder, RESULT_FILES)
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write the tables of a result in place of all files of an earlier evaluation, and print the
     metrics.
     """
-    clear(folder, RESULT_FILES)
-    write_per_machine(folder, "anomaly_score", result.clips, "score")
-    n_unknown, n_clips = len(result.clips) - len(result.known), len(result.clips)
-    if n_unknown:
-        form = result.form
-        notice(
-            f"{n_unknown} of {n_clips} clips are not in {form.labels} and count in no metric ({form.get_labels})"
-        )
+    clear_results(folder)
+    recordings, thresholds = result.recordings, result.thresholds
+    write_per_machine(folder, "anomaly_score", recordings, "score")
     if result.metrics:
         about = result.about
         title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
-        published = published_rows(result.trained.config, split, result.metrics)
-        show_metrics(result.metrics, title, about, folder, published)
-    explain_thresholds(result.thresholds, result.trained.config.machines, result.trained.path)
-    write_per_machine(
-        folder, "decision_result", result.clips[result.clips["decision"].notna()], "decision"
-    )
-    if len(result.thresholds):
-        write_csv(
-            folder / "decisions.csv", count_decisions(result.clips, result.thresholds).reset_index()
-        )
-    print(f"{n_clips} scores{' and metrics' if result.metrics else ''}: {folder}")
+        show_metrics(result.metrics, title, about, folder, published_rows(result))
+    explain_thresholds(thresholds, result.model.classes.machines, result.model.path)
+    decided = recordings[recordings["decision"].notna()]
+    write_per_machine(folder, "decision_result", decided, "decision")
+    if len(thresholds):
+        decisions = count_decisions(recordings, thresholds)
+        write_csv(folder / "decisions.csv", decisions.reset_index())
+    print(f"{len(recordings)} scores{' and metrics' if result.metrics else ''}: {folder}")
 
 
 def show_metrics(
     metrics: Metrics, title: str, about: dict[str, Any], folder: Path, published: Published
 ) -> None:
-    """Say what cannot be measured, write the files and print the table."""
+    """Write metrics into files and print them, with a notice of what cannot be measured.
+
+    `about` says by name what was evaluated.
+    """
     report_gaps(metrics)
-    write_metrics(metrics, title, about, folder)
+    write_text(folder / "results.md", format_results(metrics, title, about))
+    write_text(folder / "metrics.json", format_json(metrics, about))
+    write_csv(folder / "metrics.csv", metrics.table.reset_index())
     print(format_table(metrics, published))
 
 
 def report_gaps(metrics: Metrics) -> None:
-    """Say what cannot be measured."""
+    """Say which rows of the table have no AUC, and which machine IDs none of a domain."""
     table, reason = metrics.table, "because normal or anomalous clips are missing"
     is_missing = table["AUC"].isna()
     if is_missing.any():
-        gaps = ", ".join(map(" ".join, table.index[is_missing]))
+        gaps = name_rows(table[is_missing])
         notice(f"no AUC, and left out of the averages, {reason}: {gaps}")
-    of_ids = table[~is_missing & ~table.index.isin(SUMMARY_ROWS, level="machine_id")]
-    for domain in (SOURCE, TARGET) if metrics.rule.official else ():
-        gaps = ", ".join(map(" ".join, of_ids.index[of_ids[f"AUC_{domain}"].isna()]))
+    if not metrics.rule.official:
+        return
+    is_summary = table.index.isin(SUMMARY_ROWS, level="machine_id")
+    for domain in (SOURCE, TARGET):
+        gaps = name_rows(table[~is_missing & ~is_summary & table[f"AUC_{domain}"].isna()])
         if gaps:
             notice(
-                f"no AUC of the {domain} domain, and so harmonic means and official score without it, {reason}: {gaps}"
+                f"no AUC of the {domain} domain, and so harmonic means and official score without "
+                f"it, {reason}: {gaps}"
             )
 
 
-def write_metrics(metrics: Metrics, title: str, about: dict[str, Any], folder: Path) -> None:
-    """results.md, metrics.json and metrics.csv."""
-    table, rule = metrics.table, metrics.rule
+def name_rows(table: pd.DataFrame) -> str:
+    return ", ".join(map(" ".join, table.index))
+
+
+def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
+    """Return the content of results.md."""
+    rule = metrics.rule
     strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
-    text = [
-        f"# {title}\n",
-        markdown_table(metrics) + "\n",
-        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips within {strata}). "
-        "Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC of an ID. pAUC: false positive rates "
-        "up to 0.1, standardised.\n",
-        *(
-            [f"Harmonic means over IDs, of the average over the IDs of all types; {rule.text}.\n"]
-            if rule.text
-            else []
-        ),
-        *(f"- {name}: {in_words(value)}" for name, value in about.items()),
+    paragraphs = [
+        f"# {title}",
+        markdown_table(metrics),
+        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips "
+        f"within {strata}). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC "
+        f"of an ID. pAUC: false positive rates up to 0.1, standardised.",
     ]
-    write_text(folder / "results.md", "\n".join(text) + "\n")
+    if rule.text:
+        paragraphs.append(
+            f"Harmonic means over IDs, of the average over the IDs of all types; {rule.text}."
+        )
+    lines = [f"- {name}: {in_words(value)}" for name, value in about.items()]
+    paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def format_json(metrics: Metrics, about: dict[str, Any]) -> str:
+    """Return the content of metrics.json."""
+    table, rule = metrics.table, metrics.rule
     rows = table.astype(object).where(table.notna(), None)
-    by_type = {
-        machine_type: rows.loc[machine_type].to_dict("index")
-        for machine_type in rows.index.unique("machine_type")
-    }
-    about = about | ({"domains": rule.text} if rule.text else {})
+    by_type = {}
+    for machine_type in rows.index.unique("machine_type"):
+        by_type[machine_type] = rows.loc[machine_type].to_dict("index")
     content = {
-        "about": about,
+        "about": about | {"domains": rule.text} if rule.text else about,
         "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED},
         "metrics": by_type,
     }
-    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
-    write_csv(folder / "metrics.csv", table.reset_index())
+    return json.dumps(content, indent=2) + "\n"
 
 
-def write_per_machine(folder: Path, name: str, clips: pd.DataFrame, column: str) -> None:
-    """`<name>_<type>_id_<XX>.csv` or `<name>_<type>_section_<XX>_test.csv`, as the challenge names
-    them, with `<file name>,<value>` lines, without header.
+def write_per_machine(folder: Path, name: str, recordings: pd.DataFrame, column: str) -> None:
+    """Write a column of recordings into files that are named as in the challenge:
+    `<name>_<machine type>_<part>.csv`, such as anomaly_score_fan_id_02.csv.
+
+    Their lines are `<file name>,<value>`; they have no header.
     """
-    parts = [
-        part_name(path, machine_id)
-        for path, machine_id in zip(clips["path"], clips["machine_id"], strict=True)
-    ]
-    for (machine_type, part), group in clips.groupby(
-        ["machine_type", pd.Series(parts, clips.index, dtype=object)]
-    ):
+    for (machine_type, part), group in recordings.groupby(["machine_type", "part"]):
+        file_names = [path.name for path in group["path"]]
         values = group[column].astype(float if column == "score" else int)
-        rows = pd.DataFrame({"file": [path.name for path in group["path"]], "value": values})
+        rows = pd.DataFrame({"file": file_names, "value": values})
         write_csv(folder / f"{name}_{machine_type}_{part}.csv", rows, header=False)

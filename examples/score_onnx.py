@@ -2,10 +2,10 @@
 
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
-Needs onnxruntime, numpy and soundfile. Prints the line of `score.py`, up to the last digit: file,
-machine, score, threshold, decision, and where a longer recording is worst. Without a machine ID,
-that of the type counts which fits the recording best. Unlike score.py it does not resample, and
-does not notice a WAV file that is cut short.
+Needs onnxruntime, numpy and soundfile. Prints the line that `score.py` prints, but for the last
+digit of the scores: file, machine, score, threshold, decision, and the worst window of a longer
+recording. Without a machine ID, the ID of that type with the lowest score is used. Unlike score.py,
+it does not resample and does not notice a truncated WAV file.
 """
 
 import json
@@ -15,85 +15,98 @@ import numpy as np
 import onnxruntime
 import soundfile
 
-Scores = tuple[np.ndarray, np.ndarray]
-
 
 def score_windows(
     session: onnxruntime.InferenceSession, about: dict[str, str], recording: str
-) -> Scores:
-    """The seconds at which the windows start, and their scores against each machine ID `(windows,
-    machines)`.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score each window of a recording against each machine ID.
+
+    `about` is the metadata of the model's file. Returns the seconds at which the windows start
+    `(windows,)` and the scores `(windows, machines)`.
     """
     rate, channel = int(about["sample_rate"]), int(about["channel"])
-    length, hop = (round(float(about[name]) * rate) for name in ("window", "hop"))
+    length = round(float(about["window"]) * rate)
+    hop = round(float(about["hop"]) * rate)
     scores = []
     with soundfile.SoundFile(recording) as file:
-        if file.samplerate != rate:
-            raise ValueError(
-                f"its rate is {file.samplerate} Hz, not {rate}: sox IN.wav -r {rate} OUT.wav"
-            )
-        if file.frames == 0 or channel >= file.channels:
-            raise ValueError(
-                f"it has {file.frames} samples of {file.channels} channels; channel {channel} is needed"
-            )
+        check_properties(file, rate, channel)
         last = max(file.frames - length, 0)
         starts = [*range(0, last, hop), last]
         for start in starts:
             file.seek(start)
-            audio = file.read(length, always_2d=True)[:, channel]
-            if not np.isfinite(audio).all():
-                raise ValueError("it holds NaN or infinite samples")
-            samples = (
-                np.clip(np.round(audio * 32768), -32768, 32767) / 32768
-            )  # 16 bits, as in training
-            samples = np.resize(samples, (1, length)).astype(
-                np.float32
-            )  # a short recording is repeated
+            samples = convert(file.read(length, always_2d=True)[:, channel], length)
             scores.append(session.run(["scores"], {"samples": samples})[0][0].astype(float))
     return np.array(starts) / rate, np.array(scores)
 
 
-def describe(
-    starts: np.ndarray, scores: np.ndarray, threshold: float | None, rule: str
-) -> tuple[float, list[str]]:
-    """The score against one machine ID, and the cells of the line from the score on."""
-    score = scores.max() if rule == "max" else scores.mean()
-    cells = [f"{score:.6g}", "-", "-"]
-    if threshold is not None:
-        cells[1:] = f"{threshold:.6g}", "anomalous" if score > threshold else "normal"
-    if len(scores) > 1:
-        hundredths = round(100 * round(starts[scores.argmax()], 2))
-        seconds = f"{hundredths % 6000 / 100:05.2f}".removesuffix(".00")
-        worst = f"worst at {hundredths // 360000}:{hundredths // 6000 % 60:02d}:{seconds} ({scores.max():.6g})"
-        count = (
-            ""
-            if threshold is None
-            else f", {(scores > threshold).sum()} of {len(scores)} windows anomalous"
+def check_properties(file: soundfile.SoundFile, rate: int, channel: int) -> None:
+    """Raise `ValueError` if the model cannot score the recording."""
+    if file.samplerate != rate:
+        raise ValueError(
+            f"its rate is {file.samplerate} Hz, not {rate}: sox IN.wav -r {rate} OUT.wav"
         )
-        cells.append(worst + count)
-    return score, cells
+    if file.frames == 0 or channel >= file.channels:
+        raise ValueError(
+            f"it has {file.frames} samples of {file.channels} channels; channel {channel} is needed"
+        )
+
+
+def convert(samples: np.ndarray, length: int) -> np.ndarray:
+    """Round samples to 16 bits, as in training, and repeat a short recording up to the length.
+
+    Returns float32 `(1, length)`.
+    """
+    if not np.isfinite(samples).all():
+        raise ValueError("it holds NaN or infinite samples")
+    rounded = np.clip(np.round(samples * 32768), -32768, 32767) / 32768
+    return np.resize(rounded, (1, length)).astype(np.float32)
+
+
+def format_time(seconds: float) -> str:
+    """Format seconds as h:mm:ss, with hundredths unless they are 0."""
+    hundredths = round(100 * round(seconds, 2))
+    hours, rest = divmod(hundredths, 360_000)
+    minutes, rest = divmod(rest, 6_000)
+    return f"{hours}:{minutes:02d}:{rest / 100:05.2f}".removesuffix(".00")
+
+
+def describe_worst(starts: np.ndarray, scores: np.ndarray, threshold: float | None) -> str:
+    """Describe the window with the highest score, and count the anomalous windows."""
+    worst = f"worst at {format_time(starts[scores.argmax()])} ({scores.max():.6g})"
+    if threshold is None:
+        return worst
+    return f"{worst}, {(scores > threshold).sum()} of {len(scores)} windows anomalous"
 
 
 def main(model: str, recording: str, machine_type: str, machine_id: str = "") -> None:
+    """Print the line of a recording."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
-    wanted = f"{int(machine_id):02d}" if machine_id.isdecimal() else machine_id
-    columns = [
-        i
-        for i, (name, own) in enumerate(machines)
-        if name == machine_type and (own == wanted or not wanted)
-    ]
+    if machine_id.isdecimal():
+        machine_id = f"{int(machine_id):02d}"
+    columns = []
+    for column, (known_type, known_id) in enumerate(machines):
+        if known_type == machine_type and machine_id in ("", known_id):
+            columns.append(column)
     if not columns:
-        raise ValueError(
-            f"{model} knows no such machine; it knows {', '.join(map(' '.join, machines))}"
-        )
-    starts, scores = score_windows(session, about, recording)
-    described = [
-        describe(starts, scores[:, i], thresholds[i], about["over_windows"]) for i in columns
-    ]
-    best = min(range(len(columns)), key=lambda i: described[i][0])
-    print(recording, " ".join(machines[columns[best]]), *described[best][1], sep="\t")
+        known = ", ".join(" ".join(machine) for machine in machines)
+        raise ValueError(f"{model} knows no such machine; it knows {known}")
+
+    starts, window_scores = score_windows(session, about, recording)
+    rule = np.max if about["over_windows"] == "max" else np.mean
+    scores = {column: rule(window_scores[:, column]) for column in columns}
+    best = min(columns, key=lambda column: scores[column])
+    threshold = thresholds[best]
+    cells = [recording, " ".join(machines[best]), f"{scores[best]:.6g}"]
+    if threshold is None:
+        cells += ["-", "-"]
+    else:
+        decision = "anomalous" if scores[best] > threshold else "normal"
+        cells += [f"{threshold:.6g}", decision]
+    if len(starts) > 1:
+        cells.append(describe_worst(starts, window_scores[:, best], threshold))
+    print(*cells, sep="\t")
 
 
 if __name__ == "__main__":
@@ -101,5 +114,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except Exception as error:  # onnxruntime and soundfile have kinds of their own
+    except Exception as error:  # also the exceptions of onnxruntime and soundfile
         sys.exit(f"error: {' '.join(sys.argv[1:])}: {str(error) or repr(error)}")

@@ -2,7 +2,7 @@
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
 from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import CENTRES, CHANNELS, PUBLISHED_CHANNELS, TASTgramMFN
+from model.tastgram_mfn import CENTRES, CHANNELS, PUBLISHED_CHANNELS, Outputs, TASTgramMFN
 
 __all__ = [
     "CENTRES",
@@ -12,6 +12,7 @@ __all__ = [
     "FrontEnd",
     "LogMel",
     "MobileFaceNet",
+    "Outputs",
     "TASTgramMFN",
     "fold_batch_norm",
 ]

@@ -1,7 +1,7 @@
-"""MobileFaceNet (Chen et al., CCBR 2018) as the method uses it: spectrogram channels -> 128-d
-embedding.
+"""MobileFaceNet (Chen et al., CCBR 2018), the backbone: spectrogram channels -> embedding.
 
-Attribute names and layer order are those of the published weight files.
+Attribute names and layer order are those of the published weight files. B clips, C channels,
+H x W values in a feature map.
 """
 
 import copy
@@ -17,16 +17,15 @@ from distributed import sum_over_ranks, world_size
 
 Network = TypeVar("Network", bound=nn.Module)
 EMBEDDING_SIZE = 128
-# expansion, width, repeats, stride of the first repeat
+# Expansion, output channels, repeats, stride of the first repeat.
 BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
 
 
 class WholeMapConv2d(nn.Conv2d):
-    """A depthwise convolution whose kernel is as large as its input: `(B, C, H, W)` -> `(B, C, 1,
-    1)`.
+    """Depthwise convolution with a kernel as large as its input: `(B, C, H, W)` -> `(B, C, 1, 1)`.
 
-    Computed as a product and a sum, since libraries of convolutions have no good kernel for the
-    gradients of this one.
+    It is computed as a product and a sum: convolution libraries have no fast kernel for the
+    gradients at this size.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,11 +34,11 @@ class WholeMapConv2d(nn.Conv2d):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the clips of all processes: with several of them, each computes with the
-    statistics of the whole batch, and keeps the same running ones.
+    """Batch norm with the statistics of the whole batch, also where several processes share it.
 
-    One collective forward and one backward. A process contributes its mean and variance, computed
-    exactly; in float64 nothing is lost where these are put together.
+    All processes then have the same running statistics. One collective runs in the forward pass
+    and one in the backward pass. The moments of the processes are combined in float64, so that the
+    variance does not suffer from cancellation.
     """
 
     running_mean: Tensor
@@ -50,16 +49,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         dtype = self.weight.dtype  # float32, also where x is in half precision
-        own_var, own_mean = (
-            value.double() for value in torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
-        )
-        own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
-        own = torch.cat(
-            [own_count * own_mean, own_count * (own_var + own_mean.square()), own_count]
-        )
-        total, total_square, count = sum_over_ranks(own).split(
-            [self.num_features, self.num_features, 1]
-        )
+        local_var, local_mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
+        local_var, local_mean = local_var.double(), local_mean.double()
+        local_count = local_mean.new_full((1,), x.numel() // x.shape[1])
+        local_sum = local_count * local_mean
+        local_sum_of_squares = local_count * (local_var + local_mean.square())
+        sums = sum_over_ranks(torch.cat([local_sum, local_sum_of_squares, local_count]))
+        total, total_square, count = sums.split([self.num_features, self.num_features, 1])
         mean = total / count
         var = total_square / count - mean.square()
         with torch.no_grad():
@@ -96,8 +92,8 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; residual where the shape
-    allows it.
+    """1x1 expansion, 3x3 depthwise convolution and linear 1x1 projection, with a residual
+    connection where input and output have the same shape.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
@@ -122,20 +118,20 @@ class Bottleneck(nn.Module):
 class MobileFaceNet(nn.Module):
     """Features `(B, channels, 128, 313)` -> embedding `(B, 128)`.
 
-    `fc_out` is the plain linear classifier of the cross-entropy baseline. It is always there, since
-    the published weight files hold it, but the embedding does not pass through it.
+    `fc_out` is the linear classifier of the cross-entropy baseline. It is always built, since the
+    published weight files contain it, and applied by `TASTgramMFN` alone.
     """
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = ConvBlock(channels, 64, 3, stride=2, padding=1)  # (B, 64, 64, 157)
         self.dw_conv1 = ConvBlock(64, 64, 3, padding=1, groups=64)
-        blocks, width = [], 64
+        blocks: list[nn.Module] = []
+        width = 64
         for expansion, outputs, repeats, first_stride in BOTTLENECKS:
             for repeat in range(repeats):
-                blocks.append(
-                    Bottleneck(width, outputs, first_stride if repeat == 0 else 1, expansion)
-                )
+                stride = first_stride if repeat == 0 else 1
+                blocks.append(Bottleneck(width, outputs, stride, expansion))
                 width = outputs
         self.blocks = nn.Sequential(*blocks)  # (B, 128, 8, 20)
         self.conv2 = ConvBlock(width, 512, 1)
@@ -144,10 +140,9 @@ class MobileFaceNet(nn.Module):
         self.fc_out = nn.Linear(EMBEDDING_SIZE, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                height, length = module.kernel_size
-                nn.init.normal_(
-                    module.weight, std=math.sqrt(2.0 / (height * length * module.out_channels))
-                )
+                kernel_height, kernel_width = module.kernel_size
+                fan_out = kernel_height * kernel_width * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.blocks(self.dw_conv1(self.conv1(features)))
@@ -155,10 +150,11 @@ class MobileFaceNet(nn.Module):
 
 
 def fold_batch_norm(network: Network) -> Network:
-    """A copy of a network for evaluation, its batch norms folded into the convolutions before them.
+    """Return a copy of a network for evaluation, with batch norms folded into the convolutions
+    before them.
 
-    What it computes is the same up to rounding (about 3e-7 in a cosine), with a pass over the
-    memory less for each.
+    Its outputs are equal up to rounding (about 3e-7 in a cosine). Each folded batch norm saves one
+    pass over the memory.
     """
     folded = copy.deepcopy(network).eval()
     for parent in list(folded.modules()):

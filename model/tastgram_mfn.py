@@ -1,6 +1,10 @@
-"""TASTgram-MFN: TASTgram input, MobileFaceNet backbone, one similarity per machine ID."""
+"""TASTgram-MFN: TASTgram input, MobileFaceNet backbone, a similarity to each class.
+
+B batch, T samples, M mel bins, F frames, C classes, E embedding.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +14,18 @@ from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
 from model.tastgram import TgramNet, temporal_attention
 
 PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
-CHANNELS = (*PUBLISHED_CHANNELS,)  # all there are, in the order in which they are stacked
+CHANNELS = (*PUBLISHED_CHANNELS,)  # all channels, in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
-CENTRES = (
-    "arcface.weight",
-    "mobilefacenet.fc_out.weight",
-    "mobilefacenet.fc_out.bias",
-)  # the weights of both
+# The weights of both heads, in the state dict.
+CENTRES = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")
 
 
 class CosineHead(nn.Module):
     """Cosine of the angle between an embedding and the centre of each class: `(B, E)` -> `(B, C)`.
 
     With `sub_centers` > 1 (sub-centre ArcFace, Deng et al., ECCV 2020) a class has several centres,
-    neighbouring rows of `weight`, of which the closest counts. The angular margin is added by the
-    loss, which knows the labels.
+    in neighbouring rows of `weight`, and the closest one counts. The loss, which knows the labels,
+    adds the angular margin.
     """
 
     def __init__(self, num_classes: int, sub_centers: int = 1) -> None:
@@ -38,16 +39,23 @@ class CosineHead(nn.Module):
         return cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
 
 
+class Outputs(NamedTuple):
+    """Outputs of the network for B clips: similarity to each class `(B, C)`, embedding `(B, E)`."""
+
+    similarity: Tensor
+    embedding: Tensor
+
+
 class TASTgramMFN(nn.Module):
-    """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)`,
+    """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)` and
     embedding `(B, E)`.
 
-    `FrontEnd` makes the inputs; one that no channel needs may be left out.
+    `FrontEnd` computes the inputs; an input that no channel needs may be left out.
 
     The similarity is the cosine to each class centre with `head="arcface"`, and the output of the
-    plain linear layer with `head="fc_out"`. Both heads are always built, as in the published weight
-    files; the one that is not used is frozen. Of the input channels only those named in `channels`
-    are built, stacked in the order `CHANNELS`.
+    linear layer with `head="fc_out"`. Both heads are always built, as in the published weight
+    files, and the unused one is frozen. Only the input channels named in `channels` are built; they
+    are stacked in the order of `CHANNELS`.
     """
 
     def __init__(
@@ -67,17 +75,16 @@ class TASTgramMFN(nn.Module):
             self.tgramnet = TgramNet()
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
         self.arcface = CosineHead(num_classes, sub_centers)
+        # DistributedDataParallel stops at parameters that require a gradient and get none.
         unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
-        unused.requires_grad_(
-            False
-        )  # parameters without gradient would stop DistributedDataParallel
+        unused.requires_grad_(False)
 
     def move_to(self, device: torch.device) -> "TASTgramMFN":
-        """Move the network to a device, in the memory format in which its convolutions are fastest."""
+        """Move the network to a device, in the memory format with the fastest convolutions."""
         return self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
-        """The TASTgram `(B, channels, M, F)`."""
+        """Return the TASTgram `(B, channels, M, F)`."""
         stack = []
         if "tgram" in self.channels:
             stack.append(self.tgramnet(waveform).unsqueeze(1))
@@ -89,11 +96,17 @@ class TASTgramMFN(nn.Module):
             stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def forward(
-        self, waveform: Tensor | None = None, log_mel: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Outputs:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32
             embedding = embedding.to(head.weight.dtype)
-            return head(embedding), embedding
+            return Outputs(head(embedding), embedding)
+
+    def centres(self) -> Tensor:
+        """Return the K centres of each class `(C, K, E)`; with `head="fc_out"` these are the
+        weights of the linear layer, and K = 1.
+        """
+        if self.head == "fc_out":
+            return self.mobilefacenet.fc_out.weight.detach().unsqueeze(1)
+        return self.arcface.weight.detach().unflatten(0, (-1, self.arcface.sub_centers))

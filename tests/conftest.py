@@ -3,21 +3,27 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import soundfile
+import torch
 
-from checkpoint import load_checkpoint, save_checkpoint
-from config import load_config, parse_yaml
+from checkpoint import Checkpoint, HeldOut
+from classes import Classes
+from config import load_config, make_config, parse_yaml
 from dataloader import ClipSet, load_clips
+from recordings import find_classes
 from train import train
 from utils import run_script
 
 MACHINES = {"fan": [0, 2], "valve": [1]}
+CLASSES = Classes.from_machines({"fan": ["00", "02"], "valve": ["01"]})
 
 
 def tone(seed: int, seconds: float = 10.0, rate: int = 16_000) -> np.ndarray:
@@ -25,9 +31,8 @@ def tone(seed: int, seconds: float = 10.0, rate: int = 16_000) -> np.ndarray:
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     pitch = rng.uniform(60, 600)
-    return 0.005 * sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3)) + rng.normal(
-        0, 0.003, len(time)
-    )
+    harmonics = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3))
+    return 0.005 * harmonics + rng.normal(0, 0.003, len(time))
 
 
 def write_clip(
@@ -38,8 +43,15 @@ def write_clip(
     return path
 
 
+def touch(*paths: Path) -> None:
+    """Make empty files, with their folders."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: int = 2) -> Path:
-    """A data folder in the published layout; clips of one second, which the loader repeats."""
+    """Write a data folder in the published layout; its clips last one second."""
     seed = 0
     for machine_type, ids in machines.items():
         for machine_id in ids:
@@ -56,73 +68,82 @@ def write_set(root: Path, machines=MACHINES, train_clips: int = 4, test_clips: i
 
 
 def write_sections(root: Path, train_clips: int = 4) -> Path:
-    """A data folder in the layout of 2023, with two machine types of one section; a section has two
-    attributes in the source domain and one in the target domain, with a test clip for each and for
-    each condition.
+    """Write a data folder in the layout of 2023: two machine types with one section each.
+
+    A section has two attributes in the source domain and one in the target domain. Each attribute
+    has a normal and an anomalous test clip.
     """
     for seed, machine_type in enumerate(("bearing", "fan")):
         folder = root / machine_type
         for number in range(train_clips):
             for domain, speed in (("source", 1 + number % 2), ("target", 3)):
                 name = f"section_00_{domain}_train_normal_{number:04d}_vel_{speed}.wav"
-                write_clip(
-                    folder / "train" / name, tone(100 * seed + 10 * speed + number, seconds=1.0)
-                )
+                samples = tone(100 * seed + 10 * speed + number, seconds=1.0)
+                write_clip(folder / "train" / name, samples)
         for speed, domain in ((1, "source"), (2, "source"), (3, "target")):
             for condition in ("normal", "anomaly"):
                 name = f"section_00_{domain}_test_{condition}_{speed:04d}_vel_{speed}.wav"
-                write_clip(
-                    folder / "test" / name,
-                    tone(100 * seed + 10 * speed + len(condition), seconds=1.0),
-                )
+                samples = tone(100 * seed + 10 * speed + len(condition), seconds=1.0)
+                write_clip(folder / "test" / name, samples)
     return root
 
 
 def clips_of(data_root: Path, split: str = "train", **keys) -> ClipSet:
-    """The clips of a set, for keys of the configuration."""
-    return load_clips(
-        load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys), split
-    )
+    """Load the clips of a split; `keys` overrides the configuration."""
+    config = load_config(**{"data_root": str(data_root), "machines": MACHINES} | keys)
+    return load_clips(config, find_classes(config), split, config.windows(split))
+
+
+def clips_in_memory(samples: torch.Tensor, labels: torch.Tensor) -> ClipSet:
+    """Return clips of no recordings: samples int16 `(n, T)`, labels `(n,)`."""
+    table = pd.DataFrame({"path": Path(), "machine_type": "fan", "label": labels.tolist()})
+    clips = ClipSet(table, num_workers=1)
+    clips.samples = samples
+    return clips
 
 
 def copy_test_clips(data_root: Path, root: Path, machines=MACHINES) -> None:
-    """A data folder that lacks the training clips of another one."""
+    """Copy a data folder without its training clips."""
     for machine_type in machines:
         shutil.copytree(data_root / machine_type / "test", root / machine_type / "test")
 
 
-def remove_embeddings(path: Path) -> dict:
-    """Take the embeddings out of a checkpoint; returns what it was."""
-    whole = load_checkpoint(path)
-    save_checkpoint({name: whole[name] for name in whole if name != "embeddings"}, path)
-    return whole
+def change_checkpoint(path: Path, to: Path | None = None, keys=(), **fields) -> Checkpoint:
+    """Replace fields of a checkpoint file, and keys of the configuration in it, in place or in a
+    copy `to`; return the checkpoint as it was before.
+    """
+    before = Checkpoint.load(path)
+    if keys:
+        fields["config"] = make_config((str(path), before.config.model_dump() | keys))
+    replace(before, **fields).save(to or path)
+    return before
+
+
+def remove_bank(path: Path) -> Checkpoint:
+    """Remove the embeddings from a checkpoint file; return the checkpoint as it was before."""
+    held_out = replace(Checkpoint.load(path).held_out, embedding=None)
+    return change_checkpoint(path, bank=None, held_out=held_out)
 
 
 def make_lively(folder: Path) -> None:
-    """Give run.pth weights under which clips differ, which one epoch on a few clips does not
-    achieve, and held-out scores of every machine, of which fan 02 has too few of its own.
+    """Give run.pth weights that tell clips apart, and held-out scores of every machine.
+
+    One epoch on a few clips does not give such weights. The scores of fan 02 are too few for a
+    threshold from them alone.
     """
-    rng, rows = np.random.default_rng(0), []
-    for *machine, shape, scale, count in (
-        ("fan", "00", 20, 1, 25),
-        ("fan", "02", 20, 1, 5),
-        ("valve", "01", 45, 0.43, 30),
-    ):
-        rows += [(*machine, score) for score in rng.gamma(shape, scale, count).tolist()]
-    held_out = dict(
-        zip(
-            ("machine_type", "machine_id", "score"), map(list, zip(*rows, strict=True)), strict=True
-        )
-    )
-    state = load_checkpoint(folder / "run.pth") | {"held_out": held_out}
-    del state["embeddings"]  # which are those of other weights
-    state["model"] = {
-        name: value[: len(state["model"][name])]
-        if value.ndim
-        else value  # the centres of three classes
-        for name, value in reference.parameters().items()
-    }
-    save_checkpoint(state, folder / "run.pth")
+    rng = np.random.default_rng(0)
+    labels, scores = [], []
+    for label, (shape, scale, count) in enumerate(((20, 1, 25), (20, 1, 5), (45, 0.43, 30))):
+        labels += [label] * count
+        scores += rng.gamma(shape, scale, count).tolist()
+    path = folder / "run.pth"
+    shapes = Checkpoint.load(path).weights
+    weights = reference.parameters()
+    for name, value in weights.items():
+        if value.ndim:  # the heads have three classes here
+            weights[name] = value[: len(shapes[name])]
+    held_out = HeldOut(torch.tensor(labels), torch.tensor(scores, dtype=torch.float64))
+    change_checkpoint(path, weights=weights, held_out=held_out, bank=None)
 
 
 def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
@@ -140,16 +161,15 @@ def arguments(folder: Path, data_root: Path, **overrides) -> list[str]:
 
 
 def count_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """AUC: the share of the pairs in which the anomalous clip has the higher score; a tie is half a
-    pair.
-    """
+    """Return the AUC: the share of pairs whose anomalous clip scores higher; a tie counts half."""
     halves = sum(2 * (a > n) + (a == n) for a in anomalous for n in normal)
     return Fraction(halves, 2 * len(normal) * len(anomalous))
 
 
 def count_first_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
-    """pAUC: the area below a false positive rate of 0.1, standardised; between two thresholds the
-    curve is a line.
+    """Return the pAUC: the standardised area up to a false positive rate of 0.1.
+
+    The ROC curve is linear between two thresholds.
     """
     limit, area, x0, y0 = Fraction(1, 10), Fraction(0), Fraction(0), Fraction(0)
     for threshold in sorted({*normal, *anomalous}, reverse=True):
@@ -164,13 +184,12 @@ def count_first_pairs(normal: list[float], anomalous: list[float]) -> Fraction:
 
 
 def train_in(folder: Path, data_root: Path, **overrides) -> None:
-    """Train as `arguments` say."""
+    """Train with the options of `arguments`."""
     words = iter(arguments(folder, data_root, **overrides))
     options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
     paths = {name: options.pop(name) for name in ("data_root", "save_path")}
-    train(
-        load_config(**paths, **{name: parse_yaml(value, name) for name, value in options.items()})
-    )
+    keys = {name: parse_yaml(value, name) for name, value in options.items()}
+    train(load_config(**paths, **keys))
 
 
 @pytest.fixture(scope="session")
@@ -180,9 +199,7 @@ def data_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Call a script's `main` with options in this process; returns exit status, standard output and
-    error.
-    """
+    """Call a script's `main` in this process; returns exit status, standard output and error."""
 
     def call_script(main, *words: str):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
@@ -203,7 +220,7 @@ def fails(call):
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert status == 2
         assert len(lines) == 1, errors
-        assert errors.splitlines()[-1] == lines[0], "the error is the last thing said"
+        assert errors.splitlines()[-1] == lines[0], "the error is the last line"
         assert "Traceback" not in errors
         assert re.search(match, lines[0]), lines[0]
         return errors

@@ -1,9 +1,8 @@
-"""Run by torchrun in test_distributed.py: eight mixed steps and a validation, which must not depend
-on the processes.
+"""Train eight mixed steps and validate; torchrun starts this script for test_distributed.py.
 
-With `--reference` steps on the reference inputs, the last batch of which is short; else epochs on
-recordings, the last batch of each is short. With `--double` the network computes in float64,
-without validation.
+The results must not depend on the number of processes. With `--reference` the steps use the
+reference inputs, and the last batch is short. Otherwise they are epochs on recordings, each with a
+short last batch. With `--double` the network computes in float64 and there is no validation.
 """
 
 import sys
@@ -11,9 +10,11 @@ import sys
 import numpy as np
 import reference
 import torch
+from conftest import clips_in_memory
 
+from classes import Classes
 from config import Config, parse_command_line
-from dataloader import load_clips
+from dataloader import ClipSet, load_clips
 from distributed import (
     barrier,
     is_main,
@@ -26,15 +27,17 @@ from distributed import (
 )
 from losses import Mix, divide_mix
 from model import FrontEnd
-from trainer import Trainer
+from recordings import find_classes
+from sampling import Batch
+from trainer import Averages, Trainer
 from utils import OneLineParser
 
 CPU = torch.device("cpu")
 
 
-def build_trainer(config: Config, dtype: torch.dtype) -> Trainer:
+def build_trainer(config: Config, classes: Classes, clips: ClipSet, dtype: torch.dtype) -> Trainer:
     torch.set_default_dtype(dtype)
-    trainer = Trainer(config, CPU)
+    trainer = Trainer(config, classes, CPU, clips, clips)
     torch.set_default_dtype(torch.float32)
     trainer.front_end = FrontEnd(config.input)  # the same numbers for all: always in float32
     trainer.network.register_forward_pre_hook(
@@ -45,35 +48,53 @@ def build_trainer(config: Config, dtype: torch.dtype) -> Trainer:
 
 
 def steps_on_reference(trainer: Trainer) -> list[float]:
-    """The steps of the reference values; three clips in the last one."""
+    """Return the losses of the reference steps; the last batch has three clips."""
     samples, labels, losses = reference.samples(), reference.labels(), []
     trainer.network.load_state_dict(reference.parameters())
     trainer.model.train()
     for number, (lam, partner) in enumerate(reference.mixing()):
         partner = partner if number < 7 else torch.tensor([2, 0, 1])
-        rows, mix = divide_mix(
-            Mix(torch.tensor(lam, dtype=torch.float32), partner), rank(), world_size()
-        )
-        loss = trainer.step(samples[rows], labels[rows], mix, len(partner))[0]
+        whole = Mix(torch.tensor(lam, dtype=torch.float32), partner)
+        rows, mix = divide_mix(whole, rank(), world_size())
+        loss = trainer.step(Batch(samples[rows], labels[rows], mix, len(partner)))[0]
         losses.append(sum_over_ranks(loss * len(mix.partner) / len(partner)).item())
+    return losses
+
+
+def train_epochs(trainer: Trainer) -> list[float]:
+    """Return the mean losses of four epochs."""
+    losses = []
+    for epoch in range(4):
+        trainer.model.train()
+        plan = trainer.sampler.plan(epoch)
+        averages = Averages(plan.n_steps, first_step=1)
+        trainer.set_learning_rate(epoch)
+        for batch in plan.batches(trainer.train_clips, CPU):
+            averages.add(trainer.step(batch), batch)
+        losses.append(averages.means()[0])
     return losses
 
 
 parser = OneLineParser()
 parser.add_argument("--reference", action="store_true")
 parser.add_argument("--double", action="store_true")
-config, options, _ = parse_command_line(parser, sys.argv[1:])
+config, options = parse_command_line(parser, sys.argv[1:])
 if is_started_by_torchrun():
     join(CPU)
-trainer = build_trainer(config, torch.float64 if options.double else torch.float32)
+classes = find_classes(config)
+if options.reference:
+    clips = clips_in_memory(reference.samples(), reference.labels())
+else:
+    clips = load_clips(config, classes, "train", config.windows("train"))
+dtype = torch.float64 if options.double else torch.float32
+trainer = build_trainer(config, classes, clips, dtype)
 results = {}
 if options.reference:
     results["losses"] = steps_on_reference(trainer)
 else:
-    clips = load_clips(config, "train")
     if not options.double:
         results["first_scores"], _, results["accuracy"] = trainer.validate(clips)
-    results["losses"] = [trainer.train_epoch(clips, epoch)[0] for epoch in range(4)]
+    results["losses"] = train_epochs(trainer)
     if not options.double:
         results["scores"] = trainer.validate(clips)[0]
 if is_main():

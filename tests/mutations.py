@@ -1,10 +1,11 @@
-"""Recordings spoilt on purpose: what a folder of real ones may hold after years on somebody's disk.
+"""Recordings damaged on purpose, as a folder of real recordings may hold after years on a disk.
 
-`broken(kind, path)` makes one of `BROKEN`. `spoilt_recordings(count)` makes `count` of them at
-random from intact 16-bit mono WAV files at 16 kHz, `DAMAGES` in turn, and says of each what a
-reader may make of it. The intact files are synthetic unless the environment variable RECORDINGS
-names a folder of real ones, in any depth: RECORDINGS=/data/dcase2020 python -m pytest -m slow
-tests/test_audio.py tests/test_dataloader.py
+`broken(kind, path)` makes one of the kinds in `BROKEN`. `spoilt_recordings(count)` damages `count`
+recordings at random, with the `DAMAGES` in turn, and gives the samples that each must be read as.
+It begins with intact 16-bit mono WAV files at 16 kHz. They are synthetic, unless the environment
+variable RECORDINGS names a folder that holds real ones at any depth:
+
+    RECORDINGS=/data/dcase2020 python -m pytest -m slow tests/test_audio.py tests/test_dataloader.py
 """
 
 import contextlib
@@ -25,27 +26,25 @@ from conftest import tone, write_clip, write_set
 
 NOBODY = 65534  # an ordinary user
 HEADER = 44  # bytes before the samples, in a WAV file with the chunks "fmt " and "data" alone
-NOT_A_CLIP = "passed over"  # its name is none of a clip
+NOT_A_CLIP = "passed over"  # its name is not that of a clip
 
 
 @dataclass(frozen=True)
 class Spoilt:
-    """A recording, what was done to it, and the samples it must give: None if it must be refused,
-    `NOT_A_CLIP` if it must not be taken for a clip.
-    """
+    """A damaged recording."""
 
     path: Path
     damage: str
+    # the samples that must be read; None: it must be refused; NOT_A_CLIP: it must be passed over
     expected: np.ndarray | str | None
 
 
-Made = tuple[
-    bytes | None, np.ndarray | None
-]  # the file's new content (None: as it is), and the samples expected
+# The new content of a file, and the samples that must be read: None if it must be refused.
+Made = tuple[bytes, np.ndarray | None]
 
 
 def wav(samples: np.ndarray, kind: int, bits: int, rate: int = 16_000, order: str = "<") -> bytes:
-    """A WAV file by hand, so that nothing checks it."""
+    """Build the bytes of a WAV file by hand, without the checks of a library."""
     raw = samples.tobytes()
     frame = bits // 8
     form = struct.pack(f"{order}HHIIHH", kind, 1, rate, rate * frame, frame, bits)
@@ -74,39 +73,31 @@ def audio_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
 
 
 def data_size_too_large(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    size = (
-        len(content)
-        - HEADER
-        + rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
-    )
+    excess = rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
+    size = len(content) - HEADER + excess
     return content[:40] + struct.pack("<I", size) + content[44:], None
 
 
 def data_size_too_small(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """As a shorter clip may look, with something else behind it."""
+    """Looks like a shorter clip with something else behind it."""
     size = rng.choice([0, 2, 1000, rng.randrange(0, len(content) - HEADER - 100)])
-    return content[:40] + struct.pack("<I", size) + content[44:], samples[
-        : size // 2
-    ] if size >= 2 else None
+    damaged = content[:40] + struct.pack("<I", size) + content[44:]
+    return damaged, samples[: size // 2] if size >= 2 else None
 
 
 def riff_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """Programs that were killed leave 0 there; nothing needs it."""
-    return content[:4] + struct.pack("<I", rng.choice([0, 1, 36, 2**31, 2**32 - 1])) + content[
-        8:
-    ], samples
+    """A program that was killed leaves 0 as the size in the RIFF header. No reader needs it."""
+    size = rng.choice([0, 1, 36, 2**31, 2**32 - 1])
+    return content[:4] + struct.pack("<I", size) + content[8:], samples
 
 
 def format_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    return content[:16] + struct.pack(
-        "<I", rng.choice([0, 2, 15, 17, 18, 40, 1000, 2**32 - 1])
-    ) + content[20:], None
+    size = rng.choice([0, 2, 15, 17, 18, 40, 1000, 2**32 - 1])
+    return content[:16] + struct.pack("<I", size) + content[20:], None
 
 
 def format_changed(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """One number of the format other than it was: kind, channels, rate, bytes a second, bytes a
-    frame, bits.
-    """
+    """Change one of: encoding, channels, rate, bytes per second, bytes per frame, bits."""
     offset, width = rng.choice([(20, 2), (22, 2), (24, 4), (28, 4), (32, 2), (34, 2)])
     old = int.from_bytes(content[offset : offset + width], "little")
     new = old ^ (1 << rng.randrange(8 * width))
@@ -137,7 +128,7 @@ def noise(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
 
 
 def zeros(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """What a file system leaves of a file that was not on the disk yet when the power went."""
+    """Some file systems leave zeros of a file that was being written when the power failed."""
     return bytes(len(content)), None
 
 
@@ -150,7 +141,7 @@ def web_page(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
 
 
 def further_chunks(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    """Notes of a recorder before and behind the audio, of odd and of even length."""
+    """Add notes of a recorder, of odd or even length, before and behind the audio."""
     note = rng.randbytes(rng.randrange(1, 300))
     chunk = b"bext" + struct.pack("<I", len(note)) + note + b"\0" * (len(note) % 2)
     return content[:12] + chunk + content[12:] + chunk, samples
@@ -161,18 +152,17 @@ def foreign_bytes_behind(content: bytes, samples: np.ndarray, rng: random.Random
 
 
 def other_encoding(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    return rng.choice(
-        [
-            wav(samples.astype(">i2"), kind=1, bits=16, order=">"),
-            wav(samples.astype(np.int32) << 16, kind=1, bits=32),
-            wav(samples / np.float64(32768), kind=3, bits=64),
-        ]
-    ), samples
+    encodings = [
+        wav(samples.astype(">i2"), kind=1, bits=16, order=">"),
+        wav(samples.astype(np.int32) << 16, kind=1, bits=32),
+        wav(samples / np.float64(32768), kind=3, bits=64),
+    ]
+    return rng.choice(encodings), samples
 
 
 def fewer_samples(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    some = samples[: rng.randrange(1, len(samples))]
-    return wav(some, kind=1, bits=16), some
+    shorter = samples[: rng.randrange(1, len(samples))]
+    return wav(shorter, kind=1, bits=16), shorter
 
 
 def flac(path: Path, samples: np.ndarray) -> bytes:
@@ -181,18 +171,22 @@ def flac(path: Path, samples: np.ndarray) -> bytes:
 
 
 CONTENT: list[Callable[[bytes, np.ndarray, random.Random], Made]] = [
-    header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small, riff_size_lies, format_size_lies,
-    format_changed, chunk_name_changed, not_finite, empty, no_samples, noise, zeros, header_alone, web_page,
-    further_chunks, foreign_bytes_behind, other_encoding, fewer_samples,
+    header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small, riff_size_lies,
+    format_size_lies, format_changed, chunk_name_changed, not_finite, empty, no_samples, noise,
+    zeros, header_alone, web_page, further_chunks, foreign_bytes_behind, other_encoding,
+    fewer_samples,
 ]  # fmt: skip
-FILES = ["flac named wav", "flac cut", "flac flipped", "ogg named wav", "folder", "link to nothing", "link to itself",
-         "pipe", "unreadable", "name not UTF-8", "line break in the name", "wrong ending"]  # fmt: skip
+FILES = [
+    "flac named wav", "flac cut", "flac flipped", "ogg named wav", "folder", "link to nothing",
+    "link to itself", "pipe", "unreadable", "name not UTF-8", "line break in the name",
+    "wrong ending",
+]  # fmt: skip
 DAMAGES = [*CONTENT, *FILES]
 
 
 def mutate(folder: Path, sources: Sequence[Path], count: int, seed: int) -> list[Spoilt]:
-    """`count` spoilt recordings `normal_id_00_NNNNNNNN.wav` in the folder, the same for the same
-    sources and seed.
+    """Make `count` damaged recordings `normal_id_00_NNNNNNNN.wav` in the folder. They depend on
+    the sources and the seed alone.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +206,7 @@ def mutate(folder: Path, sources: Sequence[Path], count: int, seed: int) -> list
 
 
 def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random) -> Spoilt:
-    """What concerns the file as a whole: its format, kind, rights or name."""
+    """Damage a file as a whole: its format, its type, its permissions or its name."""
     expected: np.ndarray | str | None = None
     if damage == "flac named wav":
         path.write_bytes(flac(path, samples))
@@ -250,8 +244,9 @@ def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random)
 
 @contextlib.contextmanager
 def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
-    """A folder with a data set in `data`, whose machine fan has spoilt recordings among intact
-    ones. All is done as an ordinary user, whom the rights of a file stop, and within five minutes.
+    """Make a folder with a data set in `data`, in which the machine type fan has damaged recordings
+    among intact ones. The caller continues as an ordinary user, so that file permissions apply, and
+    has five minutes.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -262,9 +257,8 @@ def spoilt_recordings(count: int) -> Iterator[tuple[Path, list[Spoilt]]]:
         else:
             sources = [write_clip(folder / f"{index}.wav", tone(index)) for index in range(5)]
         spoilt = mutate(folder / "data" / "fan" / "train", sources, count, seed=20)
-        faulthandler.dump_traceback_later(
-            300, exit=True
-        )  # a reader that hangs in C code hears no signal
+        # A reader that hangs in C code does not react to signals.
+        faulthandler.dump_traceback_later(300, exit=True)
         user = os.geteuid()
         if user == 0:
             os.seteuid(NOBODY)
@@ -280,16 +274,28 @@ each_damage_and_200 = pytest.mark.parametrize(
     [pytest.param(len(DAMAGES), id="each"), pytest.param(200, id="200", marks=pytest.mark.slow)],
 )
 
-# ---- Recordings that cannot be used, one by one ----
+# ---- One unusable recording ----
 
-BROKEN = {  # how they are broken, and what is to be said
-    "empty": "empty", "no samples": "empty", "size 0": "empty|damaged", "cut in half": "truncated",
-    "header only": "damaged|truncated", "no audio": "unreadable|damaged", "wrong speed": "damaged",
-    "text": "unreadable", "nan": "not finite", "infinite, resampled": "not finite", "ogg": "it is OGG",
-    "absurd rate": "sample rate of 3 Hz", "folder": "unreadable: not a file", "flac cut": "truncated|unreadable",
-    "big-endian, cut": "truncated", "float, cut": "truncated", "pipe": "unreadable: not a file",
+BROKEN = {  # kind of damage: reason that is to be given
+    "empty": "empty",
+    "no samples": "empty",
+    "size 0": "empty|damaged",
+    "cut in half": "truncated",
+    "header only": "damaged|truncated",
+    "no audio": "unreadable|damaged",
+    "wrong speed": "damaged",
+    "text": "unreadable",
+    "nan": "not finite",
+    "infinite, resampled": "not finite",
+    "ogg": "it is OGG",
+    "absurd rate": "sample rate of 3 Hz",
+    "folder": "unreadable: not a file",
+    "flac cut": "truncated|unreadable",
+    "big-endian, cut": "truncated",
+    "float, cut": "truncated",
+    "pipe": "unreadable: not a file",
     "missing": "unreadable: not a file",
-}  # fmt: skip
+}
 
 
 def broken(kind: str, path: Path) -> None:

@@ -41,9 +41,8 @@ def waveforms() -> torch.Tensor:
         x = x * (1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.2, 3) * t))
         clicks = np.zeros_like(t)
         clicks[rng.randint(0, t.size, 40)] = rng.uniform(-0.5, 0.5, 40)
-        x = LEVELS[row % len(LEVELS)] * (
-            x + clicks + rng.uniform(0.005, 0.05) * rng.standard_normal(t.size)
-        )
+        noise = rng.uniform(0.005, 0.05) * rng.standard_normal(t.size)
+        x = LEVELS[row % len(LEVELS)] * (x + clicks + noise)
         rows.append(np.clip(np.round(x * 32768), -32768, 32767) / 32768)
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
@@ -54,15 +53,12 @@ def samples() -> torch.Tensor:
 
 
 def labels() -> torch.Tensor:
-    return torch.from_numpy(
-        np.random.RandomState(SEED + 1).randint(0, NUM_CLASSES, BATCH).astype(np.int64)
-    )
+    rng = np.random.RandomState(SEED + 1)
+    return torch.from_numpy(rng.randint(0, NUM_CLASSES, BATCH).astype(np.int64))
 
 
 def parameters() -> dict[str, torch.Tensor]:
-    """A full state dict under the names of the published weight files, filled in sorted order of
-    the names.
-    """
+    """Return a full state dict with the published names, filled in the sorted order of names."""
     rng = np.random.RandomState(SEED + 3)
     state = {}
     for name in sorted(SHAPES):
@@ -78,9 +74,8 @@ def parameters() -> dict[str, torch.Tensor]:
         elif name == "arcface.weight":
             value = rng.standard_normal(shape).astype(np.float32)
         else:
-            value = (np.sqrt(2.0 / np.prod(shape[1:])) * rng.standard_normal(shape)).astype(
-                np.float32
-            )
+            spread = np.sqrt(2.0 / np.prod(shape[1:]))
+            value = (spread * rng.standard_normal(shape)).astype(np.float32)
         state[name] = torch.from_numpy(np.asarray(value))
     return state
 
@@ -93,7 +88,7 @@ def mixing() -> list[tuple[float, torch.Tensor]]:
 
 def distance(value: torch.Tensor | np.ndarray, reference: np.ndarray) -> float:
     """Relative L2 distance over a whole array."""
-    value = np.asarray(
-        value.detach().cpu() if isinstance(value, torch.Tensor) else value, np.float64
-    )
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+    value = np.asarray(value, np.float64)
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))

@@ -1,5 +1,5 @@
-"""What is made of one recording: 16-bit samples as they are, others changed as said, spoilt ones
-refused.
+"""Reading one recording: 16-bit samples come through exactly, others are changed as listed, and
+damaged files are refused.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import soundfile
 from conftest import tone, write_clip
 from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_recordings
 
-from audio import check_recording, read_recording
+from audio import Windows, check_recording, read_recording
 from model.tastgram import N_SAMPLES
 from utils import UserError
 
@@ -20,13 +20,13 @@ SHORTER = ["are shorter than 10 s and are repeated"]
 
 
 def read(path) -> tuple[np.ndarray, list[str]]:
-    """The samples and what has to be changed."""
+    """The samples of the first window, and the changes that were made to them."""
     samples = np.full(N_SAMPLES, -12345, dtype=np.int16)
     read_recording(path, samples)
     return samples, check_recording(path).changes
 
 
-# ---- What is read ----
+# ---- Samples ----
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac"])
@@ -69,7 +69,7 @@ def test_another_sample_rate_is_resampled(tmp_path, rate):
     )
     expected = 0.1 * np.sin(2 * np.pi * 1000 * np.arange(N_SAMPLES) / 16_000)
     assert len(changes) == 1
-    assert changes[0].startswith("are resampled to 16000 Hz at each reading; ")
+    assert changes[0].startswith("are resampled to 16000 Hz each time they are read; ")
     assert np.abs(decoded / 32768 - expected)[800:-800].max() < 1e-3
 
 
@@ -83,7 +83,7 @@ def test_finer_samples_are_rounded(tmp_path, subtype):
 
 def test_clipping_is_not_silent(tmp_path):
     samples = tone(0)
-    samples[5] = 1.0  # full scale is 1/32768 beyond the largest int16, which is not worth a word
+    samples[5] = 1.0  # full scale is 1/32768 beyond the largest int16, which needs no notice
     assert "exceed" not in str(read(write_clip(tmp_path / "a.wav", samples, subtype="FLOAT"))[1])
     samples[5:7] = -1.5, 1.5
     decoded, changes = read(write_clip(tmp_path / "a.wav", samples, subtype="FLOAT"))
@@ -123,9 +123,7 @@ def test_a_header_that_gives_fewer_bytes_is_believed(tmp_path, size):
     [(b"this should be pump 3", 1), (b"\ndata : 5 (should be 3)", 1), (b"bearing", 500)],
 )
 def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
-    """Whatever they say, and however many there are: they neither spoil a recording nor hide that
-    it is cut short.
-    """
+    """Notes of any content and number neither spoil a recording nor hide that it is cut short."""
     expected, _ = read(write_clip(tmp_path / "a.wav", tone(0)))
     content, text = (tmp_path / "a.wav").read_bytes(), text.ljust(40, b"\0")
     notes = count * (struct.pack("<4sI8sI", b"LIST", 12 + len(text), b"INFOICMT", len(text)) + text)
@@ -133,7 +131,7 @@ def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
         (tmp_path / "a.wav").write_bytes(whole[:4] + struct.pack("<I", len(whole) - 8) + whole[8:])
         assert np.array_equal(read(tmp_path / "a.wav")[0], expected)
     (tmp_path / "a.wav").write_bytes((content[:36] + notes + content[36:])[:-1000])
-    with pytest.raises(UserError, match="truncated: 319000 of 320000 bytes"):
+    with pytest.raises(UserError, match="truncated: it has 319000 of 320000 bytes"):
         check_recording(tmp_path / "a.wav")
 
 
@@ -143,26 +141,32 @@ def test_notes_of_a_recorder_do_no_harm(tmp_path, text, count):
 @pytest.mark.parametrize(
     ("seconds", "hop", "starts"),
     [
-        (25, None, [0]), (3, 5, [0]), (10, 5, [0]), (11, 10, [0, 1]), (20, 10, [0, 10]), (25, 10, [0, 10, 15]),
-        (25, 5, [0, 5, 10, 15]), (12.5, 0.75, [0, 0.75, 1.5, 2.25, 2.5]),
+        (25, None, [0]),
+        (3, 5, [0]),
+        (10, 5, [0]),
+        (11, 10, [0, 1]),
+        (20, 10, [0, 10]),
+        (25, 10, [0, 10, 15]),
+        (25, 5, [0, 5, 10, 15]),
+        (12.5, 0.75, [0, 0.75, 1.5, 2.25, 2.5]),
     ],
-)  # fmt: skip
+)
 def test_windows_cover_a_recording_and_the_last_one_ends_with_it(tmp_path, seconds, hop, starts):
     path = write_clip(tmp_path / "a.wav", np.zeros(round(seconds * 8000)), rate=8000)
-    assert check_recording(path, hop=hop).starts == starts
+    assert check_recording(path, Windows(hop)).starts == starts
 
 
 @pytest.mark.parametrize(
     ("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "FLOAT"), ("a.flac", "PCM_16")]
 )
 def test_a_window_is_read_where_it_is(tmp_path, name, subtype):
-    """Of the second of two channels, at a start that is no whole number of seconds."""
+    """The second of two channels, also at a start that is no whole number of seconds."""
     samples = (
         np.random.default_rng(0).integers(-32768, 32768, (23 * 16_000 + 5, 2)).astype(np.int16)
     )
     path = write_clip(tmp_path / name, samples / 32768, subtype=subtype)
     decoded = np.empty(N_SAMPLES, dtype=np.int16)
-    starts = check_recording(path, channel=1, hop=7.5).starts
+    starts = check_recording(path, Windows(hop=7.5, channel=1)).starts
     assert starts == [0, 7.5, (13 * 16_000 + 5) / 16_000]
     for start in starts:
         read_recording(path, decoded, start, channel=1)
@@ -183,7 +187,7 @@ def test_channels_are_read_in_blocks_that_fit_into_memory(tmp_path, monkeypatch)
     samples = np.random.default_rng(0).integers(-32768, 32768, (N_SAMPLES, 3)).astype(np.int16)
     path = write_clip(tmp_path / "a.wav", samples / 32768)
     sizes, read_file = [], soundfile.SoundFile.read
-    monkeypatch.setattr("audio.BLOCK", 10_000)
+    monkeypatch.setattr("audio.BLOCK_SIZE", 10_000)
     monkeypatch.setattr(
         soundfile.SoundFile, "read", lambda self, frames, *rest, **keys: sizes.append(frames)
         or read_file(self, frames, *rest, **keys)
@@ -196,22 +200,23 @@ def test_channels_are_read_in_blocks_that_fit_into_memory(tmp_path, monkeypatch)
 
 def test_a_missing_channel_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no channel 1: it has a single channel"):
-        check_recording(write_clip(tmp_path / "a.wav", tone(0, 1.0)), channel=1)
+        check_recording(write_clip(tmp_path / "a.wav", tone(0, 1.0)), Windows(channel=1))
     path = write_clip(tmp_path / "b.wav", np.zeros((100, 2)))
-    assert check_recording(path, channel=1).changes[0] == "have several channels: channel 1 is used"
+    changes = check_recording(path, Windows(channel=1)).changes
+    assert changes[0] == "have several channels: channel 1 is used"
     with pytest.raises(UserError, match="no channel 2: it has 2 channels, counted from 0"):
-        check_recording(path, channel=2)
+        check_recording(path, Windows(channel=2))
 
 
-def test_what_the_first_window_leaves_out_is_said_from_two_seconds_on(tmp_path):
+def test_a_notice_says_if_the_first_window_leaves_out_more_than_two_seconds(tmp_path):
     published, longer = (
         write_clip(tmp_path / f"{n}.wav", np.zeros(16_000 * 12 + n)) for n in (0, 1)
     )
     assert check_recording(published).changes == []
     assert check_recording(longer).changes == [
-        "are longer than 12 s, and only their first 10 s count (--window all takes all)"
+        "are longer than 12 s, and only their first 10 s count (--window all uses the rest as well)"
     ]
-    assert check_recording(longer, hop=10).changes == []
+    assert check_recording(longer, Windows(hop=10)).changes == []
 
 
 def test_a_recording_is_checked_where_it_is_used(tmp_path):
@@ -220,9 +225,10 @@ def test_a_recording_is_checked_where_it_is_used(tmp_path):
     path = write_clip(tmp_path / "a.wav", samples, subtype="FLOAT")
     assert check_recording(path).starts == [0]
     with pytest.raises(UserError, match="not finite"):
-        check_recording(path, hop=10)
+        check_recording(path, Windows(hop=10))
     samples[20 * 16_000] = 0
-    changes = check_recording(write_clip(path, samples, subtype="FLOAT"), hop=10).changes
+    write_clip(path, samples, subtype="FLOAT")
+    changes = check_recording(path, Windows(hop=10)).changes
     assert changes == ["are rounded to 16 bits", "exceed full scale and were clipped"]
 
 
@@ -230,17 +236,15 @@ def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):
     samples = np.random.default_rng(0).integers(-1000, 1000, 25 * 16_000).astype(np.int16)
     soundfile.write(tmp_path / "a.flac", samples, 16_000)
     content = bytearray((tmp_path / "a.flac").read_bytes())
-    content[21] &= (
-        # of STREAMINFO the number of samples, which an encoder that writes to a pipe leaves at 0
-        0xF0
-    )
+    # The number of samples in STREAMINFO, which an encoder that writes to a pipe leaves at 0.
+    content[21] &= 0xF0
     content[22:26] = bytes(4)
     (tmp_path / "a.flac").write_bytes(content)
     decoded, changes = read(tmp_path / "a.flac")
     assert np.array_equal(decoded, samples[:N_SAMPLES])
     assert changes == []
-    with pytest.raises(UserError, match="its header does not say how long it is; write it anew"):
-        check_recording(tmp_path / "a.flac", hop=10)
+    with pytest.raises(UserError, match="its header does not give its length; encode it again"):
+        check_recording(tmp_path / "a.flac", Windows(hop=10))
 
 
 @pytest.mark.parametrize("length", [2**30, 2**32 - 1], ids=["wrapped", "from a pipe"])
@@ -250,14 +254,14 @@ def test_a_wav_file_that_is_too_large_for_its_header_is_refused(tmp_path, length
     path.write_bytes(content[:40] + struct.pack("<I", length) + content[44:])
     os.truncate(path, 5 * 2**30)
     with pytest.raises(
-        UserError, match=r"more audio than a WAV file can say \(4 GiB\); convert it to FLAC"
+        UserError, match=r"more audio than a WAV header can describe \(4 GiB\); convert it to FLAC"
     ):
-        check_recording(path, hop=10)
+        check_recording(path, Windows(hop=10))
 
 
 def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
     path = write_clip(tmp_path / "a.wav", tone(0, 25.0))
-    start = check_recording(path, hop=10).starts[-1]
+    start = check_recording(path, Windows(hop=10)).starts[-1]
     write_clip(path, tone(0, 24.0))
     with pytest.raises(
         UserError, match="truncated: it ends before second 25; it was longer when it was checked"
@@ -265,12 +269,12 @@ def test_a_recording_that_ends_while_it_is_used_is_an_error(tmp_path):
         read_recording(path, np.empty(N_SAMPLES, dtype=np.int16), start)
 
 
-# ---- What is refused ----
+# ---- Refused recordings ----
 
 
 def is_refused(path) -> bool:
-    """By the check. Reading it all the same may be refused too, and do no worse: a file may break
-    after the check.
+    """Whether the check refuses a recording. If so, reading it may raise only a `UserError`, since
+    a file may also be damaged after the check.
     """
     try:
         check_recording(path)

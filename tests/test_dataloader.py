@@ -1,4 +1,4 @@
-"""What is said about odd files, and refused; batches of samples from files and from memory."""
+"""Notices and errors about unusual recordings; batches of samples from files and from memory."""
 
 import os
 import re
@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import arguments, clips_of, tone, write_clip, write_set
+from conftest import CLASSES, arguments, clips_of, tone, write_clip, write_set
 from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_recordings
 
 import dataloader
 import train
-from corpus import COLUMNS, NAMES_SHOWN
 from dataloader import ClipSet, batches, keep_on_gpu, shuffled_batches
 from model.tastgram import N_SAMPLES
+from recordings import COLUMNS, MACHINE, NAMES_SHOWN
 from utils import UserError, one_line
 
 NAME = "normal_id_00_00000000.wav"
 CPU = torch.device("cpu")
 
 
-# ---- Which of them can be used ----
+# ---- Which recordings can be used ----
 
 
 def samples_of(path) -> np.ndarray:
-    """What a 16-bit mono recording at 16 kHz must give."""
+    """Return the samples that the loader must give for a 16-bit mono recording at 16 kHz."""
     return np.resize(soundfile.read(path, dtype="int16")[0], N_SAMPLES)
 
 
@@ -37,8 +37,7 @@ def test_what_has_to_be_changed_is_said(tmp_path, capsys):
     write_clip(root / "fan/train/normal_id_00_00000098.wav", tone(77, 10.0))
     write_clip(root / "fan/train/normal_id_00_00000099.flac", tone(78, 10.0), subtype="PCM_24")
     clips_of(root)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    assert capsys.readouterr().err.splitlines() == [
         "notice: 12 of 14 recordings are shorter than 10 s and are repeated",
         "notice: 1 of 14 recordings are rounded to 16 bits",
     ]
@@ -50,7 +49,7 @@ def test_file_names_need_not_be_utf_8(tmp_path):
     shutil.copy(root / "fan/train" / NAME, odd)
     clips = clips_of(root)
     assert len(clips) == 13
-    (index,) = clips.clips.index[clips.clips["path"] == Path(odd)]
+    index = clips.paths.tolist().index(Path(odd))
     ((samples, _),) = clips.batches([np.array([index])], CPU)
     assert np.array_equal(samples[0].numpy(), samples_of(root / "fan/train" / NAME))
     assert clips.fingerprint()
@@ -63,13 +62,9 @@ def test_all_broken_recordings_are_named_before_training(tmp_path, fails):
     ]
     for kind, path in zip(BROKEN, paths, strict=True):
         broken(kind, path)
-    total = 12 + len(BROKEN)
-    said = fails(
-        train.main,
-        *arguments(tmp_path, root),
-        match=f"{len(BROKEN)} of {total} recordings cannot be used, replace",
-    )
-    assert all(f"{path} (" in said for path in paths)
+    message = f"{len(BROKEN)} of {12 + len(BROKEN)} recordings cannot be used, replace"
+    errors = fails(train.main, *arguments(tmp_path, root), match=message)
+    assert all(f"{path} (" in errors for path in paths)
     assert not (tmp_path / "run.pth").exists()
 
 
@@ -77,16 +72,13 @@ def test_all_broken_recordings_are_named_before_training(tmp_path, fails):
 def test_training_names_each_spoilt_recording_that_cannot_be_used(count, fails):
     with spoilt_recordings(count) as (folder, spoilt):
         refused = [one for one in spoilt if one.expected is None]
-        said = fails(
-            train.main,
-            *arguments(folder, folder / "data"),
-            match=f"{len(refused)} of .* cannot be used",
-        )
+        message = f"{len(refused)} of .* cannot be used"
+        errors = fails(train.main, *arguments(folder, folder / "data"), match=message)
         for one in refused:
-            assert f"{one.path.name} (" in said, one
+            assert f"{one.path.name} (" in errors, one
         names = sorted(one_line(one.path.name) for one in spoilt if one.expected is NOT_A_CLIP)
-        assert all(name in said for name in names[:NAMES_SHOWN])
-        assert f"skipped {len(names)} files not named" in said
+        assert all(name in errors for name in names[:NAMES_SHOWN])
+        assert f"skipped {len(names)} files not named" in errors
 
 
 # ---- Batches ----
@@ -102,7 +94,7 @@ def test_a_batch_is_the_int16_samples_and_labels_of_its_clips(data_root):
     assert samples.dtype == torch.int16
     assert samples.shape == (2, N_SAMPLES)
     assert labels.tolist() == [0, 2]
-    assert np.array_equal(samples[1].numpy(), samples_of(clips.clips["path"][11]))
+    assert np.array_equal(samples[1].numpy(), samples_of(clips.paths.iloc[11]))
     assert list(clips.batches([], CPU)) == []
 
 
@@ -114,9 +106,9 @@ def test_batches_follow_the_plan(data_root, num_workers, epoch):
     assert [len(indices) for indices in plan] == [5, 5, 2]
     seen = 0
     for indices, (samples, labels) in zip(plan, clips.batches(plan, CPU), strict=True):
-        expected = np.stack([samples_of(clips.clips["path"][index]) for index in indices])
+        expected = np.stack([samples_of(clips.paths.iloc[index]) for index in indices])
         assert np.array_equal(samples.numpy(), expected)
-        assert labels.tolist() == [clips.clips["label"][index] for index in indices]
+        assert labels.tolist() == [clips.labels[index].item() for index in indices]
         seen += len(indices)
     assert seen == 12
 
@@ -125,7 +117,7 @@ def test_batches_follow_the_plan(data_root, num_workers, epoch):
 def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(
     data_root, monkeypatch, num_workers
 ):
-    """However slow the consumer is: it waits here until all that is read ahead has been read."""
+    """A slow consumer, simulated by waiting for all reads ahead, does not change a batch."""
     clips, is_read = train_clips(data_root, num_workers), threading.Semaphore(0)
     read_recording = dataloader.read_recording
 
@@ -142,14 +134,14 @@ def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(
             assert is_read.acquire(timeout=60), "the next batch is read meanwhile"
         while is_read.acquire(timeout=0.05):
             pass  # whatever is read further ahead
-        expected = np.stack([samples_of(clips.clips["path"][index]) for index in indices])
+        expected = np.stack([samples_of(clips.paths.iloc[index]) for index in indices])
         assert np.array_equal(samples.numpy(), expected)
-        assert labels.tolist() == [clips.clips["label"][index] for index in indices]
+        assert labels.tolist() == [clips.labels[index].item() for index in indices]
 
 
 def test_recordings_that_vanished_are_one_error_that_names_a_file(tmp_path):
     clips, before = train_clips(write_set(tmp_path)), set(threading.enumerate())
-    gone = clips.clips["path"].tolist()[4:6]
+    gone = clips.paths.tolist()[4:6]
     for path in gone:
         path.unlink()
     iterator = clips.batches(batches(np.arange(12), 3), CPU)
@@ -180,7 +172,7 @@ def test_an_abandoned_iterator_leaves_no_thread_behind(data_root):
 
 def test_a_changed_recording_is_read_anew(tmp_path):
     clips, plan = train_clips(write_set(tmp_path)), [np.array([2])]
-    path = clips.clips["path"][2]
+    path = clips.paths.iloc[2]
     for seed in (77, 78):
         write_clip(path, tone(seed, 1.5))
         ((samples, _),) = clips.batches(plan, CPU)
@@ -188,12 +180,16 @@ def test_a_changed_recording_is_read_anew(tmp_path):
 
 
 def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monkeypatch, capsys):
-    """What `keep_on_gpu` decides, with a GPU that reports its memory and is not there."""
-    table, gpu = train_clips(data_root).clips, torch.device("cuda", 0)
+    """`keep_on_gpu` is tested with a GPU that does not exist and whose free memory is set here."""
+    table, gpu = train_clips(data_root).recordings, torch.device("cuda", 0)
     needed, others = 12 * N_SAMPLES * 2, 10_000_000
-    monkeypatch.setattr(ClipSet, "read_all", lambda self, device: f"{len(self)} on {device}")
 
-    def kept(data_device: str, device: torch.device, free: int) -> list[str | None]:
+    def keep_on(clips: ClipSet, device: torch.device) -> None:
+        clips.samples = f"{len(clips)} on {device}"
+
+    monkeypatch.setattr(ClipSet, "keep_on", keep_on)
+
+    def samples_after(data_device: str, device: torch.device, free: int) -> list[str | None]:
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free, 10**12))
         parts = [ClipSet(table[:9], 2), ClipSet(table[9:], 2)]
         keep_on_gpu(parts, data_device, device, others)
@@ -201,34 +197,32 @@ def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monke
 
     capsys.readouterr()
     both, none = ["9 on cuda:0", "3 on cuda:0"], [None, None]
-    assert kept("auto", gpu, needed + others) == both
+    assert samples_after("auto", gpu, needed + others) == both
     assert capsys.readouterr().err == ""
-    assert kept("auto", gpu, needed + others - 1) == none
-    said = (
-        "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training takes about 0.0: the "
-        "recordings are read from their files in every epoch, by num_workers threads"
+    assert samples_after("auto", gpu, needed + others - 1) == none
+    notice = (
+        "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training takes "
+        "about 0.0: the recordings are read from their files in every epoch, by num_workers threads"
     )
-    assert capsys.readouterr().err.startswith(said)
-    assert kept("cuda", gpu, needed) == both
-    assert kept("cpu", gpu, needed + others) == none
-    with pytest.raises(
-        UserError, match=r"data_device: cuda: the samples take .* GB, and .* GB of cuda:0 are free"
-    ):
-        kept("cuda", gpu, needed - 1)
-    assert kept("auto", CPU, needed) == none
-    assert kept("cpu", CPU, needed) == none
+    assert capsys.readouterr().err.startswith(notice)
+    assert samples_after("cuda", gpu, needed) == both
+    assert samples_after("cpu", gpu, needed + others) == none
+    message = r"data_device: cuda: the samples take .* GB, and .* GB of cuda:0 are free"
+    with pytest.raises(UserError, match=message):
+        samples_after("cuda", gpu, needed - 1)
+    assert samples_after("auto", CPU, needed) == none
+    assert samples_after("cpu", CPU, needed) == none
     with pytest.raises(UserError, match="data_device: cuda needs a GPU"):
-        kept("cuda", CPU, needed)
+        samples_after("cuda", CPU, needed)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    device, table = torch.device(device), train_clips(data_root).clips
-    part = ClipSet(table.iloc[np.arange(150) % 12], 2).split(0.9, seed=0)[
-        0
-    ]  # read in more than one batch
+    device, table = torch.device(device), train_clips(data_root).recordings
+    repeated = ClipSet(table.iloc[np.arange(150) % 12], 2)  # read in more than one batch
+    part, _ = repeated.split(0.9, seed=0)
     plan, before = shuffled_batches(135, 50, seed=0, epoch=0), part.fingerprint()
     from_files = [
         (samples.cpu().clone(), labels.cpu()) for samples, labels in part.batches(plan, device)
@@ -236,14 +230,14 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     if device.type == "cuda":
         keep_on_gpu([part], "cuda", device, 0)
     else:
-        part.samples = part.read_all(device)
+        part.keep_on(device)
     assert part.samples.device.type == device.type
     assert part.samples.dtype == torch.int16
-    for index, path in enumerate(part.clips["path"][:12]):
+    for index, path in enumerate(part.paths[:12]):
         assert np.array_equal(part.samples[index].cpu().numpy(), samples_of(path))
-    kept = list(part.batches(plan, device))
-    assert [len(labels) for _, labels in kept] == [50, 50, 35]
-    for one, other in zip(from_files, kept, strict=True):
+    from_memory = list(part.batches(plan, device))
+    assert [len(labels) for _, labels in from_memory] == [50, 50, 35]
+    for one, other in zip(from_files, from_memory, strict=True):
         assert other[0].device.type == other[1].device.type == device.type
         assert torch.equal(one[0], other[0].cpu())
         assert torch.equal(one[1], other[1].cpu())
@@ -254,12 +248,10 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
 
 
 def write_long_set(root: Path) -> Path:
-    """Of each of two machines, four recordings for training; of 25 s and, every second one, of 8 s."""
+    """Write four training recordings of each of two machines, alternately of 25 s and 8 s."""
     for number, machine in enumerate(("fan/train/normal_id_00", "fan/train/normal_id_02")):
-        for index in range(4):
-            write_clip(
-                root / f"{machine}_{index}.wav", tone(10 * number + index, (25.0, 8.0)[index % 2])
-            )
+        for index, seconds in enumerate((25.0, 8.0, 25.0, 8.0)):
+            write_clip(root / f"{machine}_{index}.wav", tone(10 * number + index, seconds))
     return root
 
 
@@ -268,56 +260,38 @@ LONG = {"machines": {"fan": [0, 2]}, "window": "all"}
 
 def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
     clips = clips_of(write_long_set(tmp_path), **LONG)
-    assert clips.clips["start"].tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
-    assert len(clips.recordings) == 8
-    assert list(clips.recordings.columns) == COLUMNS
+    assert clips.starts.tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
+    assert clips.recording.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7]
+    assert list(clips.recordings.columns) == [*COLUMNS, "label"]
     assert "4 of 8 recordings are shorter than 10 s and are repeated" in capsys.readouterr().err
     ((samples, labels),) = clips.batches([np.array([0, 1, 2, 3, 14])], CPU)
     assert labels.tolist() == [0, 0, 0, 0, 1]
     for row, index in zip(samples, [0, 1, 2, 3, 14], strict=True):
-        path, start = clips.clips.loc[index, ["path", "start"]]
-        whole = soundfile.read(path, dtype="int16")[0][int(start * 16_000) :]
+        first = int(clips.starts[index] * 16_000)
+        whole = soundfile.read(clips.paths.iloc[index], dtype="int16")[0][first:]
         assert np.array_equal(row.numpy(), np.resize(whole[:N_SAMPLES], N_SAMPLES))
-    assert clips_of(tmp_path, **LONG, hop=5).clips["start"][:4].tolist() == [0, 5, 10, 15]
+    assert clips_of(tmp_path, **LONG, hop=5).starts[:4].tolist() == [0, 5, 10, 15]
     first = clips_of(tmp_path, machines=LONG["machines"])
-    assert first.clips["start"].tolist() == [0] * 8
-    assert (
-        "4 of 8 recordings are longer than 12 s, and only their first 10 s count"
-        in capsys.readouterr().err
-    )
+    assert first.starts.tolist() == [0] * 8
+    notice = "4 of 8 recordings are longer than 12 s, and only their first 10 s count"
+    assert notice in capsys.readouterr().err
 
 
 def test_the_windows_of_a_recording_stay_together(tmp_path):
     clips = clips_of(write_long_set(tmp_path), **LONG)
-    whole = clips.clips.groupby("path").size()
+    windows = dict(zip(clips.recordings["path"], clips.windows, strict=True))
     for seed in range(5):
         parts = clips.split(0.6, seed)
         assert [len(part.recordings) for part in parts] == [4, 4]  # int(0.6 * 8) to train on
         for part in parts:
-            sizes = part.clips.groupby("path").size()
-            assert sizes.to_dict() == whole[sizes.index].to_dict()
-            assert part.clips["start"].diff().dropna().isin([10, 5, -15, 0]).all(), "in their order"
-
-
-def test_values_of_windows_are_combined(tmp_path):
-    clips = clips_of(write_long_set(tmp_path), **LONG)
-    values = np.arange(16, dtype=np.float32)[::-1].copy()
-    means, highest = clips.over_windows(values, "mean"), clips.over_windows(values, "max")
-    assert means.dtype == np.float32
-    assert means.tolist() == [14, 12, 10, 8, 6, 4, 2, 0]
-    assert highest.tolist() == [15, 12, 11, 8, 7, 4, 3, 0]
-    assert clips.over_windows(np.stack([values, -values], axis=1), "mean")[:2].tolist() == [
-        [14, -14],
-        [12, -12],
-    ]
-    assert clips.worst_starts(values).tolist() == [0] * 8
-    assert clips.worst_starts(-values).tolist() == [15, 0] * 4
+            assert part.windows == [windows[path] for path in part.recordings["path"]]
 
 
 def test_the_fingerprint_tells_windows(tmp_path):
     root = write_long_set(tmp_path)
-    prints = {clips_of(root, machines=LONG["machines"], **keys).fingerprint()
-              for keys in ({}, {"window": "all"}, {"window": "all", "hop": 5})}  # fmt: skip
+    prints = set()
+    for keys in ({}, {"window": "all"}, {"window": "all", "hop": 5}):
+        prints.add(clips_of(root, machines=LONG["machines"], **keys).fingerprint())
     assert len(prints) == 3
 
 
@@ -328,23 +302,22 @@ def test_the_split_is_random_complete_and_seeded(data_root):
     clips = train_clips(data_root)
     training, validation = clips.split(0.8, seed=1)
     assert (len(training), len(validation)) == (9, 3)  # int(0.8 * 12) to train on
-    paths = [*training.clips["path"], *validation.clips["path"]]
+    paths = [*training.paths, *validation.paths]
     assert len(paths) == 12
-    assert set(paths) == set(clips.clips["path"])
+    assert set(paths) == set(clips.paths)
     assert clips.split(0.8, seed=1)[1].fingerprint() == validation.fingerprint()
     assert clips.split(0.8, seed=2)[1].fingerprint() != validation.fingerprint()
-    classes = {("fan", "00"): 0, ("fan", "02"): 1, ("valve", "01"): 2}
     for part in (training, validation):
-        machines = zip(part.clips["machine_type"], part.clips["machine_id"], strict=True)
-        assert part.labels.tolist() == [classes[machine] for machine in machines]
+        machines = part.recordings[MACHINE].itertuples(index=False, name=None)
+        assert part.labels.tolist() == [CLASSES.machines.index(machine) for machine in machines]
     ((samples, labels),) = validation.batches([np.arange(3)], CPU)
-    expected = np.stack([samples_of(validation.clips["path"][index]) for index in range(3)])
+    expected = np.stack([samples_of(validation.paths.iloc[index]) for index in range(3)])
     assert np.array_equal(samples.numpy(), expected)
     assert labels.tolist() == validation.labels.tolist()
 
 
 def test_the_fingerprint_tells_clips_their_order_and_their_classes(data_root, tmp_path):
-    table = train_clips(data_root).clips
+    table = train_clips(data_root).recordings
     copy = Path(shutil.copytree(data_root, tmp_path / "elsewhere"))
     same = train_clips(copy).fingerprint()  # wherever they lie
     assert ClipSet(table, 2).fingerprint() == same
@@ -353,7 +326,7 @@ def test_the_fingerprint_tells_clips_their_order_and_their_classes(data_root, tm
         assert ClipSet(other, 2).fingerprint() != same
 
 
-def test_an_epoch_has_every_clip_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_clip_once_in_another_order():
     first, second = (shuffled_batches(38, 8, seed=0, epoch=epoch) for epoch in (0, 1))
     assert [len(batch) for batch in first] == [8, 8, 8, 8, 6]
     assert sorted(np.concatenate(first)) == list(range(38))
@@ -364,13 +337,9 @@ def test_an_epoch_has_every_clip_once_in_an_order_of_its_own():
 @pytest.mark.parametrize(
     ("count", "size", "least", "sizes"),
     [
-        (9, 4, 2, [4, 5]),
-        (3, 2, 2, [3]),
-        (10, 4, 2, [4, 4, 2]),
-        (11, 8, 4, [11]),
-        (1, 4, 1, [1]),
-        (0, 4, 1, []),
+        (9, 4, 2, [4, 5]), (3, 2, 2, [3]), (10, 4, 2, [4, 4, 2]), (11, 8, 4, [11]),
+        (1, 4, 1, [1]), (0, 4, 1, []),
     ],
-)
+)  # fmt: skip
 def test_a_last_batch_that_is_too_small_joins_the_one_before(count, size, least, sizes):
     assert [len(batch) for batch in batches(np.arange(count), size, least)] == sizes

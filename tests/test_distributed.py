@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, remove_embeddings
+from conftest import arguments, change_checkpoint, remove_bank
 
 import train
 import train_ddp
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import Checkpoint
 from config import load_config
 from model import TASTgramMFN
 
@@ -31,25 +31,11 @@ def torchrun(
     options=("--standalone",),
     **environment,
 ) -> subprocess.CompletedProcess:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options,
-        f"--nproc_per_node={processes}",
-    ]
-    environment = (
-        os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        | environment
-    )
-    return subprocess.run(
-        [*launcher, script, *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    command = [*launcher, f"--nproc_per_node={processes}", script, *map(str, words)]
+    defaults = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | defaults | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def errors(result: subprocess.CompletedProcess) -> list[str]:
@@ -57,39 +43,35 @@ def errors(result: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_it_takes_the_options_of_train_and_says_how_it_is_started(fails):
-    fails(
-        train_ddp.main, "--lr", "1", match="torchrun --standalone --nproc_per_node=N train_ddp.py"
-    )
+    usage = "torchrun --standalone --nproc_per_node=N train_ddp.py"
+    fails(train_ddp.main, "--lr", "1", match=usage)
 
 
 def test_a_restart_may_not_overwrite(fails, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("utils.distributed.end_process", sys.exit)
-    fails(
-        train_ddp.main,
-        "--overwrite",
-        match="--overwrite would begin anew after every restart: remove the old run",
-    )
+    message = "--overwrite would begin anew after every restart: remove the old run"
+    fails(train_ddp.main, "--overwrite", match=message)
 
 
-# Leaves the run after so many epochs, as if it had been stopped there.
+# Leaves the run after the given number of epochs, as if it had been stopped there.
 STOPPED = """
 import sys
 import trainer, train_ddp, utils
 
-last, run_epoch = int(sys.argv.pop(1)), trainer.Run.run_epoch
+last, set_learning_rate = int(sys.argv.pop(1)), trainer.Trainer.set_learning_rate
 
-def stop_or_go_on(self):
-    return sys.exit(0) if self.epoch == last else run_epoch(self)
+def stop_or_continue(self, epoch):
+    return sys.exit(0) if epoch == last else set_learning_rate(self, epoch)
 
-trainer.Run.run_epoch = stop_or_go_on
+trainer.Trainer.set_learning_rate = stop_or_continue
 utils.run_script(train_ddp.main)
 """
 
 
 def column(folder: Path, name: str) -> list[str]:
-    """Of history.csv."""
+    """Return a column of history.csv."""
     with (folder / "run" / "history.csv").open(newline="") as file:
         return [row[name] for row in csv.DictReader(file)]
 
@@ -99,7 +81,7 @@ def epochs(folder: Path) -> list[str]:
 
 
 def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, data_root, call):
-    """The losses of two processes are those of one."""
+    """The losses of two processes equal those of one process."""
     (tmp_path / "stopped.py").write_text(STOPPED)
     torch.save(TASTgramMFN(2, ["sgram"]).state_dict(), tmp_path / "initial.pth")
     keys = {"epoch": 2, "input": "[sgram]", "split_ratio": 0.7, "lr": 1e-5, "machines": "auto",
@@ -107,35 +89,28 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     options = arguments(tmp_path, data_root, **keys)
     result = torchrun(2, 1, *options, script=tmp_path / "stopped.py")
     assert result.returncode == 0, result.stderr
-    assert sum(line.startswith("epoch ") for line in result.stdout.splitlines()) == 1, (
-        "rank 0 alone prints"
-    )
-    state = load_checkpoint(tmp_path / "run.last.pth")
-    assert state["epoch"] == 1
-    assert not any(name.startswith("module.") for name in state["model"])
-    assert len(state["held_out"]["score"]) == state["clip_counts"]["validation"] == 4
+    progress = [line for line in result.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(progress) == 1, "only rank 0 prints"
+    last = Checkpoint.load(tmp_path / "run.last.pth")
+    assert last.epoch == 1
+    assert not any(name.startswith("module.") for name in last.weights)
+    assert len(last.held_out.scores) == len(last.held_out.labels) == 4
     assert epochs(tmp_path) == ["1"]
     status, _, errors = call(train.main, *options, "--resume")
     assert status == 0, errors
     assert epochs(tmp_path) == ["1", "2"]
     assert call(train.main, *arguments(tmp_path / "one", data_root, **keys))[0] == 0
     for name in ("train_loss", "valid_loss"):
-        one, several = (
-            np.array(column(folder, name), dtype=float) for folder in (tmp_path / "one", tmp_path)
-        )
-        assert several == pytest.approx(one, rel=1e-3), (
-            "rounding grows from step to step, to 2e-4 in six"
-        )
+        one = np.array(column(tmp_path / "one", name), dtype=float)
+        several = np.array(column(tmp_path, name), dtype=float)
+        # Rounding errors grow from step to step, to 2e-4 after six.
+        assert several == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
-    """The tiny run has one epoch of one; a second one is asked for by editing what it was planned
-    for.
-    """
-    state = load_checkpoint(trained_copy / "run.last.pth")
-    state["config"]["epoch"] = 2
-    save_checkpoint(state, trained_copy / "run.last.pth")
+    """The checkpoint of the tiny run is edited so that one of two planned epochs is done."""
+    change_checkpoint(trained_copy / "run.last.pth", keys={"epoch": 2})
     result = torchrun(2, *arguments(trained_copy, data_root, epoch=2), "--resume")
     assert result.returncode == 0, result.stderr
     assert epochs(trained_copy) == ["1", "2"]
@@ -143,14 +118,15 @@ def test_two_processes_go_on_with_a_run_of_one(trained_copy, data_root):
 
 @pytest.mark.slow
 def test_two_processes_make_the_embeddings_that_one_makes(trained_copy, data_root):
-    """Those of the tiny run, which two processes are left to finish."""
-    whole = remove_embeddings(trained_copy / "run.pth")
+    """Two processes finish the tiny run, from which the embeddings have been removed."""
+    whole = remove_bank(trained_copy / "run.pth")
     result = torchrun(2, *arguments(trained_copy, data_root), "--resume")
     assert result.returncode == 0, result.stderr
-    again = load_checkpoint(trained_copy / "run.pth")["embeddings"]
-    for name, table in whole["embeddings"].items():
-        assert torch.equal(again[name]["label"], table["label"])
-        assert torch.allclose(again[name]["embedding"], table["embedding"], rtol=0, atol=2**-11)
+    again = Checkpoint.load(trained_copy / "run.pth")
+    assert torch.equal(again.bank.labels, whole.bank.labels)
+    for part in ("bank", "held_out"):
+        ours, expected = getattr(again, part).embedding, getattr(whole, part).embedding
+        assert torch.allclose(ours, expected, rtol=0, atol=2**-11)
 
 
 INPUTS = {  # words and options of ddp_worker.py
@@ -162,12 +138,8 @@ INPUTS = {  # words and options of ddp_worker.py
 def worker_results(
     processes: int, folder: Path, data_root: Path, *words: str, **options
 ) -> dict[str, torch.Tensor]:
-    result = torchrun(
-        processes,
-        *arguments(folder, data_root, **options),
-        *words,
-        script=ROOT / "tests/ddp_worker.py",
-    )
+    words = (*arguments(folder, data_root, **options), *words)
+    result = torchrun(processes, *words, script=ROOT / "tests/ddp_worker.py")
     assert result.returncode == 0, result.stderr
     return torch.load(folder / "run.pth")
 
@@ -180,19 +152,17 @@ def weights(results: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("inputs", ["reference", "recordings"])
 def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp_path, data_root):
-    """Eight mixed steps with batch norm, short batches between them, in one process and in several
-    of unequal shares.
+    """Compare eight mixed steps with batch norm in one process and in several with unequal shares.
 
-    In float64; epochs add up their losses in float32.
+    Some batches are short. The network computes in float64; epochs sum their losses in float32.
     """
     words, options = INPUTS[inputs]
     one, several = (
         worker_results(number, tmp_path, data_root, "--double", *words, lr=1e-4, **options)
         for number in (1, processes)
     )
-    assert several["losses"].tolist() == pytest.approx(
-        one["losses"].tolist(), rel=1e-6 if inputs == "recordings" else 1e-9
-    )
+    tolerance = 1e-6 if inputs == "recordings" else 1e-9
+    assert several["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=tolerance)
     assert (weights(several) - weights(one)).norm() <= 1e-7 * weights(one).norm()
 
 
@@ -200,9 +170,10 @@ def test_a_run_does_not_depend_on_the_number_of_processes(inputs, processes, tmp
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("inputs", ["reference", "recordings"])
 def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path, data_root):
-    """The rate is a tenth of the usual one: AdamW divides each gradient by its own size, so that
-    rounding grows from step to step. At 1e-4 the eighth loss differs by 1e-4 in one process
-    already, between one thread and two.
+    """The learning rate is a tenth of the default, because rounding errors grow from step to step.
+
+    AdamW divides each gradient by its magnitude. At 1e-4, the eighth loss of a single process
+    already differs by 1e-4 between one thread and two.
     """
     words, options = INPUTS[inputs]
     one, several = (
@@ -211,9 +182,8 @@ def test_in_single_precision_it_differs_by_rounding(inputs, processes, tmp_path,
     )
     assert several["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
     if inputs == "recordings":
-        assert several["first_scores"].tolist() == pytest.approx(
-            one["first_scores"].tolist(), rel=1e-5
-        )
+        expected = pytest.approx(one["first_scores"].tolist(), rel=1e-5)
+        assert several["first_scores"].tolist() == expected
         assert several["accuracy"] == one["accuracy"]
         assert (several["scores"] - one["scores"]).norm() <= 1e-2 * one["scores"].norm()
     assert (weights(several) - weights(one)).norm() <= 1e-2 * weights(one).norm()
@@ -229,7 +199,7 @@ def test_compiled_steps_of_two_processes_are_those_of_one(tmp_path, data_root):
     assert two["losses"].tolist() == pytest.approx(one["losses"].tolist(), rel=1e-4)
 
 
-# The compiler works in the first process alone.
+# The compiler works only in the first process.
 NOT_COMPILING = """
 import os
 import acceleration, torch, train_ddp, utils
@@ -244,7 +214,7 @@ utils.run_script(train_ddp.main)
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", ["auto", "true"])
 def test_where_one_process_cannot_compile(switch, tmp_path, data_root):
-    """All of them run uncompiled, or the job ends with an error that is said once."""
+    """All processes run uncompiled, or the job ends with a single error message."""
     (tmp_path / "not_compiling.py").write_text(NOT_COMPILING)
     options = arguments(tmp_path, data_root, input="[sgram]", split_ratio=0.7, compile=switch)
     result = torchrun(2, *options, script=tmp_path / "not_compiling.py")
@@ -261,7 +231,7 @@ def test_where_one_process_cannot_compile(switch, tmp_path, data_root):
         assert not (tmp_path / "run.pth").exists()
 
 
-# One process fails, where closing the connections waits for all processes, as it does under NCCL.
+# One process fails. Closing the connections waits for all processes, as it does under NCCL.
 FAULTY = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
@@ -281,7 +251,11 @@ def fail(*_):
         os.kill(os.getpid(), getattr(signal, kind))
         time.sleep(0.1)
         return
-    errors = {"UserError": utils.UserError, "OSError": OSError, "OutOfMemoryError": torch.OutOfMemoryError}
+    errors = {
+        "UserError": utils.UserError,
+        "OSError": OSError,
+        "OutOfMemoryError": torch.OutOfMemoryError,
+    }
     raise errors[kind]("the cause")
 
 def before(owner, name):
@@ -291,13 +265,13 @@ def before(owner, name):
 dist.destroy_process_group = destroy
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 if moment == "saving" and rank != "0":
-    before(trainer.distributed, "barrier")
+    before(trainer, "barrier")
 else:
     owner, name = {
         "start": (train, "load_clips"),
         "step": (trainer.Trainer, "step"),
         "validation": (trainer.Trainer, "validate"),
-        "saving": (trainer, "save_checkpoint"),
+        "saving": (trainer.Checkpoint, "save"),
     }[moment]
     before(owner, name)
 utils.run_script(train_ddp.main)
@@ -310,7 +284,7 @@ KINDS = ("UserError", "OSError", "OutOfMemoryError", "SIGINT", "SIGTERM")
 @pytest.mark.parametrize("rank", "01")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_of_one_process_ends_the_job(kind, rank, moment, tmp_path, data_root):
-    """With its cause in one line, and at once."""
+    """The job ends within 30 s, with one line that names the cause."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     options = arguments(tmp_path, data_root, epoch=2, input="[sgram]", split_ratio=0.7)
     start = time.monotonic()
@@ -318,9 +292,8 @@ def test_a_fault_of_one_process_ends_the_job(kind, rank, moment, tmp_path, data_
     print(f"{kind} of process {rank}, {moment}: {time.monotonic() - start:.1f} s")
     assert time.monotonic() - start < 30
     assert result.returncode != 0
-    cause = {"OutOfMemoryError": "out of memory", "SIGINT": "stopped", "SIGTERM": "stopped"}.get(
-        kind, "the cause"
-    )
+    causes = {"OutOfMemoryError": "out of memory", "SIGINT": "stopped", "SIGTERM": "stopped"}
+    cause = causes.get(kind, "the cause")
     assert [cause in line for line in errors(result)] == [True], result.stderr
 
 
@@ -340,24 +313,25 @@ def test_too_few_clips_for_the_processes(tmp_path, data_root):
     assert "error: batch_size: 3 clips a step: 4 processes need one each" in errors(result)[0]
 
 
-# A process that ends itself at the end of an epoch, once.
+# One process ends itself at the end of an epoch, the first time only.
 DYING = """
 import os, pathlib, signal, sys
 import trainer, train_ddp, utils
 
 way, rank, epoch = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-died, run_epoch = pathlib.Path(__file__).with_name("died"), trainer.Run.run_epoch
+died, validate = pathlib.Path(__file__).with_name("died"), trainer.Trainer.validate
 
-def run_and_die(self):
-    result = run_epoch(self)
-    if self.epoch == epoch and os.environ["RANK"] == rank and not died.exists():
+def validate_and_die(self, clips):
+    result = validate(self, clips)
+    is_now = len(self.history) + 1 == epoch
+    if is_now and os.environ["RANK"] == rank and not died.exists():
         died.touch()
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise utils.UserError("this process has had enough")
     return result
 
-trainer.Run.run_epoch = run_and_die
+trainer.Trainer.validate = validate_and_die
 utils.run_script(train_ddp.main)
 """
 
@@ -371,25 +345,22 @@ def dying(tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
-    result = torchrun(
-        2, "kill", rank, 2, *arguments(tmp_path, data_root, epoch=3, input="[sgram]"), script=dying
-    )
+    options = arguments(tmp_path, data_root, epoch=3, input="[sgram]")
+    result = torchrun(2, "kill", rank, 2, *options, script=dying)
     assert result.returncode == 1
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(errors(result)) <= 1
+    ended = "another process of the job has ended"
     stopped = f"process {1 - int(rank)} was stopped, by a user or because another one has died"
-    said = ("another process of the job has ended", stopped)
-    assert all(any(words in line for words in said) for line in errors(result))
-    assert load_checkpoint(tmp_path / "run.last.pth")["epoch"] == (2 if rank == "1" else 1), (
-        "rank 0 writes"
-    )
+    assert all(ended in line or stopped in line for line in errors(result))
+    saved_epoch = Checkpoint.load(tmp_path / "run.last.pth").epoch
+    assert saved_epoch == (2 if rank == "1" else 1), "rank 0 writes"
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dying):
-    result = torchrun(
-        2, "raise", "1", 1, *arguments(tmp_path, data_root, input="[sgram]"), script=dying
-    )
+    options = arguments(tmp_path, data_root, input="[sgram]")
+    result = torchrun(2, "raise", "1", 1, *options, script=dying)
     assert result.returncode == 1
     assert errors(result) == ["error: this process has had enough"]
 
@@ -403,58 +374,54 @@ def test_restarted_processes_resume(epoch, tmp_path, data_root, dying):
     words = ("kill", "1", epoch, *arguments(broken, data_root, **options), "--resume")
     result = torchrun(2, *words, script=dying, options=("--standalone", "--max-restarts=1"))
     assert result.returncode == 0, result.stderr
-    ours, expected = (load_checkpoint(folder / "run.last.pth") for folder in (broken, unbroken))
-    assert all(torch.equal(ours["model"][name], value) for name, value in expected["model"].items())
-    keys = [
-        {key: value for key, value in row.items() if key != "seconds"} for row in ours["history"]
-    ]
-    assert keys == [{key: row[key] for key in keys[0]} for row in expected["history"]]
+    ours, expected = (Checkpoint.load(folder / "run.last.pth") for folder in (broken, unbroken))
+    for name, value in expected.weights.items():
+        assert torch.equal(ours.weights[name], value), name
+    histories = []
+    for checkpoint in (ours, expected):
+        histories.append([result._replace(seconds=0.0) for result in checkpoint.history])
+    assert histories[0] == histories[1]
 
 
 def on_two_machines(
     *words: str, options=(), **torchrun_options
 ) -> list[subprocess.CompletedProcess]:
-    """The multi-node form of torchrun, a process on each node, both nodes here."""
+    """Run the multi-node form of torchrun, with one process on each of two local nodes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    nodes = (
-        "--nnodes=2",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}",
-        "--rdzv-id=test",
-        *options,
-    )
+    rendezvous = f"--rdzv-endpoint=127.0.0.1:{port}"
+    options = ("--nnodes=2", "--rdzv-backend=c10d", rendezvous, "--rdzv-id=test", *options)
+
+    def run_node(_: int) -> subprocess.CompletedProcess:
+        return torchrun(1, *words, options=options, **torchrun_options)
+
     with ThreadPoolExecutor(2) as pool:
-        return list(
-            pool.map(lambda _: torchrun(1, *words, options=nodes, **torchrun_options), range(2))
-        )
+        return list(pool.map(run_node, range(2)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [False, True])
 def test_two_machines_train_as_one(dies, tmp_path, data_root, dying):
-    """Also where a process is killed and all are restarted."""
+    """The result is also the same where a process is killed and all are restarted."""
     options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
-    apart, together = (
-        arguments(tmp_path / "apart", data_root, **options),
-        arguments(tmp_path, data_root, **options),
-    )
+    apart = arguments(tmp_path / "apart", data_root, **options)
+    together = arguments(tmp_path, data_root, **options)
     assert torchrun(2, *together).returncode == 0
     if dies:
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         words = ("kill", "1", 2, *apart, "--resume")
         results = on_two_machines(
-            *words, options=("--max-restarts=3",), script=dying, **environment
+            *words,
+            options=("--max-restarts=3",),
+            script=dying,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
         assert dying.with_name("died").exists()
     else:
         results = on_two_machines(*apart)
     assert [result.returncode for result in results] == [0, 0], results
-    ours, expected = (
-        load_checkpoint(folder / "run.last.pth")["model"]
-        for folder in (tmp_path / "apart", tmp_path)
-    )
+    ours = Checkpoint.load(tmp_path / "apart" / "run.last.pth").weights
+    expected = Checkpoint.load(tmp_path / "run.last.pth").weights
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
@@ -464,7 +431,5 @@ def test_each_head_trains_without_unused_parameters(mode, tmp_path, data_root):
     options = arguments(tmp_path, data_root, input="[sgram]", mode=mode)
     result = torchrun(2, *options)
     assert result.returncode == 0, result.stderr
-    assert all(
-        torch.isfinite(value).all()
-        for value in load_checkpoint(tmp_path / "run.pth")["model"].values()
-    )
+    weights = Checkpoint.load(tmp_path / "run.pth").weights
+    assert all(torch.isfinite(value).all() for value in weights.values())

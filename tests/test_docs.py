@@ -1,6 +1,4 @@
-"""The pages: links that lead somewhere, commands that the scripts understand, pictures that load
-quickly.
-"""
+"""The documentation: its links resolve, its commands are valid, its pictures are small."""
 
 import os
 import re
@@ -22,20 +20,26 @@ from docs import figures
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PICTURES = sorted(ROOT.glob("docs/*.png"))
-VARIABLES = {  # what the loops on the pages set
-    "PATH": os.environ["PATH"], "seed": "1", "classes": "section", "start": "nothing", "from": "",
-    "slider": "{slider: [0]}", "valve": "{valve: [0]}", "real": "--config docs/real_recordings.yaml --data_root FOLDER",
-}  # fmt: skip
+VARIABLES = {  # shell variables that loops on the pages set
+    "PATH": os.environ["PATH"],
+    "seed": "1",
+    "classes": "section",
+    "start": "nothing",
+    "from": "",
+    "slider": "{slider: [0]}",
+    "valve": "{valve: [0]}",
+    "real": "--config docs/real_recordings.yaml --data_root FOLDER",
+}
 LINK = r"""(?:\]\(|src="|srcset=")([^)"]+)"""
 
 
 def links(page: Path) -> list[str]:
-    """Those within the project."""
+    """Return the links of a page that lead within the project."""
     return [link for link in re.findall(LINK, page.read_text()) if not link.startswith("https://")]
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that a code host gives to the headings."""
+    """Return the anchors that a code host gives to the headings of a page."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -54,37 +58,33 @@ def test_readme_leads_to_every_page_and_picture():
     reached, pages = set(), [ROOT / "README.md"]
     while pages:
         page = pages.pop()
-        linked = {
-            (page.parent / link.partition("#")[0]).resolve() for link in links(page)
-        } - reached
+        targets = [page.parent / link.partition("#")[0] for link in links(page)]
+        linked = {target.resolve() for target in targets} - reached
         reached |= linked
         pages += [path for path in linked if path.suffix == ".md"]
     assert reached >= {*PAGES, *PICTURES} - {ROOT / "README.md"}
     assert sum(picture.stat().st_size for picture in PICTURES) < 1e6
 
 
+IN_BLOCK = r"(?:^|&& ) *((?:python|torchrun|make) .*?)(?=$| &&)"
+IN_PROSE = r"(?<!`)`((?:python|torchrun|make) [^`]+)`"
+
+
 def commands() -> list[list[str]]:
-    """The words of each command on the pages that calls a script or make, as the shell splits them."""
-    found = []
+    """Return the words of each command on the pages that calls a script or make.
+
+    A shell splits the commands into words.
+    """
+    lines = []
     for page in PAGES:
-        prose, *blocks = re.split(r"```sh\n(.*?)```", page.read_text(), flags=re.S)
-        for number, text in enumerate([prose, *blocks]):
-            if number % 2:
-                found += re.findall(
-                    r"(?:^|&& ) *((?:python|torchrun|make) .*?)(?=$| &&)",
-                    text.replace("\\\n", ""),
-                    flags=re.M,
-                )
-            else:
-                found += re.findall(
-                    r"(?<!`)`((?:python|torchrun|make) [^`]+)`", text.replace("\n", " ")
-                )
-    assert not any(re.search(r"[;|<>]|\.\.\.|\$\(", command.split("#")[0]) for command in found), (
-        "for a shell to run"
-    )
-    script = "\n".join(
-        f"printf '%s\\n' {command}\nprintf '\\036'" for command in dict.fromkeys(found)
-    )
+        parts = re.split(r"```sh\n(.*?)```", page.read_text(), flags=re.S)
+        for prose in parts[::2]:
+            lines += re.findall(IN_PROSE, prose.replace("\n", " "))
+        for block in parts[1::2]:
+            lines += re.findall(IN_BLOCK, block.replace("\\\n", ""), flags=re.M)
+    for line in lines:
+        assert not re.search(r"[;|<>]|\.\.\.|\$\(", line.split("#")[0]), f"unsafe to expand: {line}"
+    script = "\n".join(f"printf '%s\\n' {line}\nprintf '\\036'" for line in dict.fromkeys(lines))
     split = subprocess.run(
         ["bash", "-c", script], env=VARIABLES, capture_output=True, text=True, check=True
     )
@@ -103,15 +103,14 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     """The options exist, and those of the main scripts have values that are possible."""
     if words[0] == "make":
         text = (ROOT / "Makefile").read_text()
-        assert all(
-            re.search(rf"^{word}:|\({word.split('=')[0]}\)", text, flags=re.M) for word in words[1:]
-        )
+        for word in words[1:]:
+            variable = word.split("=")[0]
+            assert re.search(rf"^{word}:|\({variable}\)", text, flags=re.M), word
         return
     number = next(number for number, word in enumerate(words) if word.endswith(".py"))
     script, options = words[number], words[number + 1 :]
-    (press,) = re.findall(
-        r"```yaml\n(.*?)```", (ROOT / "docs/own_machines.md").read_text(), flags=re.S
-    )
+    own_machines = (ROOT / "docs/own_machines.md").read_text()
+    (press,) = re.findall(r"```yaml\n(.*?)```", own_machines, flags=re.S)
     (tmp_path / "press.yaml").write_text(press)
     (tmp_path / "my.yaml").write_text("epoch: 7")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -146,15 +145,13 @@ def test_figures_are_drawn_for_light_and_dark_pages(
 ):
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     monkeypatch.setattr(figures, "MACHINE", ("fan", "02"))
-    status, _, errors = call(
-        figures.main, name, lively / "run.pth", "--data_root", data_root, "--device", "cpu"
-    )
+    words = (name, lively / "run.pth", "--data_root", data_root, "--device", "cpu")
+    status, _, errors = call(figures.main, *words)
     assert status == 0, errors
-    light, dark = (
-        matplotlib.image.imread(tmp_path / f"{name}{suffix}.png") for suffix in ("", "_dark")
-    )
+    light = matplotlib.image.imread(tmp_path / f"{name}.png")
+    dark = matplotlib.image.imread(tmp_path / f"{name}_dark.png")
     assert light.shape == dark.shape
     assert light[0, 0, :3].tolist() == [1, 1, 1]
     assert dark[0, 0, :3].max() < 0.1
     assert light[..., :3].max(axis=2).min() < 0.1, "black letters"
-    assert dark[..., :3].min(axis=2).max() > 0.8, "light ones"
+    assert dark[..., :3].min(axis=2).max() > 0.8, "light letters"

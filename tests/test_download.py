@@ -1,6 +1,4 @@
-"""datasets/download.py against a web server on this machine that serves small zips and can
-misbehave.
-"""
+"""datasets/download.py with a local web server that serves small zips and can misbehave."""
 
 import contextlib
 import hashlib
@@ -36,7 +34,7 @@ FORK = multiprocessing.get_context("fork")
 CLIP_BYTES = 3000
 LABELS = "eval_data_list.csv"
 
-# The clips of each zip by their names in it; "{}" stands for the machine type.
+# Names of the clips in each zip; "{}" stands for the machine type.
 CLIPS = {
     "dev_data_{}.zip": [
         *(
@@ -61,8 +59,9 @@ TYPES = ("fan", "ToyCar")
 class Site:
     """A web server with the files of a small data set.
 
-    `faults` are used up one per request of a file (GET), then `fault` holds for all. A fault is a
-    function that answers in place of the server. `requests` lists "<method> <file> <range>".
+    A fault is a function that answers a request of a file (GET) in place of the server. Each of
+    `faults` answers one request, then `fault` answers the others. `requests` lists "<method> <file>
+    <range>".
     """
 
     def __init__(self) -> None:
@@ -110,9 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def answer(handler: Handler, body: bytes, length: int | None = None) -> None:
-    """Answer as a good server does; with `length`, the connection ends after that many bytes of the
-    rest.
-    """
+    """Answer as a good server does. With `length`, close the connection after so many bytes."""
     first = int(handler.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
     if first and first >= len(body):
         handler.start(416, 0, Content_Range=f"bytes */{len(body)}")
@@ -138,7 +135,7 @@ def send_wrong_bytes(handler: Handler, body: bytes) -> None:
 
 
 def cut_without_length(handler: Handler, body: bytes) -> None:
-    """As servers of HTTP/1.0: the end of the connection is the end of the file."""
+    """Break off as a server of HTTP/1.0 would: without a length, the file seems to end here."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(body[: len(body) // 2])
@@ -171,13 +168,13 @@ def place_of(clip: str, part: str) -> str:
 
 
 def tree(output: Path) -> dict[str, bytes]:
-    """Everything below the output but the state of the download, by path."""
+    """Return the content of each file below the output, by path, without the folder .download."""
     files = (path for path in output.rglob("*") if path.is_file() and ".download" not in path.parts)
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
 
 
 class World:
-    """A site, a table that describes it, an output folder, and what should be in there."""
+    """A site, a table that describes it, an output folder, and the files expected in it."""
 
     def __init__(self, folder: Path, site: Site) -> None:
         self.site, self.table_path, self.output = site, folder / "table.yaml", folder / "data"
@@ -207,9 +204,7 @@ class World:
         self.write_table()
 
     def write_table(self) -> None:
-        """Bring the sizes and md5 in the table in line with the site. Evaluation sizes stay
-        unknown.
-        """
+        """Write the size and md5 of each zip to the table. Evaluation sizes stay unknown."""
         for part, file in PARTS.items():
             for machine_type, row in self.table["parts"][part]["zips"].items():
                 content = self.site.files[file.format(machine_type)]
@@ -218,34 +213,32 @@ class World:
         self.table_path.write_text(yaml.safe_dump(self.table, sort_keys=False))
 
     def publish(self, content: bytes) -> None:
-        """Put another edition of the first zip on the site and into the table."""
+        """Replace the first zip on the site, and its entry in the table."""
         self.site.files["dev_data_fan.zip"] = content
         self.write_table()
 
     def leave(self, path: str, content: bytes) -> Path:
-        """Lay a file into the state of the download, as an earlier run may have left it."""
+        """Write a file to the folder .download, as an earlier run may have left it."""
         file = self.output / ".download" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         return file
 
     def run(self, *arguments: str) -> list[str]:
-        """Run in this process; the requests it makes."""
+        """Run in this process; return the requests that it makes."""
         count = len(self.site.requests)
         download.main(["--output", str(self.output), *arguments])
         return self.site.requests[count:]
 
     def fail(self, match: str, *arguments: str) -> str:
-        """Run in this process; the error it ends with, which matches and is one line."""
+        """Run in this process; return the error that it ends with, one line that matches."""
         with pytest.raises(UserError, match=match) as error:
             self.run(*arguments)
         assert "\n" not in str(error.value)
         return str(error.value)
 
     def run_apart(self, prepare=lambda: None) -> int:
-        """Run as a script in a process of its own; the exit status, or minus the signal that ended
-        it.
-        """
+        """Run as a script in a new process; return its status, negative after a signal."""
         process = FORK.Process(target=lambda: (prepare(), run_script(self.run)))
         self.site.victim = process
         process.start()
@@ -260,9 +253,7 @@ class World:
         }
 
     def run_to_completion(self) -> None:
-        """A run, after all that went wrong before, ends with everything there and nothing left
-        over.
-        """
+        """Run without faults: every file must exist in the end, and no temporary file."""
         self.site.fault = answer
         self.run()
         self.assert_complete()
@@ -320,7 +311,8 @@ def test_dry_run_writes_nothing(world, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"dev_data_fan.zip: 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/{{train,test}}",
-        f"eval_data_test_fan.zip: at most 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/evaluation",
+        "eval_data_test_fan.zip: at most 0.00 GB, unpacked 0.00 GB"
+        f" -> {world.output}/fan/evaluation",
         f"missing in {world.output}: 2 zips, 0.00 GB, unpacked 0.00 GB",
         f"and {LABELS} -> {world.output}",
     ]
@@ -444,7 +436,7 @@ def test_connection_cut_at_the_same_place_for_ever_is_given_up(world):
 
     world.site.fault = cut_from_start
     world.fail(
-        r"dev_data_fan\.zip.*: the connection is lost at byte 1000 again and again; start again later"
+        r"dev_data_fan\.zip.*: the connection is always lost at byte 1000; start again later"
     )
     assert len(world.site.requests) == 1 + download.TRIES
     world.run_to_completion()
@@ -471,7 +463,7 @@ def test_lasting_trouble_ends_with_one_line_and_status_2(world, capfd):
     assert world.run_apart() == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith("error: 503 Server Error: Service Unavailable for url: http://127.0.0.1")
-    assert last.endswith("check --url, or start again later to go on")
+    assert last.endswith("check --url, or start again later to continue")
     assert len(world.site.requests) == download.TRIES
     world.fail("Connection refused", "--url", "http://127.0.0.1:9/{file}")
     world.run_to_completion()
@@ -494,9 +486,14 @@ def test_wrong_bytes_twice_are_an_error(world):
 
 
 def test_what_is_no_clip_is_passed_over(world, tmp_path):
-    """Notes, the files that macOS adds, clips of other machines; nothing lands outside the output."""
-    others = ("fan/README.md", "__MACOSX/fan/train/._normal_id_00_00000000.wav", "../outside.wav",
-              "pump/train/normal_id_00_00000009.wav", "fan/train/anomaly_id_00_00000009.wav")  # fmt: skip
+    """Notes, files that macOS adds, clips of other machines, and paths outside the output."""
+    others = (
+        "fan/README.md",
+        "__MACOSX/fan/train/._normal_id_00_00000000.wav",
+        "../outside.wav",
+        "pump/train/normal_id_00_00000009.wav",
+        "fan/train/anomaly_id_00_00000009.wav",
+    )
     world.publish(extend_zip(world.site.files["dev_data_fan.zip"], dict.fromkeys(others, b"...")))
     world.run_to_completion()
     assert {path.name for path in tmp_path.iterdir()} == {"table.yaml", "data"}
@@ -504,7 +501,7 @@ def test_what_is_no_clip_is_passed_over(world, tmp_path):
 
 @pytest.fixture
 def set_free_space(monkeypatch):
-    """A function that sets how many bytes the disk seems to have free."""
+    """Return a function that sets how many bytes the disk seems to have free."""
     return lambda free: monkeypatch.setattr(download.shutil, "disk_usage", lambda _: Usage(free))
 
 
@@ -520,14 +517,14 @@ def test_too_little_space_is_said_before_anything_is_fetched(world, set_free_spa
 
 @pytest.mark.slow
 def test_full_disk_in_the_middle(world, monkeypatch):
-    """A small real file system: the space check is made to see too much, and the disk fills up."""
+    """On a small real file system, the check is shown more space than there is."""
     world.output.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", world.output]).returncode:
         pytest.skip("mounting a file system is not allowed here")
     try:
         with monkeypatch.context() as patch:
             patch.setattr(download.shutil, "disk_usage", lambda _: Usage(1e9))
-            world.fail("data: No space left on device; mend that and start again")
+            world.fail("data: No space left on device; fix this and start again")
         world.fail(r"needed, .* free")
         subprocess.run(["mount", "-o", "remount,size=1m", world.output], check=True)
         world.run()
@@ -537,8 +534,8 @@ def test_full_disk_in_the_middle(world, monkeypatch):
 
 
 def die_at(moment: int, output: Path):
-    """Make the process kill itself at the so many-th time that it opens, renames, makes or deletes
-    a file.
+    """Make the process kill itself when it opens, renames, makes or deletes a file for the n-th
+    time, n being `moment`.
     """
     moments = iter(range(1, moment))
 
@@ -601,7 +598,7 @@ def test_kill_9_while_bytes_arrive(world, length):
         (["--types", "fans"], "argument --types: invalid choice: 'fans'"),
         (["--parts", "train"], "argument --parts: invalid choice: 'train'"),
         (["--type", "fan"], "unrecognized arguments: --type fan"),
-        (["--url", "http://127.0.0.1/x.zip"], "the place of the file name is missing"),
+        (["--url", "http://127.0.0.1/x.zip"], r"x\.zip: {file} is missing, as in http"),
     ],
 )
 def test_wrong_options_are_one_line(world, arguments, message):

@@ -1,6 +1,4 @@
-"""export.py and examples/score_onnx.py: the numbers of the file are those of eval.py, and what can
-go wrong.
-"""
+"""export.py and examples/score_onnx.py: the file gives the scores of eval.py; errors."""
 
 import contextlib
 import io
@@ -16,73 +14,67 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import make_lively, tone, write_clip
+from conftest import clips_in_memory, make_lively, tone, write_clip
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import export as export_script
 import score as score_script
-from checkpoint import TrainedModel, build_network, load_model
-from config import load_config
-from corpus import first_classes, machines_of_classes
+from checkpoint import Checkpoint, Model, build_network, load_model
+from classes import Classes, MachineClass
+from config import Config, load_config
 from dataloader import ClipSet
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
-from evaluation.onnx_file import CPU, compare, largest_difference, make_model, synthetic_clips
-from evaluation.scoring import run_model, scores_against
+from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
+from evaluation.scores import Embeddings
+from inference import run_model
 from model import CHANNELS, EMBEDDING_SIZE
 from utils import UserError
 
 ROOT = Path(export_script.__file__).parent
 SCORER = ROOT / "examples" / "score_onnx.py"
-# Each choice of channels, each head with one, two and three of them
-CHOICES = [
-    {"input": list(choice), "mode": mode}
-    for size in (1, 2, 3)
-    for choice, mode in zip(
-        combinations(CHANNELS, size), ("arcface", "cross_entropy", "noisy_arcmix"), strict=False
+# Every choice of channels; each head with one, two and three channels
+MODES_OF_CHOICES = ("arcface", "cross_entropy", "noisy_arcmix")
+CHOICES = [{"mode": "cross_entropy"}]
+for size in (1, 2, 3):
+    for choice, mode in zip(combinations(CHANNELS, size), MODES_OF_CHOICES, strict=False):
+        CHOICES.append({"input": list(choice), "mode": mode})
+PUBLISHED = Classes.from_machines(load_config().machines)
+BY_ATTRIBUTES = Classes(
+    (
+        MachineClass("fan", "00", "slow"), MachineClass("fan", "00", "fast"),
+        MachineClass("fan", "02"), MachineClass("press", "line-3", "a"),
+        MachineClass("press", "line-3", "b"), MachineClass("press", "line-3", "c"),
     )
-] + [{"mode": "cross_entropy"}]
-BY_ATTRIBUTES = {
-    "machines": {"fan": [0, 2], "press": ["line-3"]},
-    "classes": {"fan": {"00": ["slow", "fast"], "02": [""]}, "press": {"line-3": ["a", "b", "c"]}},
-}
+)  # fmt: skip
+TWO_FANS = Classes.from_machines({"fan": ["00", "02"]})
+ONE_FAN = Classes.from_machines({"fan": ["00"]})
 
 
-def reference_model(**keys) -> TrainedModel:
-    """With the weights of the reference values, as far as they fit, and a bank that lacks one
-    class.
-    """
-    config = load_config(**keys)
-    network, weights = build_network(config), reference.parameters()
-    weights["mobilefacenet.conv1.conv.weight"] = weights["mobilefacenet.conv1.conv.weight"][
-        :, : len(config.input)
-    ]
-    for name, own in network.state_dict().items():
-        if own.ndim and len(own) <= len(weights[name]):  # the centres of fewer classes
-            own.copy_(weights[name][: len(own)])
-    labels = np.delete(
-        np.arange(len(machines_of_classes(config))).repeat(3), -1
-    )  # three clips of each but the last
-    kept = torch.from_numpy(labels[labels != 1])
-    bank = {"embedding": torch.randn(len(kept), EMBEDDING_SIZE).half(), "label": kept}
-    return TrainedModel(Path("run.pth"), network.eval(), config, {"embeddings": {"bank": bank}})
+def reference_model(config: Config, classes: Classes = PUBLISHED) -> Model:
+    """Return a model with the reference weights, where they fit, and a bank that lacks class 1."""
+    network, weights = build_network(config, classes), reference.parameters()
+    first = "mobilefacenet.conv1.conv.weight"
+    weights[first] = weights[first][:, : len(config.input)]
+    for name, value in network.state_dict().items():
+        if value.ndim and len(value) <= len(weights[name]):  # the centres of fewer classes
+            value.copy_(weights[name][: len(value)])
+    # Three clips of each class, two of the last one
+    labels = np.arange(len(classes)).repeat(3)[:-1]
+    labels = torch.from_numpy(labels[labels != 1])
+    bank = Embeddings.from_outputs(torch.randn(len(labels), EMBEDDING_SIZE), labels)
+    checkpoint = Checkpoint(Path("run.pth"), network.state_dict(), bank=bank)
+    return Model(network.eval(), config, classes, checkpoint)
 
 
-def reference_clips() -> ClipSet:
-    clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * reference.BATCH}), 1)
-    clips.samples = reference.samples()
-    return clips
-
-
-def expected_scores(trained: TrainedModel, clips: ClipSet) -> np.ndarray:
-    """As eval.py computes them for single recordings."""
-    return scores_against(
-        trained, run_model(trained, clips, CPU), first_classes(trained.config).values()
-    )
+def expected_scores(model: Model, clips: ClipSet, config: Config) -> np.ndarray:
+    """Return the scores that eval.py computes, against each machine."""
+    outputs = run_model(model, clips, config, CPU)
+    scorer = model.scorer(config.scoring, config.neighbours)
+    return scorer.against_machines(outputs, model.classes.machines).numpy()
 
 
 def ranks(scores: np.ndarray) -> list:
@@ -94,25 +86,26 @@ def is_close(scores: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def run(file: Path | bytes, samples: np.ndarray) -> list[np.ndarray]:
-    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(
-        None, {"samples": samples}
-    )
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session.run(None, {"samples": samples})
 
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory) -> Path:
-    """Folder of a checkpoint, `run.pth`, under which clips differ, of its file, `run.onnx`, and of
-    what was printed, `output`.
+    """A folder with a checkpoint that tells clips apart, `run.pth`, and its export, `run.onnx`.
+
+    The file `output` holds what export.py printed.
     """
     folder = tmp_path_factory.mktemp("exported")
     (folder / "run.pth").write_bytes((trained / "run.pth").read_bytes())
     make_lively(folder)
-    traced = onnx_file.trace(ScoringGraph(load_model(folder / "run.pth", load_config(), {})))
+    config = load_config(device="cpu")
+    traced = onnx_file.export(ScoringGraph(load_model(folder / "run.pth", config), config))
     onnx.save(traced, folder / "traced.onnx")
     options = Namespace(checkpoint=folder / "run.pth", output=None)
     with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_file, "trace", lambda graph: traced)
-        export_script.export(load_config(device="cpu"), options, {})
+        patch.setattr(onnx_file, "export", lambda graph: traced)
+        export_script.export(config, options)
     (folder / "output").write_text(output.getvalue())
     return folder
 
@@ -124,62 +117,65 @@ def exported_copy(exported, tmp_path) -> Path:
 
 @pytest.fixture
 def without_tracing(exported, monkeypatch):
-    """Take the graph that is there, which is quicker than to trace one."""
-    monkeypatch.setattr(onnx_file, "trace", lambda graph: onnx.load(exported / "traced.onnx"))
+    """Replace tracing, which is slow, by the graph of `exported`."""
+    monkeypatch.setattr(onnx_file, "export", lambda graph: onnx.load(exported / "traced.onnx"))
 
 
 # ---- The graph, in PyTorch ----
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "classes"),
     [
-        {},
-        {"mode": "cross_entropy", "input": "sgram"},
-        {"scoring": "angle", "sub_centers": 3},
-        {"scoring": "angle", "mode": "cross_entropy"},
-        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "nearest")),
-        {"scoring": "nearest", "neighbours": 1, "machines": {"fan": [0, 2]}},
+        ({}, PUBLISHED),
+        ({"mode": "cross_entropy", "input": "sgram"}, PUBLISHED),
+        ({"scoring": "angle", "sub_centers": 3}, PUBLISHED),
+        ({"scoring": "angle", "mode": "cross_entropy"}, PUBLISHED),
+        ({"scoring": "published"}, BY_ATTRIBUTES),
+        ({"scoring": "nearest"}, BY_ATTRIBUTES),
+        ({"scoring": "nearest", "neighbours": 1}, TWO_FANS),
     ],
     ids=str,
 )
-def test_the_graph_gives_the_scores_of_eval(keys):
-    trained, clips = reference_model(**keys), reference_clips()
-    expected = expected_scores(trained, clips)
-    graph = ScoringGraph(trained).eval()
+def test_the_graph_gives_the_scores_of_eval(keys, classes):
+    config = load_config(**keys)
+    model = reference_model(config, classes)
+    clips = clips_in_memory(reference.samples(), reference.labels())
+    expected = expected_scores(model, clips, config)
+    graph = ScoringGraph(model, config).eval()
     with torch.no_grad():
         scores, embedding = graph(reference.waveforms())
-    assert scores.shape == (reference.BATCH, len(first_classes(trained.config)))
+    assert scores.shape == (reference.BATCH, len(classes.machines))
     assert embedding.shape == (reference.BATCH, EMBEDDING_SIZE)
     has_bank = np.isfinite(expected)
-    assert has_bank.all() or keys.get("scoring") == "nearest"
+    assert has_bank.all() or config.scoring == "nearest"
     assert (scores.numpy()[~has_bank] == np.inf).all()
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_graph_gives_the_published_score():
-    trained = reference_model()
+    config = load_config()
+    graph = ScoringGraph(reference_model(config), config).eval()
     with torch.no_grad():
-        scores, embedding = ScoringGraph(trained).eval()(reference.waveforms())
-    own = scores[torch.arange(reference.BATCH), reference.labels()]
-    assert reference.distance(own, reference.VALUES["eval_score"]) < 1e-4
+        scores, embedding = graph(reference.waveforms())
+    scores = scores[torch.arange(reference.BATCH), reference.labels()]
+    assert reference.distance(scores, reference.VALUES["eval_score"]) < 1e-4
     assert reference.distance(embedding, reference.VALUES["eval_embedding"]) < 1e-4
 
 
 def test_the_graph_has_no_batch_norm_and_no_prelu():
-    trained = reference_model()
-    assert not any(
-        isinstance(part, _BatchNorm | torch.nn.PReLU) for part in ScoringGraph(trained).modules()
-    )
-    assert any(isinstance(part, torch.nn.PReLU) for part in trained.network.modules()), (
-        "the model itself is unchanged"
-    )
+    config = load_config()
+    model = reference_model(config)
+    for part in ScoringGraph(model, config).modules():
+        assert not isinstance(part, _BatchNorm | torch.nn.PReLU)
+    has_prelu = any(isinstance(part, torch.nn.PReLU) for part in model.network.modules())
+    assert has_prelu, "the model itself is unchanged"
 
 
 def test_a_prelu_of_sum_and_products():
-    theirs, x = torch.nn.PReLU(5), torch.randn(2, 5, 3, 4)
-    theirs.weight.data = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0])
-    torch.testing.assert_close(SumOfProductsPReLU(theirs.weight)(x), theirs(x))
+    prelu, x = torch.nn.PReLU(5), torch.randn(2, 5, 3, 4)
+    prelu.weight.data = torch.tensor([-0.5, 0.0, 0.25, 1.0, 2.0])
+    torch.testing.assert_close(SumOfProductsPReLU(prelu.weight)(x), prelu(x))
 
 
 # ---- The file ----
@@ -188,38 +184,38 @@ def test_a_prelu_of_sum_and_products():
 def test_what_the_file_holds(exported):
     model = onnx.load(exported / "run.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert ([(part.domain, part.version) for part in model.opset_import], model.ir_version) == (
-        [("", 18)],
-        10,
-    )
-    assert not [
-        node for node in model.graph.node if node.op_type in ("BatchNormalization", "PRelu")
-    ]
-    assert [node.op_type for node in model.graph.node].count("STFT") == 1
+    assert [(part.domain, part.version) for part in model.opset_import] == [("", 18)]
+    assert model.ir_version == 10
+    operations = [node.op_type for node in model.graph.node]
+    assert not {"BatchNormalization", "PRelu"} & set(operations)
+    assert operations.count("STFT") == 1
     assert str(ROOT).encode() not in (exported / "run.onnx").read_bytes()
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(about["machines"]) == [["fan", "00"], ["fan", "02"], ["valve", "01"]]
     assert len(json.loads(about["thresholds"])) == 3
     fixed = {
-        "sample_rate": "16000", "window": "10", "hop": "5.0", "over_windows": "mean", "channel": "0",
-        "mode": "noisy_arcmix", "input": '["tgram", "sgram", "tagram"]', "scoring": "published",
+        "sample_rate": "16000", "window": "10", "hop": "5.0", "over_windows": "mean",
+        "channel": "0", "mode": "noisy_arcmix", "input": '["tgram", "sgram", "tagram"]',
+        "scoring": "published",
     }  # fmt: skip
     assert {key: about[key] for key in fixed} == fixed
     assert about.keys() - fixed.keys() == {"machines", "thresholds", "version", "weights_sha256"}
     assert len(about["weights_sha256"]) == 64
     size = (exported / "run.onnx").stat().st_size / 1e6
-    said = f"{exported / 'run.onnx'}: {size:.1f} MB, 3 machine IDs, published scores, which differ from those of eval"
-    assert (exported / "output").read_text().startswith(said)
+    summary = (
+        f"{exported / 'run.onnx'}: {size:.1f} MB, 3 machine IDs, published scores, "
+        "which differ from those of eval"
+    )
+    assert (exported / "output").read_text().startswith(summary)
 
 
 def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
-    model = load_model(exported / "run.pth", load_config(), {})
+    config = load_config()
+    model = load_model(exported / "run.pth", config)
     clips = synthetic_clips()
-    expected, samples = (
-        expected_scores(model, clips),
-        clips.samples.numpy().astype(np.float32) / 32768,
-    )
-    expected_embedding = run_model(model, clips, CPU).embedding.numpy()
+    expected = expected_scores(model, clips, config)
+    samples = clips.samples.numpy().astype(np.float32) / 32768
+    expected_embedding = run_model(model, clips, config, CPU).embedding.numpy()
     for count in (1, 7, 8):
         scores, embedding = run(exported / "run.onnx", samples[:count])
         assert scores.dtype == embedding.dtype == np.float32
@@ -231,24 +227,26 @@ def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "classes"),
     [
-        *CHOICES,
-        {"scoring": "published", "sub_centers": 3},
-        {"scoring": "angle", "mode": "cross_entropy"},
-        {"scoring": "angle", "sub_centers": 3},
-        *({"scoring": kind, **BY_ATTRIBUTES} for kind in ("published", "angle")),
-        {"scoring": "nearest", "machines": {"fan": [0]}},
+        *((keys, PUBLISHED) for keys in CHOICES),
+        ({"scoring": "published", "sub_centers": 3}, PUBLISHED),
+        ({"scoring": "angle", "mode": "cross_entropy"}, PUBLISHED),
+        ({"scoring": "angle", "sub_centers": 3}, PUBLISHED),
+        ({"scoring": "published"}, BY_ATTRIBUTES),
+        ({"scoring": "angle"}, BY_ATTRIBUTES),
+        ({"scoring": "nearest"}, ONE_FAN),
     ],
     ids=str,
 )
-def test_every_kind_of_model_passes_the_comparison(keys):
-    trained = reference_model(**keys)
-    content = make_model(trained).SerializeToString()
-    assert compare(content, trained) < 1e-2
-    clips = reference_clips()
+def test_every_kind_of_model_passes_the_comparison(keys, classes):
+    config = load_config(**keys)
+    model = reference_model(config, classes)
+    content = make_file(model, config).SerializeToString()
+    assert compare(content, model, config) < 1e-2
+    clips = clips_in_memory(reference.samples(), reference.labels())
     scores, _ = run(content, clips.samples.numpy().astype(np.float32) / 32768)
-    expected = expected_scores(trained, clips)
+    expected = expected_scores(model, clips, config)
     assert is_close(scores, expected)
     assert ranks(scores) == ranks(expected)
 
@@ -257,10 +255,11 @@ def test_every_kind_of_model_passes_the_comparison(keys):
 
 
 def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
-    """What the example prints where only the packages it names can be imported."""
+    """Run the example where only the packages that it names can be imported."""
+    packages = "torch torchaudio librosa pandas scipy sklearn yaml onnx onnxscript"
     code = (
         "import sys, runpy\n"
-        "for name in ('torch', 'torchaudio', 'librosa', 'pandas', 'scipy', 'sklearn', 'yaml', 'onnx', 'onnxscript'):\n"
+        f"for name in {packages.split()}:\n"
         "    sys.modules[name] = None\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -270,7 +269,7 @@ def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def rounded(line: str) -> str:
-    """The line, with four digits of each number."""
+    """Round each number of a line to four digits."""
     return re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.4g}", line)
 
 
@@ -286,9 +285,8 @@ def rounded(line: str) -> str:
 def test_the_example_prints_the_line_of_score(
     seconds, channels, subtype, words, exported, tmp_path, call
 ):
-    file = write_clip(
-        tmp_path / "new.wav", np.stack([tone(7, seconds)] * channels, axis=1), subtype=subtype
-    )
+    samples = np.stack([tone(7, seconds)] * channels, axis=1)
+    file = write_clip(tmp_path / "new.wav", samples, subtype=subtype)
     options = dict(zip(("--machine_type", "--machine_id"), words, strict=False))
     options_of_score = [word for option in options.items() for word in option]
     _, expected, _ = call(score_script.main, exported / "run.pth", file, *options_of_score)
@@ -302,27 +300,21 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
     model = onnx.load(exported / "run.onnx")
     about = {entry.key: entry.value for entry in model.metadata_props}
     thresholds = json.dumps([None, 1e9, -1e9])
-    onnx.helper.set_model_props(
-        model, about | {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"}
-    )
+    about |= {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"}
+    onnx.helper.set_model_props(model, about)
     onnx.save(model, tmp_path / "run.onnx")
     file = write_clip(tmp_path / "new.wav", tone(1, 20.0))
-    lines = [
-        print_score(tmp_path / "run.onnx", str(file), *machine).stdout.rstrip("\n").split("\t")
-        for machine in (("fan", "0"), ("fan", "02"), ("valve", "1"))
-    ]
-    assert [line[3:5] for line in lines] == [
-        ["-", "-"],
-        ["1e+09", "normal"],
-        ["-1e+09", "anomalous"],
-    ]
-    endings = [re.fullmatch(r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", line[5]) for line in lines]
-    assert [ending[2] for ending in endings] == [line[2] for line in lines], "the highest counts"
-    assert [ending[3] for ending in endings] == [
-        "",
-        ", 0 of 5 windows anomalous",
-        ", 5 of 5 windows anomalous",
-    ]
+    for machine, threshold, decision, count in (
+        (("fan", "0"), "-", "-", ""),
+        (("fan", "02"), "1e+09", "normal", ", 0 of 5 windows anomalous"),
+        (("valve", "1"), "-1e+09", "anomalous", ", 5 of 5 windows anomalous"),
+    ):
+        line = print_score(tmp_path / "run.onnx", str(file), *machine).stdout
+        cells = line.rstrip("\n").split("\t")
+        assert cells[3:5] == [threshold, decision]
+        worst = re.fullmatch(r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", cells[5])
+        assert worst[2] == cells[2], "the highest score counts"
+        assert worst[3] == count
 
 
 @pytest.mark.parametrize(
@@ -351,11 +343,11 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
 
 
 def refuses(model: Path, file: Path, *words: str, match: str) -> None:
-    """In one line that names both files."""
+    """Check that the example ends with one line that names both files."""
     process = print_score(model, str(file), *words)
-    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1), (
-        process.stderr
-    )
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.count("\n") == 1, process.stderr
     assert re.fullmatch(f"error: {model} {file} .*: .*({match}).*\n", process.stderr)
 
 
@@ -389,7 +381,7 @@ def test_the_bound_is_the_larger_of_a_share_and_a_number(score, match):
 
 
 def test_a_difference_above_the_bound_leaves_no_file(without_tracing, trained_copy, fails):
-    before = sorted(trained_copy.iterdir())  # a checkpoint of other weights than those in the file
+    before = sorted(trained_copy.iterdir())  # its checkpoint has other weights than the graph
     match = "no file is written: a score is .* with it, and .* with eval.py"
     fails(export_script.main, trained_copy / "run.pth", "--device", "cpu", match=match)
     assert sorted(trained_copy.iterdir()) == before
@@ -449,5 +441,8 @@ def test_a_missing_package(package, trained_copy, fails, monkeypatch):
 
 @pytest.mark.slow
 def test_training_and_evaluation_do_without_the_packages():
-    code = "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); import train_ddp, train, eval"
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); "
+        "import train_ddp, train, eval"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,6 +1,4 @@
-"""benchmarks/gpu.py without a GPU: what its page holds when it or a measurement is stopped, and
-what it says.
-"""
+"""benchmarks/gpu.py without a GPU: its page after an interruption, and its summary."""
 
 import json
 import math
@@ -37,7 +35,7 @@ def wait_until(condition, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-# A measurement that reports twice, and goes on for ever with a process of its own.
+# A measurement that reports twice and starts a process that does not end by itself.
 STUB = """
 import subprocess, sys, time
 print('dots...', end='')
@@ -68,9 +66,8 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(
     gpu.run_measurement("stub", 5, page, [])
     one, *others = rows = page_of(tmp_path)
     assert (one["measurement"], one["name"], one["ms"]) == ("stub", "one", 3.14159)
-    assert [row["notice"] for row in others if "notice" in row] == [
-        "compile: it fails on a machine"
-    ]
+    notices = [row["notice"] for row in others if "notice" in row]
+    assert notices == ["compile: it fails on a machine"]
     assert [row["problem"] for row in rows if "problem" in row] == ([problem] if problem else [])
     child = next(row["pid"] for row in rows if row["name"] == "child")
     wait_until(lambda: not is_running(child), 10)
@@ -84,18 +81,9 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/gpu.py",
-        "--device",
-        "cpu",
-        "--only",
-        "machine",
-        "recipe",
-    ]
-    process = subprocess.Popen(
-        [*command, "--output", tmp_path], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    options = ("--device", "cpu", "--only", "machine", "recipe", "--output", tmp_path)
+    command = [sys.executable, "benchmarks/gpu.py", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: "recipe ..." in process.stderr.readline())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
@@ -103,23 +91,14 @@ def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     process.send_signal(number)
     assert process.wait(20) == (-9 if number == signal.SIGKILL else 143)
     wait_until(lambda: not is_running(int(children[0])), 20)
-    assert [(row["measurement"], row["name"]) for row in page_of(tmp_path)] == [
-        ("machine", "versions")
-    ]
+    (row,) = page_of(tmp_path)
+    assert (row["measurement"], row["name"]) == ("machine", "versions")
 
 
 @pytest.mark.slow  # it starts two processes
 def test_what_does_not_work_is_a_row(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/gpu.py",
-        "--device",
-        "cuda:77",
-        "--only",
-        "machine",
-        "--output",
-        tmp_path,
-    ]
+    options = ("--device", "cuda:77", "--only", "machine", "--output", tmp_path)
+    command = [sys.executable, "benchmarks/gpu.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: not everything went well; ")
@@ -129,12 +108,12 @@ def test_what_does_not_work_is_a_row(tmp_path):
 
 def test_measurements_that_there_is_no_time_for(tmp_path, fails):
     fails(gpu.main, "--minutes", "0.1", "--output", tmp_path, match="not everything went well")
-    assert [row["problem"] for row in page_of(tmp_path)] == ["no time left of 0.1 minutes"] * len(
-        gpu.MEASUREMENTS
-    )
+    rows = page_of(tmp_path)
+    assert len(rows) == len(gpu.MEASUREMENTS)
+    assert {row["problem"] for row in rows} == {"no time left of 0.1 minutes"}
 
 
-# ---- What it says ----
+# ---- The summary and the kernels ----
 
 
 def test_the_summary_names_the_fastest_setting_and_what_is_far_from_the_cpu():
@@ -143,19 +122,21 @@ def test_the_summary_names_the_fastest_setting_and_what_is_far_from_the_cpu():
         "step, graphs of the compiler": 7500.0,
         "step, batch 256": 9000.0,
     }
-    rows = [
-        {"measurement": name, "name": "speed", "clips/s": rate} for name, rate in speeds.items()
-    ]
-    rows += [
-        {"measurement": "scoring", "name": "fp32", "difference": value, "bound": 0.01}
-        for value in (0.002, 0.02)
-    ]
-    rows.append(
-        {"measurement": "scoring", "name": "bf16", "difference": "not finite", "bound": 0.1}
-    )
+    rows = []
+    for name, rate in speeds.items():
+        rows.append({"measurement": name, "name": "speed", "clips/s": rate})
+    for name, value, bound in (
+        ("fp32", 0.002, 0.01),
+        ("fp32", 0.02, 0.01),
+        ("bf16", "not finite", 0.1),
+    ):
+        comparison = {"name": name, "difference": value, "bound": bound}
+        rows.append({"measurement": "scoring", **comparison})
     assert gpu.summary(rows) == [
-        "- Fastest step of batch 64: step, graphs of the compiler, 7,500 clips/s; the aim is 9,900.",
-        "- Not the default, which makes 7,000 clips/s: acceleration.OPTIONS with {'triton.cudagraphs': True}.",
+        "- Fastest step of batch 64: step, graphs of the compiler, 7,500 clips/s; "
+        "the aim is 9,900.",
+        "- Not the default, which makes 7,000 clips/s: "
+        "acceleration.OPTIONS with {'triton.cudagraphs': True}.",
         "- Differs from the CPU by more than its bound: scoring, fp32, 0.02 > 0.01.",
         "- Differs from the CPU by more than its bound: scoring, bf16, not finite > 0.1.",
     ]
@@ -168,21 +149,23 @@ def event(kind: str, name: str, number: int, start: float, length: float, **argu
 
 
 def test_bytes_of_kernels():
-    """In the form of the profiler's traces: a kernel has the number of the innermost operation that
-    has launched it.
+    """In a trace of the profiler, a kernel has the number of the operation that launched it.
+
+    Of nested operations it is the innermost.
     """
     half, image, weight = "c10::BFloat16", [2, 3, 8, 8], [4, 3, 3, 3]
     parameters = ["[2, 2]", "[1, 1]", "[1, 1]", "False", "[0, 0]", "1"]
     output = 2 * 4 * 4 * 4
-    names = {"Input type": [half, half, ""], "Input Dims": [image, weight, []]}
+    inputs = {"Input type": [half, half, ""], "Input Dims": [image, weight, []]}
+    outer = inputs | {"Concrete Inputs": ["", "", "", *parameters]}
     pointwise = {"Input type": ["float", half, "Scalar"], "Input Dims": [[10, 10], [10], []]}
     events = [
         event("cpu_op", "triton_poi_fused_add_0", 1, 0, 5, **pointwise),
         event("kernel", "triton_poi_fused_add_0", 1, 100, 50.0),
         event("cpu_op", "triton_poi_fused_add_0", 6, 5, 5, **pointwise),
         event("kernel", "triton_poi_fused_add_0", 6, 200, 70.0),
-        event("cpu_op", "aten::convolution", 2, 10, 9, **names, **{"Concrete Inputs": ["", "", "", *parameters]}),
-        event("cpu_op", "aten::cudnn_convolution", 3, 11, 5, **names),
+        event("cpu_op", "aten::convolution", 2, 10, 9, **outer),
+        event("cpu_op", "aten::cudnn_convolution", 3, 11, 5, **inputs),
         event("kernel", "sm90_fprop", 3, 300, 400.0),
         event("cpu_op", "aten::convolution_backward", 4, 30, 9, **{
             "Input type": [half] * 3, "Input Dims": [[2, 4, 4, 4], image, weight]}),
@@ -210,12 +193,9 @@ def test_bytes_of_kernels():
 @pytest.mark.slow
 def test_the_losses_to_compare_with_are_those_of_this_code():
     place = gpu.Place(torch.device("cpu"), is_small=True, folder=Path())
-    losses = gpu.first_losses(place.trainer(precision="fp32"), 4)
+    clips = gpu.clips_of_first_steps(4, place.device)
+    losses = gpu.first_losses(place.trainer(clips, precision="fp32"))
     reference = json.loads(gpu.REFERENCE.read_text())
     assert losses == pytest.approx(reference["4"]["fp32"], rel=1e-2)
-    assert [len(reference[batch][kind]) for batch in ("4", "64") for kind in ("fp32", "bf16")] == [
-        4,
-        4,
-        20,
-        20,
-    ]
+    for batch, n_steps in (("4", 4), ("64", 20)):
+        assert len(reference[batch]["fp32"]) == len(reference[batch]["bf16"]) == n_steps

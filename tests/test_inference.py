@@ -1,4 +1,4 @@
-"""What the network gives in evaluation mode, in batches of any size."""
+"""Outputs of the network in evaluation mode, in batches of any size."""
 
 from pathlib import Path
 
@@ -29,19 +29,12 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
 ):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: has_onednn)
     network = TASTgramMFN(reference.NUM_CLASSES, channels, head).move_to(CPU)
-    state = {
-        name: value
-        for name, value in reference.parameters().items()
-        if name in network.state_dict()
-    }
-    state["mobilefacenet.conv1.conv.weight"] = state["mobilefacenet.conv1.conv.weight"][
-        :, : len(channels)
-    ]
-    network.load_state_dict(state)
-    front_end, clips = (
-        FrontEnd(channels),
-        ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1),
-    )
+    weights = reference.parameters()
+    first = "mobilefacenet.conv1.conv.weight"
+    weights[first] = weights[first][:, : len(channels)]
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    front_end = FrontEnd(channels)
+    clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
     clips.samples = reference.samples()
     numbers = np.array([3, 0, 2])
     outputs = run_network(network.train(), front_end, clips, numbers, batch_size, CPU)
@@ -53,6 +46,7 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
 
 
 def test_no_clips_give_no_outputs():
-    network, clips = TASTgramMFN(3, ("sgram",)), ClipSet(pd.DataFrame({"path": [], "label": []}), 1)
+    network = TASTgramMFN(3, ("sgram",))
+    clips = ClipSet(pd.DataFrame({"path": [], "label": []}), 1)
     outputs = run_network(network, FrontEnd(network.channels), clips, np.arange(0), 4, CPU)
     assert outputs.similarity.shape == (0, 3)

@@ -1,4 +1,4 @@
-"""Known angles and known values for margin, mixup, loss and score."""
+"""Margin, mixup, loss and published score at known angles and values."""
 
 import math
 
@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CLASSES
 
+from evaluation.scores import Scorer
 from losses import MODES, Mix, Objective, divide_mix, margin_logits
+from model import Outputs
 
 M, S = 0.7, 30.0
-CPU = torch.device("cpu")
+N_CLASSES = len(CLASSES)
 
 
 def on_unit_circle(*angles: float, dtype=torch.float64) -> torch.Tensor:
-    """Cosines (B, 2) of clips at these angles (radians) to class 0; class 1 lies opposite."""
+    """Return the cosines (B, 2) of clips at these angles (radians) to class 0. Class 1 is opposite
+    to it.
+    """
     cosine = torch.tensor(angles, dtype=dtype).cos()
     return torch.stack([cosine, -cosine], dim=1)
 
@@ -60,12 +65,12 @@ def test_mix_is_the_published_sum():
 
 def test_each_mode_is_its_formula():
     torch.manual_seed(0)
-    cosine, a, partner = (
-        torch.rand(6, 4) * 2 - 1,
-        torch.tensor([0, 1, 2, 3, 0, 1]),
-        torch.tensor([3, 0, 5, 1, 2, 4]),
-    )
-    b, lam, mix = a[partner], 0.3, Mix(torch.tensor(0.3), partner)
+    cosine = torch.rand(6, 4) * 2 - 1
+    a = torch.tensor([0, 1, 2, 3, 0, 1])
+    partner = torch.tensor([3, 0, 5, 1, 2, 4])
+    b = a[partner]
+    lam = 0.3
+    mix = Mix(torch.tensor(lam), partner)
 
     def ce(margin_on, target):
         return F.cross_entropy(margin_logits(cosine, margin_on, M, S), target)
@@ -78,10 +83,8 @@ def test_each_mode_is_its_formula():
     }
     assert set(expected) == set(MODES)
     for mode, value in expected.items():
-        objective = Objective(mode, M, S)
-        assert objective.loss(cosine, a, mix if MODES[mode].mixes else None) == pytest.approx(
-            value.item(), rel=1e-6
-        )
+        loss = Objective(mode, M, S).loss(cosine, a, mix if MODES[mode].mixes else None)
+        assert loss == pytest.approx(value.item(), rel=1e-6)
     assert expected["noisy_arcmix"] != pytest.approx(expected["arcmix"].item(), rel=1e-3)
 
 
@@ -91,22 +94,20 @@ def test_validation_loss_is_unmixed():
     assert Objective("noisy_arcmix", M, S).loss(cosine, labels) == expected
 
 
-def test_accuracy_counts_the_partner_with_its_share():
+def test_accuracy_counts_the_partner_with_its_weight():
     similarity, labels = torch.eye(2), torch.tensor([0, 1])
     objective = Objective("noisy_arcmix", M, S)
     assert objective.accuracy(similarity, labels).item() == 1.0
-    assert (
-        objective.accuracy(similarity, labels, Mix(torch.tensor(0.75), torch.tensor([1, 0]))).item()
-        == 0.75
-    )
+    mix = Mix(torch.tensor(0.75), torch.tensor([1, 0]))
+    assert objective.accuracy(similarity, labels, mix).item() == 0.75
 
 
 def test_mixing_is_drawn_from_a_beta_distribution():
     objective = Objective("noisy_arcmix", M, S)
     mixes = [objective.draw_mix(0.5, np.random.default_rng(i), 5) for i in range(2000)]
-    shares = np.array([mix.lam.item() for mix in mixes])
-    assert shares.mean() == pytest.approx(0.5, abs=0.03)
-    assert shares.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
+    lams = np.array([mix.lam.item() for mix in mixes])
+    assert lams.mean() == pytest.approx(0.5, abs=0.03)
+    assert lams.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
     assert all(sorted(mix.partner.tolist()) == [0, 1, 2, 3, 4] for mix in mixes)
     arcface = Objective("arcface", M, S)
     assert arcface.draw_mix(0.5, np.random.default_rng(0), 5) is None
@@ -118,31 +119,43 @@ def test_the_parts_of_a_mixed_batch_mix_as_the_whole(parts):
         for seed in range(20):
             partner = torch.from_numpy(np.random.default_rng(seed).permutation(size))
             mix, x = Mix(torch.tensor(0.3), partner), torch.randn(size, 2)
-            divided = [divide_mix(mix, part, parts) for part in range(parts)]
-            own = np.concatenate([rows[: len(part.partner)] for rows, part in divided])
-            assert sorted(own.tolist()) == list(range(size)), "every clip once"
-            assert all(
-                len(rows) == len(part.partner) + (2 if parts > 1 else 0) for rows, part in divided
-            )
-            mixed = torch.cat([part(x[rows]) for rows, part in divided])
-            assert torch.equal(mixed, mix(x)[own])
+            clips, mixed = [], []
+            for part in range(parts):
+                rows, share = divide_mix(mix, part, parts)
+                count = len(share.partner)
+                assert len(rows) == count + (2 if parts > 1 else 0)
+                clips += rows[:count].tolist()
+                mixed.append(share(x[rows]))
+            assert sorted(clips) == list(range(size)), "every clip once"
+            assert torch.equal(torch.cat(mixed), mix(x)[clips])
+
+
+def published_scores(
+    mode: str, similarity: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Compute the published score of each clip against its class `(B,)`."""
+    scorer = Scorer("published", CLASSES, Objective(mode, M, S), dtype=dtype)
+    outputs = Outputs(similarity, torch.empty(len(similarity), 0))
+    scores = torch.stack([scorer.against_class(outputs, label) for label in range(N_CLASSES)])
+    return scores[labels, torch.arange(len(labels))]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_score_is_the_cross_entropy_of_the_own_class(mode):
+def test_the_published_score_is_the_cross_entropy_of_each_clip(mode):
     torch.manual_seed(1)
-    similarity, labels = torch.rand(5, 3) * 2 - 1, torch.tensor([0, 1, 2, 1, 0])
+    similarity, labels = torch.rand(5, N_CLASSES) * 2 - 1, torch.tensor([0, 1, 2, 1, 0])
     objective = Objective(mode, M, S)
-    scores = objective.anomaly_score(similarity, labels)
-    assert scores.shape == (5,)
-    assert scores.mean().item() == pytest.approx(
-        objective.loss(similarity, labels).item(), rel=1e-6
-    )
+    expected = objective.cross_entropy(similarity, labels, labels, reduction="none")
+    scores = published_scores(mode, similarity, labels, torch.float32)
+    assert scores.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    loss = objective.loss(similarity, labels).item()
+    assert scores.mean().item() == pytest.approx(loss, rel=1e-6), "the validation loss"
 
 
 def test_float64_scores_order_what_float32_ties():
-    similarity = torch.tensor([[0.99, -0.2], [0.999, -0.3]])
-    objective, labels = Objective("arcface", M, S), torch.tensor([0, 0])
-    assert objective.anomaly_score(similarity, labels).tolist() == [0.0, 0.0]
-    first, second = objective.anomaly_score(similarity, labels, torch.float64).tolist()
+    similarity = torch.tensor([[0.99, -0.2, -0.2], [0.999, -0.3, -0.3]])
+    labels = torch.tensor([0, 0])
+    tied = published_scores("arcface", similarity, labels, torch.float32)
+    assert tied.tolist() == [0.0, 0.0]
+    first, second = published_scores("arcface", similarity, labels, torch.float64).tolist()
     assert first > second > 0

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from losses import margin_logits
-from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN, fold_batch_norm
+from model import CHANNELS, EMBEDDING_SIZE, FrontEnd, LogMel, TASTgramMFN, fold_batch_norm
 from model.mobilefacenet import WholeMapConv2d
 from model.tastgram import N_FRAMES, temporal_attention
 from model.tastgram_mfn import CosineHead
@@ -29,9 +30,8 @@ def log_mel():
 
 def test_state_dict_has_the_published_names_and_shapes():
     model = TASTgramMFN(reference.NUM_CLASSES)
-    assert {
-        name: tuple(value.shape) for name, value in model.state_dict().items()
-    } == reference.SHAPES
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shapes == reference.SHAPES
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_161_855
 
 
@@ -45,7 +45,7 @@ def test_log_mel_is_float32_inside_autocast(log_mel):
         assert torch.equal(LogMel()(reference.waveforms()), log_mel)
 
 
-def test_the_front_end_turns_samples_into_what_the_channels_need(log_mel):
+def test_the_front_end_computes_the_inputs_that_the_channels_need(log_mel):
     inputs = FrontEnd(CHANNELS)(reference.samples())
     assert torch.equal(inputs["waveform"], reference.waveforms())
     assert torch.equal(inputs["log_mel"], log_mel)
@@ -55,7 +55,8 @@ def test_the_front_end_turns_samples_into_what_the_channels_need(log_mel):
 
 def test_log_mel_of_digital_silence_is_the_floor():
     silent = LogMel()(torch.zeros(1, 160_000))
-    assert torch.allclose(silent, torch.full_like(silent, 10 * np.log10(np.finfo(np.float64).eps)))
+    floor = 10 * np.log10(np.finfo(np.float64).eps)
+    assert torch.allclose(silent, torch.full_like(silent, floor))
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def test_evaluation_mode(model, log_mel):
 
 
 @torch.no_grad()
-def test_folding_batch_norms_changes_a_copy_and_no_number(model, log_mel):
+def test_folding_batch_norms_changes_a_copy_but_no_output(model, log_mel):
     expected, _ = model(reference.waveforms(), log_mel)
     folded = fold_batch_norm(model.train())
     model.eval()
@@ -89,23 +90,33 @@ def test_folding_batch_norms_changes_a_copy_and_no_number(model, log_mel):
 
 
 def test_a_convolution_over_the_whole_map_is_that_convolution():
-    ours, x = WholeMapConv2d(6, 6, (3, 5), groups=6, bias=False), torch.randn(2, 6, 3, 5)
-    expected = torch.nn.functional.conv2d(x, ours.weight, groups=6)
-    assert ours(x).shape == expected.shape == (2, 6, 1, 1)
-    assert torch.allclose(ours(x), expected, atol=1e-5)
+    layer = WholeMapConv2d(6, 6, (3, 5), groups=6, bias=False)
+    x = torch.randn(2, 6, 3, 5)
+    expected = F.conv2d(x, layer.weight, groups=6)
+    assert layer(x).shape == expected.shape == (2, 6, 1, 1)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sub_centers", [1, 3])
 def test_margin_head_alone(sub_centers):
-    x, weight, labels, expected = (
-        torch.from_numpy(VALUES[f"margin_sub{sub_centers}_{name}"])
-        for name in ("x", "weight", "labels", "logits")
-    )
+    def value(name: str) -> torch.Tensor:
+        return torch.from_numpy(VALUES[f"margin_sub{sub_centers}_{name}"])
+
     head = CosineHead(reference.NUM_CLASSES, sub_centers)
-    head.load_state_dict({"weight": weight})
-    assert (
-        reference.distance(margin_logits(head(x), labels, m=0.7, s=30.0), expected.numpy()) < 1e-4
-    )
+    head.load_state_dict({"weight": value("weight")})
+    logits = margin_logits(head(value("x")), value("labels"), m=0.7, s=30.0)
+    assert reference.distance(logits, value("logits").numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("sub_centers", [1, 3])
+@torch.no_grad()
+def test_the_similarity_is_that_to_the_closest_centre_of_each_class(sub_centers):
+    model = TASTgramMFN(5, ("sgram",), sub_centers=sub_centers).eval()
+    similarity, embedding = model(log_mel=torch.randn(2, 1, 128, N_FRAMES))
+    centres = model.centres()
+    assert centres.shape == (5, sub_centers, EMBEDDING_SIZE)
+    cosine = F.cosine_similarity(embedding[:, None, None], centres, dim=-1)  # (B, C, K)
+    assert torch.allclose(cosine.amax(dim=2), similarity, atol=1e-6)
 
 
 @torch.no_grad()
@@ -114,6 +125,7 @@ def test_linear_head(log_mel):
     model.load_state_dict(reference.parameters())
     logits, _ = model.eval()(reference.waveforms(), log_mel)
     assert reference.distance(logits, VALUES["eval_fc_out"]) < 1e-4
+    assert torch.equal(model.centres()[:, 0], model.mobilefacenet.fc_out.weight)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +154,8 @@ def test_channels_are_stacked_in_the_fixed_order(model, log_mel):
 )
 def test_the_unused_head_is_frozen(head, frozen):
     model = TASTgramMFN(5, ("sgram",), head)
-    fixed = {
-        name.rpartition(".")[0]
-        for name, value in model.named_parameters()
-        if not value.requires_grad
-    }
-    assert fixed == {frozen}
+    fixed = [name for name, value in model.named_parameters() if not value.requires_grad]
+    assert {name.rpartition(".")[0] for name in fixed} == {frozen}
 
 
 def test_initial_convolutions_have_the_published_spread():

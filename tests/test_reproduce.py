@@ -1,6 +1,4 @@
-"""reproduce.py as a user runs it: what it trains, how it goes on after being killed, what it
-refuses.
-"""
+"""reproduce.py as a user runs it: what it trains, how it continues after a kill, its errors."""
 
 import os
 import shutil
@@ -17,7 +15,7 @@ from conftest import MACHINES, write_set
 
 import reproduce
 import train
-from checkpoint import load_checkpoint
+from classes import Classes
 from config import DEFAULT_CONFIG, Config, load_config
 from losses import MODES
 
@@ -25,23 +23,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def planned(folder: Path, seeds: list[int], inputs: str = "published", **keys) -> list[Config]:
-    return reproduce.plan(
-        Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder), keys
-    )
+    options = Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder)
+    return reproduce.plan_runs(load_config(given=tuple(keys), **keys), options)
 
 
 def test_all_modes_and_inputs_are_planned_for_each_seed():
     runs = planned(Path("out"), [3, 1, 3], epoch=7)
-    assert [(run.seed, run.mode) for run in runs] == [
-        (seed, mode) for seed in (3, 1) for mode in MODES
-    ]
+    expected = [(seed, mode) for seed in (3, 1) for mode in MODES]
+    assert [(run.seed, run.mode) for run in runs] == expected
     assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
     assert str(runs[0].checkpoint) == "out/noisy_arcmix_3.pth"
     others = planned(Path("out"), [1], "all")[len(MODES) :]
     assert {run.mode for run in others} == {"noisy_arcmix"}
-    assert len({tuple(run.input) for run in [*runs, *others]}) == 7, (
-        "every combination of three channels"
-    )
+    inputs = {tuple(run.input) for run in [*runs, *others]}
+    assert len(inputs) == 7, "every combination of three channels"
     assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
 
 
@@ -50,35 +45,24 @@ def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(
 ):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     config = load_config(data_root=str(tmp_path / "datasets"))
-    assert reproduce.is_to_download(config)
+    classes = Classes.from_machines(config.machines)
+    assert reproduce.is_to_download(config, classes)
     (tmp_path / "datasets" / "fan").mkdir(parents=True)
-    assert not reproduce.is_to_download(config)
+    assert not reproduce.is_to_download(config, classes)
     (tmp_path / "datasets" / ".download").mkdir()
-    assert reproduce.is_to_download(config), "download.py was there, and perhaps not to its end"
-    assert not reproduce.is_to_download(load_config(data_root=str(tmp_path)))
+    assert reproduce.is_to_download(config, classes), "download.py may not have finished"
+    assert not reproduce.is_to_download(load_config(data_root=str(tmp_path)), classes)
 
 
 @pytest.mark.parametrize("machines", [MACHINES, "auto"])
 def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypatch):
-    """Recordings in the project's own folder are downloaded first; the keys given reach every
-    script.
-    """
+    """Recordings of the project's folder are downloaded first; every script gets the given keys."""
     calls = []
     monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
-    monkeypatch.setattr(reproduce, "is_to_download", lambda config: True)
-    options = [
-        "--data_root",
-        data_root,
-        "--machines",
-        machines,
-        "--device",
-        "cpu",
-        "--batch_size",
-        2,
-    ]
-    status, output, _ = call(
-        reproduce.main, *options, "--seeds", 7, "--inputs", "all", "--output", tmp_path
-    )
+    monkeypatch.setattr(reproduce, "is_to_download", lambda config, classes: True)
+    keys = ("--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2)
+    options = ("--seeds", 7, "--inputs", "all", "--output", tmp_path)
+    status, output, _ = call(reproduce.main, *keys, *options)
     assert status == 0
     assert "run 1 of 10, noisy_arcmix_7: 3000 epochs left\n" in output
     assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
@@ -87,26 +71,21 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     for words in calls[1:-1]:
         monkeypatch.setattr("sys.argv", list(words))
         config, resume, overwrite = train.parse_options("")
-        assert (config.batch_size, config.machines, config.device, resume, overwrite) == (
-            2,
-            MACHINES,
-            "cpu",
-            True,
-            False,
-        )
+        expected = load_config(machines=machines).machines
+        assert (config.batch_size, config.machines, config.device) == (2, expected, "cpu")
+        assert resume
+        assert not overwrite
         trained.append(config)
-    assert [(run.mode, run.input, run.seed) for run in trained] == [
-        (run.mode, run.input, 7) for run in planned(tmp_path, [7], "all")
-    ]
+    expected = [(run.mode, run.input, 7) for run in planned(tmp_path, [7], "all")]
+    assert [(run.mode, run.input, run.seed) for run in trained] == expected
     assert calls[-1][1:11] == tuple(str(run.checkpoint) for run in trained)
     assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
 
 
 def test_the_rest_is_estimated_from_the_epochs_that_were_timed(trained_copy):
     (trained_copy / "run" / "history.csv").write_text("epoch,seconds\n1,60.0\n")
-    state = load_checkpoint(trained_copy / "run.pth")
-    done = load_config(**state["config"] | {"save_path": str(trained_copy / "run.pth")})
-    other = done.model_copy(update={"save_path": str(trained_copy / "other.pth"), "epoch": 200})
+    done = load_config(epoch=1, save_path=str(trained_copy / "run.pth"))
+    other = load_config(epoch=200, save_path=str(trained_copy / "other.pth"))
     assert reproduce.describe_rest([other]) == "200 epochs left"
     assert reproduce.describe_rest([done, other]) == "200 epochs left, about 3.3 h"
 
@@ -117,15 +96,14 @@ def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit, match="2"):
         reproduce.call("fails.py")
-    with pytest.raises(
-        reproduce.UserError, match=r"dies.py was killed \(signal 9\); start the same command again"
-    ):
+    message = r"dies.py was killed \(signal 9\); start the same command again"
+    with pytest.raises(reproduce.UserError, match=message):
         reproduce.call("dies.py")
 
 
 @pytest.mark.slow
 def test_a_stop_reaches_the_script(tmp_path):
-    """SIGTERM to the caller alone: the script ends first, in its own way."""
+    """The caller alone receives SIGTERM; the script still ends first and cleans up."""
     (tmp_path / "long.py").write_text(
         "import signal, sys, time\n"
         "from pathlib import Path\n"
@@ -134,7 +112,8 @@ def test_a_stop_reaches_the_script(tmp_path):
         "time.sleep(60)\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import reproduce; from pathlib import Path\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import reproduce; from pathlib import Path\n"
         "reproduce.ROOT = Path('.')\n"
         "reproduce.run_script(lambda: reproduce.call('long.py'))\n"
     )
@@ -149,14 +128,16 @@ def test_a_stop_reaches_the_script(tmp_path):
 
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
-    fails(
-        reproduce.main, *options, "--mode", "arcface", match="command line: mode: all are trained"
-    )
+    message = "command line: mode: all are trained"
+    fails(reproduce.main, *options, "--mode", "arcface", match=message)
     fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(reproduce.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
-    had_another = r"arcmix_1.last.pth: the run to resume had another configuration: mode .* --output names another folder"
-    fails(reproduce.main, *options, match=had_another)
+    message = (
+        r"arcmix_1.pth: the run to resume had another configuration: mode .* "
+        r"--output names another folder"
+    )
+    fails(reproduce.main, *options, match=message)
     (tmp_path / "arcmix_1.pth").unlink()
     monkeypatch.setattr(reproduce, "RUN_BYTES", 10**15)
     fails(reproduce.main, *options, match="the disk is too small")
@@ -166,19 +147,11 @@ def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
 
 
 def start(folder: Path, data_root: Path) -> subprocess.Popen:
-    words = [
-        "--data_root",
-        data_root,
-        "--machines",
-        MACHINES,
-        "--epoch",
-        2,
-        "--batch_size",
-        4,
-        "--device",
-        "cpu",
-    ]
-    command = [sys.executable, ROOT / "reproduce.py", "--seeds", 1, 2, "--output", folder, *words]
+    command = [
+        sys.executable, ROOT / "reproduce.py", "--seeds", 1, 2, "--output", folder,
+        "--data_root", data_root, "--machines", MACHINES,
+        "--epoch", 2, "--batch_size", 4, "--device", "cpu",
+    ]  # fmt: skip
     return subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -189,7 +162,7 @@ def start(folder: Path, data_root: Path) -> subprocess.Popen:
 
 
 def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
-    """Kill the script and all that it has started."""
+    """Kill the script and all processes that it has started."""
     while not is_time():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -199,7 +172,7 @@ def kill_when(process: subprocess.Popen, is_time: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
-    """Within the second run, after its first epoch; and in the evaluation."""
+    """It is killed in the second run, after its first epoch, and in the evaluation."""
     data_root = write_set(tmp_path / "data", train_clips=20, test_clips=4)
     folder = tmp_path / "paper"
     kill_when(start(folder, data_root), (folder / "arcmix_1" / "history.csv").exists)
@@ -210,9 +183,8 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     process = start(folder, data_root)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
-    assert (folder / "noisy_arcmix_1.last.pth").stat().st_mtime_ns == finished, (
-        "a finished run is not written again"
-    )
+    written = (folder / "noisy_arcmix_1.last.pth").stat().st_mtime_ns
+    assert written == finished, "a finished run is not written again"
     assert "epoch 1/2" not in output
     assert "run 1 of 8, noisy_arcmix_1: 0 epochs left, about 0 min\n" in output
     for mode in MODES:
@@ -221,8 +193,8 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
             assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2"]
     text = (folder / "comparison.md").read_text()
     assert all(f"| mode {mode} (n = 2) |" in text for mode in MODES)
-    assert text.count(" minus ") == 6 * 3, "of fan, valve and their average"
-    assert ", published |" not in text, "the machine IDs are others"
+    assert text.count(" minus ") == 6 * 3, "six pairs for fan, valve and their average"
+    assert ", published |" not in text, "the published table has other machine IDs"
     assert "| fan |" in text
     assert text.count("_1.pth |") == text.count("_2.pth |") == 4
     assert "](angles.png)" in text

@@ -1,6 +1,4 @@
-"""score.py as a user calls it: single recordings of any length, what is said and drawn of them, how
-it fails.
-"""
+"""score.py as a user calls it: recordings of any length, its output and pictures, its errors."""
 
 import json
 import os
@@ -10,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MACHINES, arguments, tone, write_clip, write_set
-from test_eval import evaluate, read_csv
+from conftest import MACHINES, arguments, change_checkpoint, tone, write_clip, write_set
+from evaluated import read_csv
+from test_eval import evaluate
 
 import eval as eval_script
 import score as score_script
 import train as train_script
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import Checkpoint, HeldOut
+
+FAN = ("--machine_type", "fan", "--machine_id", "0")
 
 
 def score(call, folder: Path, *words):
@@ -28,83 +29,63 @@ def test_single_recordings_score_as_in_an_evaluation(lively, data_root, call):
     expected = dict(read_csv(lively / "run" / "test" / "anomaly_score_fan_id_00.csv"))
     decisions = dict(read_csv(lively / "run" / "test" / "decision_result_fan_id_00.csv"))
     folder = data_root / "fan" / "test"
-    status, output, errors = score(
-        call, lively, folder, "--machine_type", "fan", "--machine_id", "0", "--json"
-    )
+    status, output, errors = score(call, lively, folder, *FAN, "--json")
     assert status == 0
-    assert "threshold" not in errors, "that of fan 02 is of no interest here"
+    assert "threshold" not in errors, "the threshold of fan 02 does not matter here"
     rows = {Path(row["file"]).name: row for row in json.loads(output)}
     assert set(rows) == {path.name for path in folder.iterdir()}
     for name, value in expected.items():
-        assert rows[name]["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
-        assert (rows[name]["decision"] == "anomalous") == (
-            rows[name]["score"] > rows[name]["threshold"]
-        )
-        assert rows[name]["decision"] == {"0": "normal", "1": "anomalous"}[decisions[name]]
+        row = rows[name]
+        assert row["score"] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+        assert row["decision"] == {"0": "normal", "1": "anomalous"}[decisions[name]]
+        assert (row["decision"] == "anomalous") == (row["score"] > row["threshold"])
 
 
 def test_the_best_fitting_id_is_named(lively, data_root, call):
     clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
-    each = {}
+    scores = {}
     for machine_id in (0, 2):
-        _, output, _ = score(
-            call, lively, clip, "--machine_type", "fan", "--machine_id", machine_id, "--json"
-        )
-        each[machine_id] = json.loads(output)[0]["score"]
+        machine = ("--machine_type", "fan", "--machine_id", machine_id)
+        _, output, _ = score(call, lively, clip, *machine, "--json")
+        scores[machine_id] = json.loads(output)[0]["score"]
     status, output, _ = score(call, lively, clip, "--machine_type", "fan")
     assert status == 0
     file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
-    best = min(each, key=each.get)
-    assert (file, machine, float(value)) == (
-        str(clip),
-        f"fan {best:02d}",
-        pytest.approx(each[best], rel=1e-4),
-    )
+    best = min(scores, key=scores.get)
+    assert (file, machine) == (str(clip), f"fan {best:02d}")
+    assert float(value) == pytest.approx(scores[best], rel=1e-4)
     assert decision == ("anomalous" if float(value) > float(threshold) else "normal")
 
 
 def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_path, fails, call):
     good = write_clip(tmp_path / "folder" / "b.wav", tone(5, 2.0), rate=44_100)
     (tmp_path / "folder" / "a.wav").write_text("not audio")
-    places = (
-        tmp_path / "folder",
-        tmp_path / "nowhere.wav",
-        "--machine_type",
-        "fan",
-        "--machine_id",
-        "2",
+    machine = ("--machine_type", "fan", "--machine_id", "2")
+    status, output, errors = score(
+        call, lively, tmp_path / "folder", tmp_path / "nowhere.wav", *machine
     )
-    status, output, errors = score(call, lively, *places)
     assert status == 2
     lines = output.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
     assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
     assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
-    assert (
-        errors.splitlines()[-1]
-        == "error: 2 of 3 recordings could not be scored; their lines say why"
-    )
-    fails(
-        score_script.main, lively / "run.pth", good, "--machine_type", "fan", "--machine_id", "7",
-        match=r"run.pth knows no machine fan 7; it was trained on fan 0, 2; valve 1",
-    )  # fmt: skip
+    message = "error: 2 of 3 recordings could not be scored; their lines say why"
+    assert errors.splitlines()[-1] == message
+    words = (lively / "run.pth", good, "--machine_type", "fan", "--machine_id", "7")
+    message = r"run.pth knows no machine fan 7; it was trained on fan 00, 02; valve 01"
+    fails(score_script.main, *words, match=message)
     fails(score_script.main, lively / "run.pth", good, match="required: --machine_type")
     (tmp_path / "empty").mkdir()
-    fails(
-        score_script.main, lively / "run.pth", tmp_path / "empty", "--machine_type", "fan",
-        match="empty: no WAV or FLAC files in this folder",
-    )  # fmt: skip
+    words = (lively / "run.pth", tmp_path / "empty", "--machine_type", "fan")
+    fails(score_script.main, *words, match="empty: no WAV or FLAC files in this folder")
 
 
 # ---- Recordings of any length ----
 
 
-FAN = ("--machine_type", "fan", "--machine_id", "0")
-
-
 @pytest.fixture
 def long_recording(tmp_path) -> Path:
-    """Three clips, joined; each of them lies beside it."""
+    """A recording of three joined clips; the folder `parts` beside it has each of them."""
     parts = [tone(seed) for seed in (1, 2, 3)]
     for name, part in zip("abc", parts, strict=True):
         write_clip(tmp_path / "parts" / f"{name}.wav", part)
@@ -116,36 +97,30 @@ def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, 
     singles = json.loads(output)
     expected = [row["score"] for row in singles]
     assert len(set(expected)) == 3
-    assert [[window["score"] for window in row["windows"]] for row in singles] == [
-        [value] for value in expected
-    ]
+    for row in singles:
+        assert [window["score"] for window in row["windows"]] == [row["score"]]
     words = (long_recording, *FAN, "--hop", "10")
     _, output, _ = score(call, lively, *words, "--json", "--timeline")
     (row,) = json.loads(output)
     assert [window["start"] for window in row["windows"]] == [0, 10, 20]
     assert [window["score"] for window in row["windows"]] == pytest.approx(expected, rel=1e-4)
-    assert [window["decision"] for window in row["windows"]] == [
-        single["decision"] for single in singles
-    ]
+    decisions = [window["decision"] for window in row["windows"]]
+    assert decisions == [single["decision"] for single in singles]
     assert row["score"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert row["worst"] == max(row["windows"], key=lambda window: window["score"])
     _, output, _ = score(call, lively, *words, "--json", "--over_windows", "max")
     (highest,) = json.loads(output)
-    assert highest == {name: value for name, value in row.items() if name != "windows"} | {
-        "score": row["worst"]["score"], "decision": row["worst"]["decision"]
-    }  # fmt: skip
+    windows, worst = row.pop("windows"), row["worst"]
+    assert highest == row | {"score": worst["score"], "decision": worst["decision"]}
 
     _, output, _ = score(call, lively, *words, "--timeline")
     line, *timeline = output.splitlines()
-    at, count = (
-        int(row["worst"]["start"]),
-        sum(window["decision"] == "anomalous" for window in row["windows"]),
-    )
-    shown = f"worst at 0:00:{at:02d} ({row['worst']['score']:.6g}), {count} of 3 windows anomalous"
-    assert line.split("\t")[4:] == [row["decision"], shown]
+    place = f"worst at 0:00:{worst['start']:02.0f} ({worst['score']:.6g})"
+    count = f"{decisions.count('anomalous')} of 3 windows anomalous"
+    assert line.split("\t")[4:] == [row["decision"], f"{place}, {count}"]
     assert timeline == [
         f"\t0:00:{window['start']:02.0f}\t{window['score']:.6g}\t{window['decision']}"
-        for window in row["windows"]
+        for window in windows
     ]
     assert score(call, lively, *words)[1].splitlines() == [line]
     _, output, _ = score(call, lively, long_recording, *FAN, "--window", "first", "--json")
@@ -170,12 +145,10 @@ def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, cal
     names = ["rec$1_$2.wav", os.fsdecode(b"\xff.wav")]
     for name in names:
         shutil.copy(write_clip(tmp_path / "a.wav", tone(1, 12.0)), tmp_path / name)
-    state = load_checkpoint(lively / "run.pth")
-    del state["held_out"]
-    save_checkpoint(state, lively / "run.pth")
-    status, output, _ = score(
-        call, lively, *[tmp_path / name for name in names], *FAN, "--plots", "--json"
-    )
+    nothing = HeldOut(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    change_checkpoint(lively / "run.pth", held_out=nothing)
+    files = [tmp_path / name for name in names]
+    status, output, _ = score(call, lively, *files, *FAN, "--plots", "--json")
     assert status == 0
     for row in json.loads(output):
         assert (row["decision"], row["n_windows"], row["n_anomalous"]) == (None, 2, None)
@@ -186,57 +159,39 @@ def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
     path = write_clip(tmp_path / "a.wav", np.stack([tone(1, 15.0)] * 2, axis=1))
     _, _, errors = score(call, lively, path, *FAN, "--window", "first")
     assert "notice: 1 of 1 recordings have several channels: channel 0 is used\n" in errors
-    assert (
-        "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count" in errors
-    )
+    notice = "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count"
+    assert notice in errors
     _, output, errors = score(call, lively, path, *FAN, "--timeline", "--hop", "0.5")
     assert "longer" not in errors
-    assert [line.split("\t")[1] for line in output.splitlines()[1:4]] == [
-        "0:00:00",
-        "0:00:00.50",
-        "0:00:01",
-    ]
+    starts = [line.split("\t")[1] for line in output.splitlines()[1:4]]
+    assert starts == ["0:00:00", "0:00:00.50", "0:00:01"]
 
 
 @pytest.mark.slow
 def test_the_windows_of_the_training_clips_are_those_of_the_training(trained_copy, tmp_path, call):
-    """Whatever the windows of what is scored."""
-    torch.save(load_checkpoint(trained_copy / "run.pth")["model"], trained_copy / "bare.pth")
+    """The windows of the scored recording do not change the bank of training clips."""
+    torch.save(Checkpoint.load(trained_copy / "run.pth").weights, trained_copy / "bare.pth")
     root = write_set(tmp_path / "data")
     for path in root.rglob("*.wav"):
         write_clip(path, tone(hash(path.name) % 100, 11.0))
-    machine = (
-        "--data_root",
-        root,
-        "--device",
-        "cpu",
-        "--machines",
-        MACHINES,
-        "--scoring",
-        "nearest",
-        *FAN,
-    )
+    words = (
+        trained_copy / "bare.pth", root / "fan" / "train" / "normal_id_00_00000000.wav", *FAN,
+        "--data_root", root, "--machines", MACHINES, "--scoring", "nearest", "--device", "cpu",
+        "--json", "--timeline",
+    )  # fmt: skip
     scores = {}
     for window in ("first", "all"):
-        words = (
-            root / "fan" / "train" / "normal_id_00_00000000.wav",
-            "--json",
-            "--timeline",
-            "--window",
-            window,
-        )
-        _, output, _ = call(score_script.main, trained_copy / "bare.pth", *words, *machine)
+        _, output, _ = call(score_script.main, *words, "--window", window)
         scores[window] = [row["score"] for row in json.loads(output)[0]["windows"]]
     assert len(scores["all"]) == 2
     assert scores["first"] == pytest.approx(scores["all"][:1], abs=1e-6), "the same bank"
 
 
 def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call):
-    """Recordings that are joined of two clips each have the mean of their scores."""
+    """A recording of two joined clips has the mean or maximum of their scores."""
+    stems = ("normal_id_00", "anomaly_id_00", "normal_id_02", "anomaly_id_02")
     for folder, joined in (("clips", 1), ("joined", 2)):
-        for number, name in enumerate(
-            ("normal_id_00", "anomaly_id_00", "normal_id_02", "anomaly_id_02")
-        ):
+        for number, name in enumerate(stems):
             parts = [tone(4 * index + number) for index in range(4)]
             for index in range(0, 4, joined):
                 path = tmp_path / folder / "fan" / "test" / f"{name}_{index:08d}.wav"
@@ -244,9 +199,9 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
     assert evaluate(call, lively, tmp_path / "clips")[0] == 0
     test = lively / "run" / "test"
     names = ("anomaly_score_fan_id_00.csv", "anomaly_score_fan_id_02.csv")
-    single = {
-        name: np.array([float(value) for _, value in read_csv(test / name)]) for name in names
-    }
+    single = {}
+    for name in names:
+        single[name] = np.array([float(value) for _, value in read_csv(test / name)])
     for rule, combine in (("mean", np.mean), ("max", np.max)):
         words = ("--window", "all", "--hop", "10", "--over_windows", rule)
         status, output, _ = evaluate(call, lively, tmp_path / "joined", *words)
@@ -261,28 +216,22 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
 
 
 def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
-    """Two lines with names of their own, recorded by two microphones, of which the second one hears
-    the machine.
-    """
+    """The IDs are words, and only the second of two microphones records the machine."""
     root = tmp_path / "data"
+    counts = (("train", "normal", 3), ("test", "normal", 1), ("test", "anomaly", 1))
     for number, name in enumerate(("line-3", "line-4")):
-        for split, condition, count in (
-            ("train", "normal", 3),
-            ("test", "normal", 1),
-            ("test", "anomaly", 1),
-        ):
+        for split, condition, count in counts:
             for index in range(count):
                 path = root / "press" / split / f"{condition}_id_{name}_{index}.wav"
-                heard = tone(number + 10 * index, 15.0)
-                write_clip(path, np.stack([np.zeros_like(heard), heard], axis=1))
+                sound = tone(number + 10 * index, 15.0)
+                write_clip(path, np.stack([np.zeros_like(sound), sound], axis=1))
     words = arguments(tmp_path, root, machines="auto", window="all", channel=1, split_ratio=0.8)
     status, output, errors = call(train_script.main, *words)
     assert status == 0
     assert f"{root}: 2 machine IDs: press line-3, line-4\n" in errors
     assert "8 clips to train on, 4 to validate" in output, "two windows of each"
-    assert load_checkpoint(tmp_path / "run.pth")["config"]["machines"] == {
-        "press": ["line-3", "line-4"]
-    }
+    classes = Checkpoint.load(tmp_path / "run.pth").classes
+    assert classes.machines == [("press", "line-3"), ("press", "line-4")]
     assert evaluate(call, tmp_path, root)[0] == 0
     test = tmp_path / "run" / "test"
     (row, _) = read_csv(test / "anomaly_score_press_id_line-3.csv")
@@ -293,11 +242,12 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     assert result["machine_id"] == "line-3"
     assert result["score"] == pytest.approx(float(row[1]), rel=1e-4)
     assert "press line-3\t" in score(call, tmp_path, folder, *machine, "line-3")[1]
-    fails(
-        score_script.main, tmp_path / "run.pth", folder, *machine, "line-5",
-        match="knows no machine press line-5; it was trained on press line-3, line-4",
-    )  # fmt: skip
-    fails(
-        eval_script.main, tmp_path / "run.pth", "--data_root", root, "--channel", "2",
-        match=r"4 of 4 recordings cannot be used.*\(no channel 2: it has 2 channels, counted from 0\)",
-    )  # fmt: skip
+    message = "knows no machine press line-5; it was trained on press line-3, line-4"
+    words = (tmp_path / "run.pth", folder, *machine, "line-5")
+    fails(score_script.main, *words, match=message)
+    message = (
+        r"4 of 4 recordings cannot be used.*"
+        r"\(no channel 2: it has 2 channels, counted from 0\)"
+    )
+    words = (tmp_path / "run.pth", "--data_root", root, "--channel", "2")
+    fails(eval_script.main, *words, match=message)

@@ -1,11 +1,8 @@
-"""Score files in the organisers' form: AUC, pAUC, harmonic means and official score, counted by
-hand.
-"""
+"""Score files in the organisers' form; AUC, pAUC, harmonic means and official score by hand."""
 
 import csv
 import json
 import re
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from conftest import count_first_pairs, count_pairs
 
 import eval as eval_script
-from evaluation.metrics import AVERAGE, OFFICIAL, SHARED_ANOMALIES, combine_harmonically
+from evaluation.metrics import AVERAGE, OFFICIAL, RULE_2022, Row, combine_harmonically
 
 Scores = dict[str, float]  # by the name of the clip
 EPSILON = Fraction(1, 2**52)  # the spacing of floating-point numbers at 1
@@ -31,22 +28,32 @@ def write_scores(folder: Path, file: str, scores: Scores) -> None:
 
 
 def chosen(scores: Scores, *words: str) -> list[float]:
-    return [score for name, score in scores.items() if all(f"_{word}_" in name for word in words)]
+    """Return the scores of the clips with all of these words in their names."""
+    values = []
+    for name, score in scores.items():
+        if {*words} <= set(name.split("_")):
+            values.append(score)
+    return values
 
 
-def clip_names(section: str, counts: dict[tuple[str, str], int]) -> list[str]:
-    """Of so many clips of each domain and condition."""
-    return [
-        f"section_{section}_{domain}_test_{condition}_{index:04d}_pat_00.wav"
-        for (domain, condition), count in counts.items()
-        for index in range(count)
-    ]
+Counts = dict[tuple[str, str], int]  # clips by domain and condition
 
 
-def full(normal: int, anomalous: int) -> dict[tuple[str, str], int]:
-    kinds = {"normal": normal, "anomaly": anomalous}
+def clip_names(section: str, counts: Counts) -> list[str]:
+    names = []
+    for (domain, condition), count in counts.items():
+        for index in range(count):
+            names.append(f"section_{section}_{domain}_test_{condition}_{index:04d}_pat_00.wav")
+    return names
+
+
+def both_domains(normal: int, anomalous: int) -> Counts:
+    """Return so many clips of each domain."""
     return {
-        (domain, kind): count for domain in ("source", "target") for kind, count in kinds.items()
+        ("source", "normal"): normal,
+        ("source", "anomaly"): anomalous,
+        ("target", "normal"): normal,
+        ("target", "anomaly"): anomalous,
     }
 
 
@@ -69,96 +76,102 @@ def section_of(file: str) -> str:
 
 @pytest.fixture
 def measured(tmp_path, call):
-    """Write score files, call eval.py, and read what it wrote; scores are rounded, for there to be
-    ties.
+    """Write score files with random scores, call eval.py, and read the metrics it wrote. The scores
+    are rounded, so that there are ties.
     """
 
-    def measure(files: dict[str, dict[tuple[str, str], int]], **scores_of: Scores):
-        rng, written = np.random.default_rng(3), {}
+    def measure(files: dict[str, Counts], **other_scores: Scores):
+        rng, scores = np.random.default_rng(3), {}
         for file, counts in files.items():
-            names = clip_names(section_of(file), counts)
-            written[file] = {
-                name: float(np.round(rng.normal() + ("anomaly" in name), 1)) for name in names
-            }
-        written |= scores_of
-        for file, scores in written.items():
-            write_scores(tmp_path / "scores", file, scores)
+            scores[file] = {}
+            for name in clip_names(section_of(file), counts):
+                scores[file][name] = float(np.round(rng.normal() + ("anomaly" in name), 1))
+        scores |= other_scores
+        for file, of_file in scores.items():
+            write_scores(tmp_path / "scores", file, of_file)
         status, output, errors = call(eval_script.main, "--score_files", tmp_path / "scores")
         assert status == 0
-        return written, read_metrics(tmp_path / "scores"), output, errors
+        return scores, read_metrics(tmp_path / "scores"), output, errors
 
     return measure
 
 
 def test_each_domain_against_all_anomalies(measured, tmp_path):
-    """The rule of 2022 and later, with many ties, for two sections of one type and one of another."""
+    """The rule of 2022 and later, with many ties, for three sections of two types."""
     files = {
-        "fan_section_00_test": full(30, 20),
-        "fan_section_01_test": full(9, 31),
-        "Toy_r2_section_00_test": full(25, 25),
+        "fan_section_00_test": both_domains(30, 20),
+        "fan_section_01_test": both_domains(9, 31),
+        "Toy_r2_section_00_test": both_domains(25, 25),
     }
     written, rows, output, errors = measured(files)
-    expected = {}
+    terms: dict[tuple[str, str], dict[str, Fraction]] = {}
     for file, scores in written.items():
         machine = (file.split("_section_")[0], section_of(file))
         normal, anomalous = chosen(scores, "normal"), chosen(scores, "anomaly")
         assert len({*normal, *anomalous}) < len(scores) / 1.5, "ties"
-        terms = {
+        terms[machine] = {
             "AUC_source": count_pairs(chosen(scores, "source", "normal"), anomalous),
             "AUC_target": count_pairs(chosen(scores, "target", "normal"), anomalous),
             "pAUC": count_first_pairs(normal, anomalous),
         }
-        expected[machine] = terms
-        check(
-            rows[machine],
-            {
-                **terms,
-                "AUC": count_pairs(normal, anomalous),
-                "official": harmonic(list(terms.values())),
-            },
-        )
-    machines = list(expected)
-    for machine_type, of in (("fan", machines[:2]), ("Toy_r2", machines[2:]), (AVERAGE, machines)):
-        means = {name: harmonic([expected[machine][name] for machine in of]) for name in terms}
-        official = harmonic([value for machine in of for value in expected[machine].values()])
-        check(rows[machine_type, "hmean"], {**means, "official": official})
+        check(rows[machine], terms[machine])
+        official = harmonic(list(terms[machine].values()))
+        check(rows[machine], {"AUC": count_pairs(normal, anomalous), "official": official})
+    machines = list(terms)
+    for machine_type, of_type in (
+        ("fan", machines[:2]),
+        ("Toy_r2", machines[2:]),
+        (AVERAGE, machines),
+    ):
+        check_harmonic_means(rows[machine_type, "hmean"], [terms[machine] for machine in of_type])
         line = next(line for line in output.splitlines() if line.startswith(machine_type))
-        shown = [f"{100 * float(value):.2f}" for value in (*means.values(), official)]
-        assert line.split("|")[-1].split() == shown
+        for column, cell in zip(
+            ("AUC_source", "AUC_target", "pAUC", "official"),
+            line.split("|")[-1].split(),
+            strict=True,
+        ):
+            assert cell == f"{100 * float(rows[machine_type, 'hmean'][column]):.2f}"
     assert "rule of DCASE 2022 and later" in output
     assert "published" not in output
     assert errors == ""
-    text = (tmp_path / "scores" / "metrics" / "results.md").read_text()
-    assert (
-        "AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official score |"
-        in text
-    )
+    check_files(tmp_path / "scores" / "metrics")
+
+
+def check_harmonic_means(row: dict[str, str], terms: list[dict[str, Fraction]]) -> None:
+    """Check the row `hmean` of machines with these terms of the official score."""
+    all_values = []
+    for name in ("AUC_source", "AUC_target", "pAUC"):
+        values = [of_machine[name] for of_machine in terms]
+        check(row, {name: harmonic(values)})
+        all_values += values
+    check(row, {"official": harmonic(all_values)})
+
+
+def check_files(folder: Path) -> None:
+    text = (folder / "results.md").read_text()
+    titles = "AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean"
+    assert f"{titles} | official score |" in text
     assert "rule of DCASE 2022 and later" in text
-    content = json.loads((tmp_path / "scores" / "metrics" / "metrics.json").read_text())
+    content = json.loads((folder / "metrics.json").read_text())
     assert "rule of DCASE 2022 and later" in content["about"]["domains"]
     row = content["metrics"][AVERAGE]["hmean"]
     assert row["official_low"] < row[OFFICIAL] < row["official_high"]
 
 
 def test_the_rule_of_2021_takes_the_anomalies_of_the_domain(measured):
-    written, rows, output, _ = measured({
-        f"fan_section_0{section}_{domain}_test": {(domain, "normal"): 20 + section, (domain, "anomaly"): 15}
-        for section in (0, 1)
-        for domain in ("source", "target")
-    })  # fmt: skip
+    files = {}
+    for section, normal in (("00", 20), ("01", 21)):
+        for domain in ("source", "target"):
+            counts = {(domain, "normal"): normal, (domain, "anomaly"): 15}
+            files[f"fan_section_{section}_{domain}_test"] = counts
+    written, rows, output, _ = measured(files)
     terms: dict[str, list[Fraction]] = {"00": [], "01": []}
     for file, scores in written.items():
-        normal, anomalous, domain = (
-            chosen(scores, "normal"),
-            chosen(scores, "anomaly"),
-            file.split("_")[3],
-        )
-        values = {
-            f"AUC_{domain}": count_pairs(normal, anomalous),
-            f"pAUC_{domain}": count_first_pairs(normal, anomalous),
-        }
-        check(rows["fan", section_of(file)], values)
-        terms[section_of(file)] += values.values()
+        normal, anomalous = chosen(scores, "normal"), chosen(scores, "anomaly")
+        section, domain = section_of(file), file.split("_")[3]
+        auc, partial_auc = count_pairs(normal, anomalous), count_first_pairs(normal, anomalous)
+        check(rows["fan", section], {f"AUC_{domain}": auc, f"pAUC_{domain}": partial_auc})
+        terms[section] += [auc, partial_auc]
     for section, of_section in terms.items():
         check(rows["fan", section], {"official": harmonic(of_section)})
     check(rows[AVERAGE, "hmean"], {"official": harmonic([*terms["00"], *terms["01"]])})
@@ -170,117 +183,115 @@ def test_an_empty_domain_and_one_condition_only_are_left_out_and_named(measured)
     written, rows, output, errors = measured(
         {
             "fan_section_00_test": {("source", "normal"): 8, ("source", "anomaly"): 5},
-            "fan_section_01_test": full(6, 7),
-            "pump_section_00_test": full(4, 0),
+            "fan_section_01_test": both_domains(6, 7),
+            "pump_section_00_test": both_domains(4, 0),
         }
     )
     one, whole = written["fan_section_00_test"], written["fan_section_01_test"]
     auc = count_pairs(chosen(one, "normal"), chosen(one, "anomaly"))
     terms = [auc, count_first_pairs(chosen(one, "normal"), chosen(one, "anomaly"))]
     check(rows["fan", "00"], {"AUC_source": auc, "AUC_target": None, "official": harmonic(terms)})
-    of_whole = [
-        count_pairs(chosen(whole, domain, "normal"), chosen(whole, "anomaly"))
-        for domain in ("source", "target")
-    ]
-    check(
-        rows["fan", "hmean"],
-        {"AUC_source": harmonic([auc, of_whole[0]]), "AUC_target": of_whole[1]},
-    )
-    terms += [*of_whole, count_first_pairs(chosen(whole, "normal"), chosen(whole, "anomaly"))]
-    check(
-        rows["pump", "00"], dict.fromkeys(("AUC", "AUC_source", "AUC_target", "pAUC", "official"))
-    )
+    anomalous = chosen(whole, "anomaly")
+    source = count_pairs(chosen(whole, "source", "normal"), anomalous)
+    target = count_pairs(chosen(whole, "target", "normal"), anomalous)
+    check(rows["fan", "hmean"], {"AUC_source": harmonic([auc, source]), "AUC_target": target})
+    terms += [source, target, count_first_pairs(chosen(whole, "normal"), anomalous)]
+    columns = ("AUC", "AUC_source", "AUC_target", "pAUC", "official")
+    check(rows["pump", "00"], dict.fromkeys(columns))
     for machine_type in ("fan", AVERAGE):
         check(rows[machine_type, "hmean"], {"official": harmonic(terms)})
     pump = next(line for line in output.splitlines() if line.startswith("pump"))
     assert pump.replace("|", " ").split()[1:] == ["-"] * 9
-    assert (
-        "no AUC, and left out of the averages, because normal or anomalous clips are missing: pump 00, pump "
-        in errors
-    )
-    assert (
-        "no AUC of the target domain, and so harmonic means and official score without it, because"
-        in errors
-    )
-    assert "clips are missing: fan 00\n" in errors
+    reason = "because normal or anomalous clips are missing"
+    assert f"no AUC, and left out of the averages, {reason}: pump 00, pump " in errors
+    effect = "harmonic means and official score without it"
+    assert f"no AUC of the target domain, and so {effect}, {reason}: fan 00\n" in errors
 
 
 def test_a_score_that_is_always_wrong_makes_the_official_score_almost_zero(measured):
     """As the organisers do, harmonic means raise an AUC of 0 to the spacing of floating-point
     numbers.
     """
-    names = clip_names("00", full(3, 3))
-    _, rows, _, _ = measured(
-        {}, fan_section_00_test={name: float("normal" in name) for name in names}
-    )
-    terms = [Fraction(0), Fraction(0), (1 - Fraction(1, 19)) / 2]
-    check(rows["fan", "00"], dict(zip(("AUC_source", "AUC_target", "pAUC"), terms, strict=True)))
-    assert float(rows["fan", "00"]["official"]) == pytest.approx(float(harmonic(terms)), rel=1e-9)
+    names = clip_names("00", both_domains(3, 3))
+    wrong_scores = {name: float("normal" in name) for name in names}
+    _, rows, _, _ = measured({}, fan_section_00_test=wrong_scores)
+    partial_auc = (1 - Fraction(1, 19)) / 2
+    check(rows["fan", "00"], {"AUC_source": 0, "AUC_target": 0, "pAUC": partial_auc})
+    expected = harmonic([Fraction(0), Fraction(0), partial_auc])
+    assert float(rows["fan", "00"]["official"]) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_figures_that_the_organisers_give():
-    """The baseline of 2024 on the evaluation set, as the README of the evaluator of that year shows
-    it.
-    """
-    source = [0.7912, 0.65, 0.6916, 0.7658, 0.8602, 0.6224, 0.7504, 0.6596, 0.7070]
-    target = [0.4796, 0.4824, 0.5374, 0.5266, 0.4388, 0.4598, 0.6948, 0.4152, 0.6352]
-    pauc = [0.4942105263157895, 0.5547368421052632, 0.5010526315789474, 0.5, 0.5021052631578947, 0.5163157894736842,
-            0.5273684210526316, 0.511578947368421, 0.5557894736842105]  # fmt: skip
-    values = {"AUC": source, "AUC_source": source, "AUC_target": target, "pAUC": pauc}
-    rows = [
-        np.array([[values.get(column, [0.0] * 9)[index] for column in SHARED_ANOMALIES.columns]])
-        for index in range(9)
-    ]
-    combined = dict(
-        zip(SHARED_ANOMALIES.columns, combine_harmonically(rows, SHARED_ANOMALIES)[0], strict=True)
-    )
-    expected = {"AUC_source": 0.7150555228086642, "AUC_target": 0.5057977147441246, "pAUC": 0.5172271108149132,
-                OFFICIAL: 0.5650830191796572}  # fmt: skip
-    for column, value in expected.items():
-        assert combined[column] == pytest.approx(value, abs=1e-12)
+    """The baseline of 2024 on the evaluation set, from the README of that year's evaluator."""
+    values = {
+        "AUC_source": [
+            0.7912, 0.65, 0.6916, 0.7658, 0.8602, 0.6224, 0.7504, 0.6596, 0.7070,
+        ],
+        "AUC_target": [
+            0.4796, 0.4824, 0.5374, 0.5266, 0.4388, 0.4598, 0.6948, 0.4152, 0.6352,
+        ],
+        "pAUC": [
+            0.4942105263157895, 0.5547368421052632, 0.5010526315789474, 0.5, 0.5021052631578947,
+            0.5163157894736842, 0.5273684210526316, 0.511578947368421, 0.5557894736842105,
+        ],
+    }  # fmt: skip
+    rows = []
+    for section in range(9):
+        of_section = {name: np.array([column[section]]) for name, column in values.items()}
+        rows.append(Row(of_section, {"n_normal": 100, "n_anomaly": 100}))
+    combined = combine_harmonically(rows, RULE_2022).values
+    expected = {
+        "AUC_source": 0.7150555228086642,
+        "AUC_target": 0.5057977147441246,
+        "pAUC": 0.5172271108149132,
+        OFFICIAL: 0.5650830191796572,
+    }
+    for name, value in expected.items():
+        assert combined[name] == pytest.approx(value, abs=1e-12)
 
 
 def test_evaluation_clips_have_their_labels_in_the_lists_of_the_organisers(tmp_path, call, fails):
-    truth = {f"section_00_{index:04d}.wav": (index % 2, index // 2 % 2) for index in range(12)}
-    scores = {name: float(index * 7 % 12) for index, name in enumerate(truth)}
+    scores, is_anomalous, is_target = {}, {}, {}
+    for index in range(12):
+        name = f"section_00_{index:04d}.wav"
+        scores[name] = float(index * 7 % 12)
+        is_anomalous[name], is_target[name] = index % 2, index // 2 % 2
     write_scores(tmp_path / "scores", "ToyTank_section_00_test", scores)
     words = ("--score_files", tmp_path / "scores", "--data_root", tmp_path / "data")
-    fails(eval_script.main, *words, match="12 of 12 clips are not in ground_truth_data and ground_truth_domain under .*"
-          "copy these folders of the organisers' evaluator")  # fmt: skip
-    for place, kind in enumerate(("data", "domain")):
-        file = tmp_path / f"data/ground_truth_{kind}/ground_truth_ToyTank_section_00_test.csv"
-        file.parent.mkdir(parents=True)
-        file.write_text("".join(f"{name},{values[place]}\n" for name, values in truth.items()))
+    fails(
+        eval_script.main,
+        *words,
+        match="12 of 12 clips are not in ground_truth_data and ground_truth_domain under .*"
+        "copy these folders of the organisers' evaluator",
+    )
+    write_truth(tmp_path / "data", "data", "ToyTank_section_00_test", is_anomalous)
+    write_truth(tmp_path / "data", "domain", "ToyTank_section_00_test", is_target)
     status, _, _ = call(eval_script.main, *words)
     assert status == 0
-    parts = {
-        kinds: [scores[name] for name, own in truth.items() if own == kinds]
-        for kinds in ((0, 0), (0, 1), (1, 0), (1, 1))
+    parts: dict[tuple[int, int], list[float]] = {}
+    for name, score in scores.items():
+        parts.setdefault((is_anomalous[name], is_target[name]), []).append(score)
+    source, target, anomalous = parts[0, 0], parts[0, 1], parts[1, 0] + parts[1, 1]
+    expected = {
+        "AUC_source": count_pairs(source, anomalous),
+        "AUC_target": count_pairs(target, anomalous),
+        "pAUC": count_first_pairs(source + target, anomalous),
     }
-    anomalous = parts[1, 0] + parts[1, 1]
-    check(read_metrics(tmp_path / "scores")["ToyTank", "00"], {
-        "AUC_source": count_pairs(parts[0, 0], anomalous),
-        "AUC_target": count_pairs(parts[0, 1], anomalous),
-        "pAUC": count_first_pairs(parts[0, 0] + parts[0, 1], anomalous),
-    })  # fmt: skip
+    check(read_metrics(tmp_path / "scores")["ToyTank", "00"], expected)
 
 
 def test_score_files_of_2020(tmp_path, call):
-    scores = {
-        f"{kind}_id_line-3_{i}.wav": float(i * 5 % 7)
-        for i, kind in enumerate(("normal", "anomaly") * 4)
-    }
+    normal, anomalous = [0.0, 3.0, 6.0, 2.0], [5.0, 1.0, 4.0, 0.0]
+    scores = {}
+    for index, (low, high) in enumerate(zip(normal, anomalous, strict=True)):
+        scores[f"normal_id_line-3_{index}.wav"] = low
+        scores[f"anomaly_id_line-3_{index}.wav"] = high
     write_scores(tmp_path, "press_id_line-3", scores)
     status, output, errors = call(eval_script.main, "--score_files", tmp_path)
     assert (status, errors) == (0, "")
-    normal, anomalous = (
-        [x for name, x in scores.items() if name.startswith(kind)] for kind in ("normal", "anomaly")
-    )
     rows = read_metrics(tmp_path)
-    check(
-        rows["press", "line-3"],
-        {"AUC": count_pairs(normal, anomalous), "pAUC": count_first_pairs(normal, anomalous)},
-    )
+    auc, partial_auc = count_pairs(normal, anomalous), count_first_pairs(normal, anomalous)
+    check(rows["press", "line-3"], {"AUC": auc, "pAUC": partial_auc})
     assert "official" not in rows["press", "line-3"]
     assert ("press", "hmean") not in rows
     assert "rule of" not in output
@@ -304,7 +315,7 @@ def test_score_files_of_2020(tmp_path, call):
             "normal_id_mean_0.wav,1",
             "not named .* or named like a row of the table",
         ),
-        ("fan_section_00_test.csv", "", "no scores in it; bring them"),
+        ("fan_section_00_test.csv", "", "no scores in it; add them"),
         ("fan_section_00_test.csv", "section_00_0000.wav", "line 1: not `<file name>,<score>`"),
         (
             "fan_section_00_test.csv",
@@ -371,63 +382,51 @@ def test_the_same_clips_in_two_files(tmp_path, fails):
 
 
 def write_truth(root: Path, kind: str, file: str, values: dict[str, int]) -> None:
-    (root / f"ground_truth_{kind}").mkdir(parents=True, exist_ok=True)
-    (root / f"ground_truth_{kind}" / f"ground_truth_{file}.csv").write_text(
-        "".join(f"{name},{value}\n" for name, value in values.items())
-    )
+    """Write a list of the organisers, of conditions ("data") or of domains ("domain")."""
+    path = root / f"ground_truth_{kind}" / f"ground_truth_{file}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as target:
+        csv.writer(target).writerows(values.items())
 
 
-def test_the_domain_of_a_clip_is_its_own(tmp_path, call, fails):
-    """Of evaluation clips that name it, in one list; a list that contradicts them, or does not
-    tell, is an error.
-    """
+def test_the_domain_in_the_name_of_an_evaluation_clip_counts(tmp_path, call, fails):
     names = [
-        f"section_03_{domain}_test_000{i}.wav" for domain in ("source", "target") for i in range(2)
+        "section_03_source_test_0000.wav",
+        "section_03_source_test_0001.wav",
+        "section_03_target_test_0000.wav",
+        "section_03_target_test_0001.wav",
     ]
-    write_scores(
-        tmp_path, "fan_section_03_test", dict(zip(names, (0.0, 1.0, 2.0, 3.0), strict=True))
-    )
-    write_truth(tmp_path, "data", "fan_section_03_test", {name: int(name[-5]) for name in names})
+    scores = dict(zip(names, (0.0, 1.0, 2.0, 3.0), strict=True))
+    write_scores(tmp_path, "fan_section_03_test", scores)
+    is_anomalous = dict(zip(names, (0, 1, 0, 1), strict=True))
+    write_truth(tmp_path, "data", "fan_section_03_test", is_anomalous)
     words = ("--score_files", tmp_path, "--data_root", tmp_path)
     assert call(eval_script.main, *words)[0] == 0
-    check(
-        read_metrics(tmp_path)["fan", "03"],
-        {"AUC_source": Fraction(1), "AUC_target": Fraction(1, 2)},
-    )
+    expected = {"AUC_source": Fraction(1), "AUC_target": Fraction(1, 2)}
+    check(read_metrics(tmp_path)["fan", "03"], expected)
     write_truth(tmp_path, "domain", "fan_section_03_test", dict.fromkeys(names, 1))
-    fails(
-        eval_script.main,
-        *words,
-        match="section_03_source_test_0000 is of the target domain, and its name or folder says",
-    )
-    shutil.rmtree(tmp_path / "ground_truth_domain")
-    (tmp_path / "anomaly_score_fan_section_03_test.csv").unlink()
+    message = "section_03_source_test_0000 is of the target domain, and its name or folder says"
+    fails(eval_script.main, *words, match=message)
+
+
+def test_a_clip_of_an_unknown_domain(tmp_path, fails):
     write_scores(tmp_path, "fan_section_03_test", {"section_03_0000.wav": 1.0})
     write_truth(tmp_path, "data", "fan_section_03_test", {"section_03_0000.wav": 1})
-    fails(
-        eval_script.main,
-        *words,
-        match="ground_truth_domain/ground_truth_fan_section_03_test.csv does not tell the dom",
-    )
+    message = "ground_truth_domain/ground_truth_fan_section_03_test.csv does not tell the domain"
+    words = ("--score_files", tmp_path, "--data_root", tmp_path)
+    fails(eval_script.main, *words, match=message)
 
 
-def test_clips_without_a_score_are_said(tmp_path, call):
-    write_scores(
-        tmp_path, "fan_section_03_test", {"section_03_0000.wav": 1.0, "section_03_0001.wav": 2.0}
-    )
-    for kind in ("data", "domain"):
-        write_truth(
-            tmp_path,
-            kind,
-            "fan_section_03_test",
-            {f"section_03_000{i}.wav": i % 2 for i in range(4)},
-        )
+def test_clips_without_a_score_are_named(tmp_path, call):
+    scores = {"section_03_0000.wav": 1.0, "section_03_0001.wav": 2.0}
+    write_scores(tmp_path, "fan_section_03_test", scores)
+    values = {f"section_03_000{index}.wav": index % 2 for index in range(4)}
+    write_truth(tmp_path, "data", "fan_section_03_test", values)
+    write_truth(tmp_path, "domain", "fan_section_03_test", values)
     status, _, errors = call(eval_script.main, "--score_files", tmp_path, "--data_root", tmp_path)
     assert status == 0
-    assert (
-        "2 clips of the lists have no score and count in no metric, such as fan section_03_0002"
-        in errors
-    )
+    message = "2 clips of the lists have no score and count in no metric, such as fan section_03_"
+    assert f"{message}0002" in errors
 
 
 def test_score_files_stand_alone(tmp_path, fails):

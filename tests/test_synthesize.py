@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from config import load_config
-from corpus import find_clips, settle_classes
+from recordings import find_classes, find_recordings
 from utils import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
@@ -103,17 +103,16 @@ def test_the_sounds_stay_the_same(clip, expected):
 
 @pytest.mark.usefixtures("few")
 def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
-    """Under the names of that year; in the target domain the machine runs faster, in a louder
-    factory.
-    """
+    """The target domain has a faster machine, in a louder factory."""
     options = ("--output", str(tmp_path / "set"), "--form", "2023", "--train", "8", "--test", "2")
     synthesize.main([*options])
     config = load_config(data_root=str(tmp_path / "set"), machines="auto", classes="attributes")
-    config = settle_classes(config)
-    assert config.classes == {
-        machine_type: {"00": ["spd_1", "spd_2", "spd_3"]} for machine_type in FEW
-    }
-    train, test = (find_clips(config, split) for split in ("train", "test"))
+    classes = find_classes(config)
+    speeds = ("spd_1", "spd_2", "spd_3")
+    assert [tuple(entry) for entry in classes.entries] == [
+        (machine_type, "00", speed) for machine_type in FEW for speed in speeds
+    ]
+    train, test = (find_recordings(config, classes, split) for split in ("train", "test"))
     assert train["domain"].value_counts().to_dict() == {"source": 16, "target": 2}
     assert train["label"].value_counts().sort_index().tolist() == [4, 4, 1] * 2
     kinds = test.groupby(["machine_type", "domain", "condition"]).size()
@@ -136,7 +135,7 @@ def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
 
 
 def features(machine_type: str, machine_id: int, seed: int, fault: str = "") -> np.ndarray:
-    """Mean and standard deviation over time of the level in 80 bands of 100 Hz, dB."""
+    """Mean and standard deviation over time of the level in 80 bands of 100 Hz, in dB: `(160,)`."""
     severity = {name: float(name == fault) for name in FAULTS}
     clip = Clip(machine_type, machine_id, "train", "normal", 0)
     frames = machine_sound(clip, severity, np.random.default_rng(seed)).reshape(-1, 1600)
@@ -165,11 +164,11 @@ def test_other_ids_and_faults_are_out_of_the_ordinary(machine_type):
 def test_only_anomalous_clips_have_a_fault_and_each_fault_takes_its_turn(monkeypatch):
     severities = []
 
-    def keep(clip: Clip, severity: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    def record(clip: Clip, severity: dict[str, float], rng: np.random.Generator) -> np.ndarray:
         severities.append(severity)
         return np.zeros(SAMPLES)
 
-    monkeypatch.setattr(synthesize, "machine_sound", keep)
+    monkeypatch.setattr(synthesize, "machine_sound", record)
     for index in range(len(FAULTS)):
         synthesize.synthesize(Clip("fan", 0, "test", "normal", index), seed=1)
         assert not any(severities.pop().values())
@@ -212,16 +211,16 @@ def test_a_complete_set_is_left_alone_and_another_one_refused(tmp_path):
 @pytest.mark.usefixtures("few")
 def test_overwrite_replaces_the_clips_and_nothing_else(tmp_path):
     make(tmp_path, "--train", "2")
-    kept = {
+    others = {
         "notes.txt": b"mine",
         "fan/train/section_00_mine.wav": b"mine",
         "fan/train/normal_id_06_00000000.wav": b"mine",
     }
-    for name, data in kept.items():
+    for name, data in others.items():
         (tmp_path / name).write_bytes(data)
     made = make(tmp_path, "--seed", "7", "--overwrite")
-    assert kept.items() <= made.items()
-    assert made == make(tmp_path / "fresh", "--seed", "7") | kept
+    assert others.items() <= made.items()
+    assert made == make(tmp_path / "fresh", "--seed", "7") | others
 
 
 def full_disk(clip, output, seed):
@@ -229,9 +228,9 @@ def full_disk(clip, output, seed):
 
 
 @pytest.mark.usefixtures("few")
-def test_a_set_that_was_broken_off_is_made_again(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_set_is_made_again(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(synthesize, "write", full_disk)
+        patch.setattr(synthesize, "write_clip", full_disk)
         with pytest.raises(OSError, match="no space left"):
             make(tmp_path)
     assert len(make(tmp_path, "--seed", "7")) == 1 + 2 * 3

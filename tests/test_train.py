@@ -1,6 +1,4 @@
-"""train.py as a user runs it: what a run leaves, what it refuses, how it is stopped, killed and
-resumed.
-"""
+"""train.py as a user runs it: the files of a run, errors, and stopped, killed and resumed runs."""
 
 import csv
 import os
@@ -14,10 +12,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import MACHINES, arguments, clips_of, remove_embeddings, write_sections, write_set
+from conftest import (
+    CLASSES,
+    arguments,
+    change_checkpoint,
+    clips_of,
+    remove_bank,
+    write_sections,
+    write_set,
+)
 
 import train
-from checkpoint import RunFiles, build_network, load_checkpoint, load_newest, lock_run
+from checkpoint import Checkpoint, RunFiles, build_network, load_newest, lock_run
 from config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -33,31 +39,25 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_what_a_run_leaves(trained):
-    best, last = load_checkpoint(trained / "run.pth"), load_checkpoint(trained / "run.last.pth")
-    assert set(last) == {
-        "model", "optimizer", "scaler", "epoch", "best_loss", "history", "clips", "clip_counts", "config",
-        "versions", "held_out",
-    }  # fmt: skip
-    assert set(best) == {*last, "embeddings"}
-    assert best["clip_counts"] == {"training": 11, "validation": 1}
-    assert best["config"]["machines"] == last["config"]["machines"] == MACHINES
-    assert list(best["model"]) == list(build_network(load_config(machines=MACHINES)).state_dict())
+    best, last = (Checkpoint.load(trained / name) for name in ("run.pth", "run.last.pth"))
+    assert last.bank is None
+    assert len(best.bank.labels) == best.n_training == 11
+    assert len(best.held_out.labels) == len(best.held_out.embedding) == 1
+    assert best.classes == last.classes == CLASSES
+    assert list(best.weights) == list(build_network(load_config(), CLASSES).state_dict())
     history = rows(trained / "run" / "history.csv")
     assert list(history[0]) == HISTORY
     assert [row["epoch"] for row in history] == ["1"]
-    assert float(history[0]["valid_loss"]) == best["best_loss"]
-    assert sorted(path.name for path in trained.iterdir() if path.suffix != ".lock") == [
-        "run",
-        "run.last.pth",
-        "run.pth",
-    ]
+    assert float(history[0]["valid_loss"]) == best.history[0].valid_loss
+    names = {path.name for path in trained.iterdir() if path.suffix != ".lock"}
+    assert names == {"run", "run.last.pth", "run.pth"}
 
 
 def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root, fails, call):
     options = arguments(trained_copy, data_root)
     before = (trained_copy / "run.pth").read_bytes()
-    said = r"run.last.pth is there: --resume continues .*, --overwrite replaces it, --save_path"
-    fails(train.main, *options, match=said)
+    message = r"run.last.pth exists: --resume continues .*, --overwrite replaces it, --save_path"
+    fails(train.main, *options, match=message)
     assert (trained_copy / "run.pth").read_bytes() == before
     status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
     assert status == 0
@@ -68,7 +68,7 @@ def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root,
 def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     trained_copy, data_root, call, monkeypatch
 ):
-    whole = remove_embeddings(trained_copy / "run.pth")
+    whole = remove_bank(trained_copy / "run.pth")
     last = (trained_copy / "run.last.pth").read_bytes()
     options = arguments(trained_copy, data_root)
     with monkeypatch.context() as patch:
@@ -79,75 +79,63 @@ def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     status, output, _ = call(train.main, *options, "--resume")
     assert status == 0
     assert f"embeddings of the clips: {trained_copy / 'run.pth'}" in output
-    again = load_checkpoint(trained_copy / "run.pth")
-    assert again.keys() == whole.keys()
-    for name, table in whole["embeddings"].items():
-        assert all(
-            torch.equal(again["embeddings"][name][column], values)
-            for column, values in table.items()
-        )
+    again = Checkpoint.load(trained_copy / "run.pth")
+    for one, other in zip(again.bank, whole.bank, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(again.held_out.embedding, whole.held_out.embedding)
     assert (trained_copy / "run.last.pth").read_bytes() == last
 
 
 def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fails):
     options = arguments(trained, data_root, epoch=2, lr=1e-3)
-    differing = r"another configuration: epoch \(was 1, is 2\); lr \(was 0.0001, is 0.001\)"
-    fails(train.main, *options, "--resume", match=differing)
+    message = r"another configuration: epoch \(was 1, is 2\); lr \(was 0.0001, is 0.001\)"
+    fails(train.main, *options, "--resume", match=message)
 
 
 def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
     other = write_set(tmp_path / "data", train_clips=5)
     options = arguments(trained, other)
-    fails(
-        train.main,
-        *options,
-        "--resume",
-        match="the clips under .* are not those the run began with",
-    )
+    message = "the clips under .* are not those the run began with"
+    fails(train.main, *options, "--resume", match=message)
 
 
 def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, fails):
-    options = arguments(
-        tmp_path, data_root, seed=1, lr=1e-9, weight_decay=0, init_from=trained / "run.pth"
-    )
+    keys = {"seed": 1, "lr": 1e-9, "weight_decay": 0, "init_from": trained / "run.pth"}
+    options = arguments(tmp_path, data_root, **keys)
     assert call(train.main, *options)[0] == 0
-    own, given = (load_checkpoint(path / "run.pth")["model"] for path in (tmp_path, trained))
+    weights = Checkpoint.load(tmp_path / "run.pth").weights
+    given = Checkpoint.load(trained / "run.pth").weights
     name = "mobilefacenet.linear7.conv.weight"
-    assert torch.allclose(own[name], given[name], rtol=0, atol=1e-6)
-    assert not torch.allclose(own["arcface.weight"], given["arcface.weight"], rtol=0, atol=1e-3)
-    options[-1] = "nowhere.pth"
+    assert torch.allclose(weights[name], given[name], rtol=0, atol=1e-6)
+    name = "arcface.weight"
+    assert not torch.allclose(weights[name], given[name], rtol=0, atol=1e-3)
+    options[-1] = "nowhere.pth"  # the value of init_from, which a resumed run ignores
     status, _, errors = call(train.main, *options, "--resume")
-    assert (status, errors) == (
-        0,
-        "notice: 12 of 12 recordings are shorter than 10 s and are repeated\n",
-    ), "ignored"
+    assert status == 0
+    assert errors == "notice: 12 of 12 recordings are shorter than 10 s and are repeated\n"
     fails(train.main, *options, "--overwrite", match="nowhere.pth: no such checkpoint")
-    assert load_checkpoint(tmp_path / "run.pth")["config"]["init_from"] == str(trained / "run.pth")
+    assert Checkpoint.load(tmp_path / "run.pth").config.init_from == str(trained / "run.pth")
 
 
 def test_each_machine_needs_a_recording_to_train_on(tmp_path, fails):
     options = arguments(tmp_path, write_set(tmp_path / "data", train_clips=1))
-    fails(
-        train.main,
-        *options,
-        match=r"all recordings of .* are held out for validation: bring more .* split_ratio",
-    )
+    message = r"all recordings of .* are held out for validation: add more .* split_ratio"
+    fails(train.main, *options, match=message)
 
 
-def test_classes_of_which_every_recording_is_held_out_are_said(tmp_path, call):
-    """With a recording for each of four classes and half of them held out; the seed leaves one of
-    each machine.
-    """
+def test_classes_of_which_every_recording_is_held_out_are_named(tmp_path, call):
+    """Two of four classes with one recording each are held out, one class of each machine."""
     root = write_sections(tmp_path / "data", train_clips=1)
     clips = clips_of(root, machines={"bearing": [0], "fan": [0]})
     seed = next(seed for seed in range(99) if len(clips.split(0.5, seed)[0].machines) == 2)
-    options = arguments(
-        tmp_path, root, machines="auto", classes="attributes", split_ratio=0.5, seed=seed
-    )
-    status, _, errors = call(train.main, *options)
+    keys = {"machines": "auto", "classes": "attributes", "split_ratio": 0.5, "seed": seed}
+    status, _, errors = call(train.main, *arguments(tmp_path, root, **keys))
     assert status == 0
-    said = "all recordings of 2 classes are held out for validation, so these are not learned (attributes of bearing 00, "
-    assert said in errors
+    notice = (
+        "all recordings of 2 classes are held out for validation, so these are not learned "
+        "(attributes of bearing 00, "
+    )
+    assert notice in errors
 
 
 @pytest.mark.slow
@@ -163,27 +151,19 @@ def test_overwriting_replaces_the_run(trained_copy, data_root, call):
     (files.folder / "mine.txt").write_text("mine")
     files.results("test").mkdir(exist_ok=True)
     (files.results("test") / "metrics.csv").write_text("old")
-    status, output, _ = call(
-        train.main, *arguments(trained_copy, data_root, tensorboard="true", lr=2e-4), "--overwrite"
-    )
+    options = arguments(trained_copy, data_root, tensorboard="true", lr=2e-4)
+    status, output, _ = call(train.main, *options, "--overwrite")
     assert status == 0
     assert "valid loss" in output
-    assert load_checkpoint(files.best)["config"]["lr"] == 2e-4
-    assert sorted(path.name for path in files.folder.iterdir()) == [
-        "history.csv",
-        "mine.txt",
-        "tensorboard",
-    ]
+    assert Checkpoint.load(files.best).config.lr == 2e-4
+    names = {path.name for path in files.folder.iterdir()}
+    assert names == {"history.csv", "mine.txt", "tensorboard"}
 
 
 def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
     before = (trained_copy / "run.pth").read_bytes()
-    fails(
-        train.main,
-        *arguments(trained_copy, tmp_path / "nowhere"),
-        "--overwrite",
-        match=r"no folder \S*nowhere \(looked for",
-    )
+    options = arguments(trained_copy, tmp_path / "nowhere")
+    fails(train.main, *options, "--overwrite", match=r"no folder \S*nowhere \(looked for")
     one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
     fails(train.main, *options, "--overwrite", match="1 clips to train on")
@@ -200,7 +180,7 @@ def test_too_few_clips_to_train_on(tmp_path, fails):
 def test_a_full_disk_ends_the_run_and_leaves_what_was_written(
     tmp_path, data_root, fails, monkeypatch
 ):
-    """The files are written beside the next epoch, in which the error is met."""
+    """The files are written in the background of the next epoch, which raises the error."""
     write, written = Path.write_bytes, []
 
     def write_twice(path: Path, data: memoryview) -> int:
@@ -210,13 +190,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_written(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_twice)
-    fails(
-        train.main,
-        *arguments(tmp_path, data_root, epoch=4, input="[sgram]"),
-        match="No space left on device",
-    )
+    options = arguments(tmp_path, data_root, epoch=4, input="[sgram]")
+    fails(train.main, *options, match="No space left on device")
     files = RunFiles(tmp_path / "run.pth")
-    assert [load_checkpoint(path)["epoch"] for path in (files.best, files.last)] == [1, 1]
+    assert [Checkpoint.load(path).epoch for path in (files.best, files.last)] == [1, 1]
     assert [row["epoch"] for row in rows(files.history)] == ["1"]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -237,13 +214,12 @@ def wait_for_epoch(process: subprocess.Popen) -> None:
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:
-    """Weights and states equal bit for bit, and the history but for the seconds."""
+    """Check that two runs have the same weights, bit for bit, and histories but for the seconds."""
     for name in ("run.pth", "run.last.pth"):
-        ours, expected = load_checkpoint(folder / name), load_checkpoint(unbroken / name)
-        assert ours["epoch"] == expected["epoch"]
-        assert all(
-            torch.equal(ours["model"][key], value) for key, value in expected["model"].items()
-        )
+        ours, expected = Checkpoint.load(folder / name), Checkpoint.load(unbroken / name)
+        assert ours.epoch == expected.epoch
+        for key, value in expected.weights.items():
+            assert torch.equal(ours.weights[key], value), key
     ours, expected = (rows(folder / "run" / "history.csv") for folder in (folder, unbroken))
     for row in ours + expected:
         row.pop("seconds")
@@ -254,20 +230,17 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
 )
 def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_root, call):
-    """Stopped in the midst of an epoch."""
-    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer, for the sake of time
-    stopped, unbroken = (
-        arguments(tmp_path / "stopped", data_root, **keys),
-        arguments(tmp_path, data_root, **keys),
-    )
+    """The run is stopped within an epoch."""
+    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer machines save time
+    stopped = arguments(tmp_path / "stopped", data_root, **keys)
+    unbroken = arguments(tmp_path, data_root, **keys)
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *stopped],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        # a shell that starts the tests in the background has them, and what they start, ignore
-        # SIGINT
+        # A shell makes background jobs and their child processes ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for_epoch(process)
@@ -276,14 +249,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_roo
     assert process.returncode == status
     assert "Traceback" not in errors
     assert "stopped; --resume continues after epoch 1" in errors
-    assert load_checkpoint(tmp_path / "stopped" / "run.last.pth")["epoch"] == 1
+    assert Checkpoint.load(tmp_path / "stopped" / "run.last.pth").epoch == 1
     for options in (unbroken, [*stopped, "--resume"]):
         assert call(train.main, *options)[0] == 0
     assert_same_run(tmp_path / "stopped", tmp_path)
 
 
-# train.py in a process group that kills itself at the so many-th step, file operation, or write of
-# a checkpoint, of which then half is on the disk.
+# train.py in a process group that kills itself at the given step, file operation or write of a
+# checkpoint. In the last case half of the file is written.
 KILLED = """
 import os, pathlib, signal, sys
 import train, trainer, utils
@@ -330,7 +303,7 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
-    """SIGKILL at seeded random moments, the whole process group, resumed each time."""
+    """The process group gets SIGKILL at seeded random moments, and the run is resumed each time."""
     (tmp_path / "killed.py").write_text(KILLED)
     options = CUT | {"epoch": 2 * KILLS}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -345,16 +318,14 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
         return result.returncode
 
     rng = random.Random(3)
+    moments = {"file": 25, "write": 3, "step": 6}  # in about two epochs
     for number in range(KILLS):
         kind = ("file", "write", "step")[number % 3]
-        moment = rng.randint(
-            1, {"file": 25, "write": 3, "step": 6}[kind]
-        )  # within about two epochs
+        moment = rng.randint(1, moments[kind])
         assert run(tmp_path / "killed", kind, moment) == -signal.SIGKILL
         files = RunFiles(tmp_path / "killed" / "run.pth")
-        print(
-            f"kill {number + 1}: {kind} {moment}, epoch {load_newest(files)['epoch'] if files.best.exists() else 0}"
-        )
+        epoch = load_newest(files).epoch if files.best.exists() else 0
+        print(f"kill {number + 1}: {kind} {moment}, epoch {epoch}")
     assert run(tmp_path / "killed") == 0
     assert run(tmp_path / "unbroken") == 0
     assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
@@ -366,21 +337,22 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     files.last.write_bytes(files.last.read_bytes()[:1000])
     status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
     assert status == 0
-    assert (
-        "run.last.pth: not a readable checkpoint (it is something else, or damaged); continuing from the"
-        in errors
+    notice = (
+        "run.last.pth: not a readable checkpoint (it is something else, or damaged); "
+        "continuing from the"
     )
+    assert notice in errors
     assert files.history.read_text() == history
 
 
 def test_two_runs_of_one_name_at_once_are_refused(trained_copy, data_root, fails):
     with lock_run(RunFiles(trained_copy / "run.pth")):
-        said = "run.pth: another process is training this run"
-        fails(train.main, *arguments(trained_copy, data_root), "--overwrite", match=said)
+        message = "run.pth: another process is training this run"
+        fails(train.main, *arguments(trained_copy, data_root), "--overwrite", match=message)
     assert (trained_copy / "run.pth").exists()
 
 
-def test_a_crash_between_checkpoint_and_history_is_mended(trained_copy, data_root, call):
+def test_a_crash_between_checkpoint_and_history_is_repaired(trained_copy, data_root, call):
     history = trained_copy / "run" / "history.csv"
     expected = history.read_text()
     history.unlink()
@@ -390,32 +362,27 @@ def test_a_crash_between_checkpoint_and_history_is_mended(trained_copy, data_roo
 
 def test_a_cut_before_the_first_last_state_resumes_from_the_best(trained_copy, data_root, call):
     last = trained_copy / "run.last.pth"
-    expected = load_checkpoint(last)
+    expected = Checkpoint.load(last)
     last.unlink()
     options = arguments(trained_copy, data_root)
     assert call(train.main, *options, "--resume")[0] == 0
-    assert load_checkpoint(trained_copy / "run.pth")["epoch"] == expected["epoch"]
+    assert Checkpoint.load(trained_copy / "run.pth").epoch == expected.epoch
 
 
 def test_resuming_without_the_best_weights_is_an_error(trained_copy, data_root, fails):
     (trained_copy / "run.pth").unlink()
-    fails(
-        train.main,
-        *arguments(trained_copy, data_root),
-        "--resume",
-        match="run.pth, the best weights .* is missing",
-    )
+    options = arguments(trained_copy, data_root)
+    fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
 
 
-def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails):
-    for name in ("run.pth", "run.last.pth"):
-        torch.save(load_checkpoint(trained_copy / name)["model"], trained_copy / name)
-    fails(
-        train.main,
-        *arguments(trained_copy, data_root),
-        "--resume",
-        match="run.pth: only weights, no run to resume; start again with --overwrite",
-    )
+@pytest.mark.parametrize("name", ["run.pth", "run.last.pth"])
+def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails, name):
+    """The error names the file that was read."""
+    if name == "run.pth":
+        (trained_copy / "run.last.pth").unlink()
+    torch.save(Checkpoint.load(trained_copy / name).weights, trained_copy / name)
+    message = f"{name}: only weights, no run to resume; give the same, or start again with"
+    fails(train.main, *arguments(trained_copy, data_root), "--resume", match=message)
 
 
 def test_a_resumed_run_must_number_the_classes_alike(trained, data_root, fails):
@@ -427,27 +394,22 @@ def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, f
     for name in ("run.pth", "run.last.pth"):
         (trained_copy / name).unlink()
     options = arguments(trained_copy, data_root)
-    fails(train.main, *options, match="history.csv is there")
+    fails(train.main, *options, match="history.csv exists")
     fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
     assert (trained_copy / "run" / "history.csv").exists()
 
 
 def test_a_state_that_does_not_fit_is_refused(trained_copy, data_root, fails):
-    state = load_checkpoint(trained_copy / "run.last.pth")
-    torch.save(state | {"optimizer": {}}, trained_copy / "run.last.pth")
-    fails(
-        train.main,
-        *arguments(trained_copy, data_root),
-        "--resume",
-        match="run.last.pth: .* do not fit",
-    )
+    change_checkpoint(trained_copy / "run.last.pth", optimizer={})
+    options = arguments(trained_copy, data_root)
+    fails(train.main, *options, "--resume", match="run.last.pth: .* do not fit")
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, data_root, fails):
     (tmp_path / "file").touch()
     options = arguments(tmp_path, data_root, save_path=tmp_path / "file" / "run.pth")
-    said = r"file/run.pth cannot be written \((Not a directory|File exists)\); --save_path"
-    fails(train.main, *options, match=said)
+    message = r"file/run.pth cannot be written \((Not a directory|File exists)\); --save_path"
+    fails(train.main, *options, match=message)
 
 
 def test_train_is_one_process(fails, monkeypatch):

@@ -1,11 +1,10 @@
-"""The training step against the reference values; the schedule; what an epoch and a validation
-give.
-"""
+"""The training step against the reference values; the schedule; epochs and validation."""
 
 import copy
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +12,56 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import MACHINES, arguments, clips_of
+from conftest import CLASSES, arguments, clips_in_memory, clips_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from checkpoint import load_checkpoint
+from checkpoint import Checkpoint
+from classes import Classes, MachineClass
 from config import load_config
 from dataloader import ClipSet, keep_on_gpu
 from inference import run_network
 from losses import MODES, Mix
+from model import Outputs
 from model.tastgram import N_SAMPLES
-from trainer import Run, Trainer
+from sampling import Batch
+from trainer import Averages, Trainer
 
 VALUES = reference.VALUES
 CPU = torch.device("cpu")
 
 
 def reference_trainer(mode: str, **overrides) -> Trainer:
-    """A trainer in the published configuration with the reference weights."""
-    trainer = Trainer(load_config(mode=mode, device="cpu", **overrides), CPU)
+    """Return a trainer in the published configuration with the reference weights."""
+    config = load_config(mode=mode, device="cpu", **overrides)
+    clips = clips_in_memory(reference.samples(), reference.labels())
+    trainer = Trainer(config, Classes.from_machines(config.machines), CPU, clips, clips)
     trainer.network.load_state_dict(reference.parameters())
     return trainer
 
 
+def take_step(
+    trainer: Trainer, samples: torch.Tensor, labels: torch.Tensor, mix: Mix | None
+) -> torch.Tensor:
+    """Take a step on a whole batch; return loss and accuracy."""
+    return trainer.step(Batch(samples, labels, mix, len(labels)))
+
+
+def published_score(trainer: Trainer, outputs: Outputs, labels: torch.Tensor) -> torch.Tensor:
+    """Score each clip against its class, in float32 as published."""
+    scorer = replace(trainer.scorer, dtype=torch.float32)
+    machines = [trainer.classes.entries[label].machine for label in labels]
+    return scorer.against_own_machine(outputs, machines)
+
+
 def mixes(mode: str) -> list[Mix | None]:
-    steps = [
-        Mix(torch.tensor(lam, dtype=torch.float32), partner) for lam, partner in reference.mixing()
-    ]
-    return steps if MODES[mode].mixes else [None] * len(steps)
+    """Return the mix of each reference step; None for a mode that does not mix."""
+    if not MODES[mode].mixes:
+        return [None] * reference.STEPS
+    steps = []
+    for lam, partner in reference.mixing():
+        steps.append(Mix(torch.tensor(lam, dtype=torch.float32), partner))
+    return steps
 
 
 # ---- The step ----
@@ -55,11 +76,10 @@ def test_eight_steps_match_the_reference(mode):
     trainer.model.train()
     losses = []
     for number, mix in enumerate(mixes(mode)):
-        losses.append(trainer.step(samples, labels, mix)[0].item())
+        losses.append(take_step(trainer, samples, labels, mix)[0].item())
         if number == 0:
-            for name, expected in zip(
-                VALUES[f"{mode}_grad_names"], VALUES[f"{mode}_grad_norms"], strict=True
-            ):
+            names, norms = VALUES[f"{mode}_grad_names"], VALUES[f"{mode}_grad_norms"]
+            for name, expected in zip(names, norms, strict=True):
                 gradient = parameters[str(name)].grad
                 assert (gradient is None) == math.isnan(expected), name
                 if gradient is not None:
@@ -67,17 +87,17 @@ def test_eight_steps_match_the_reference(mode):
     assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
     trainer.model.eval()
     with torch.no_grad():
-        similarity, embedding = trainer.network(**trainer.front_end(samples))
-    score = trainer.objective.anomaly_score(similarity, labels)
+        outputs = trainer.network(**trainer.front_end(samples))
+    score = published_score(trainer, outputs, labels)
     assert reference.distance(score, VALUES[f"{mode}_after_score"]) < 1e-2
-    assert reference.distance(embedding, VALUES[f"{mode}_after_embedding"]) < 1e-2
+    assert reference.distance(outputs.embedding, VALUES[f"{mode}_after_embedding"]) < 1e-2
 
 
 def test_score_before_training_matches_the_reference():
     trainer, samples = reference_trainer("noisy_arcmix"), reference.samples()
     with torch.no_grad():
-        similarity, _ = trainer.network.eval()(**trainer.front_end(samples))
-    score = trainer.objective.anomaly_score(similarity, reference.labels())
+        outputs = trainer.network.eval()(**trainer.front_end(samples))
+    score = published_score(trainer, outputs, reference.labels())
     assert reference.distance(score, VALUES["eval_score"]) < 1e-4
 
 
@@ -85,11 +105,10 @@ def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
     trainer = reference_trainer("cross_entropy")
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     trainer.model.train()
-    trainer.step(reference.samples(), reference.labels(), None)
+    take_step(trainer, reference.samples(), reference.labels(), None)
     after = trainer.network.state_dict()
-    assert not torch.equal(
-        after["mobilefacenet.fc_out.weight"], before["mobilefacenet.fc_out.weight"]
-    )
+    linear = "mobilefacenet.fc_out.weight"
+    assert not torch.equal(after[linear], before[linear])
     assert torch.equal(after["arcface.weight"], before["arcface.weight"])
 
 
@@ -98,16 +117,15 @@ def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
 def test_half_precision_stays_near_the_reference(precision):
     trainer, mix = reference_trainer("noisy_arcmix", precision=precision), mixes("noisy_arcmix")[0]
     trainer.model.train()
-    loss = trainer.step(reference.samples(), reference.labels(), mix)[0].item()
+    loss = take_step(trainer, reference.samples(), reference.labels(), mix)[0].item()
     assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=0.05)
     assert trainer.scaler.is_enabled() == (precision == "fp16")
     before = reference.parameters()["arcface.weight"]
+    # A step whose gradients overflow is skipped, and the scale is halved.
     while trainer.scaler.is_enabled() and torch.equal(trainer.network.arcface.weight, before):
-        scale = (
-            trainer.scaler.get_scale()
-        )  # a step whose gradients overflow is passed over, at half the scale next time
+        scale = trainer.scaler.get_scale()
         assert scale >= 256
-        trainer.step(reference.samples(), reference.labels(), mix)
+        take_step(trainer, reference.samples(), reference.labels(), mix)
         assert trainer.scaler.get_scale() in (scale / 2, scale)
     assert all(torch.isfinite(parameter).all() for parameter in trainer.network.parameters())
     assert not torch.equal(trainer.network.arcface.weight, before)
@@ -116,18 +134,17 @@ def test_half_precision_stays_near_the_reference(precision):
 @pytest.mark.slow  # the compiler takes a minute or two
 @pytest.mark.parametrize("mode", ["arcface", "noisy_arcmix"])
 def test_eight_compiled_steps_match_the_reference(mode, capfd):
-    trainer, samples, labels = (
-        reference_trainer(mode, compile=True, batch_size=4),
-        reference.samples(),
-        reference.labels(),
-    )
+    trainer = reference_trainer(mode, compile=True, batch_size=4)
+    samples, labels = reference.samples(), reference.labels()
     trainer.model.train()
-    losses = [trainer.step(samples, labels, mix)[0].item() for mix in mixes(mode)]
+    losses = [take_step(trainer, samples, labels, mix)[0].item() for mix in mixes(mode)]
     assert "notice" not in capfd.readouterr().err
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
     assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
     shorter = None if mixes(mode)[0] is None else Mix(torch.tensor(0.5), torch.tensor([2, 0, 1]))
-    trainer.step(samples[:3], labels[:3], shorter)  # a shorter batch goes past the compiled model
+    take_step(
+        trainer, samples[:3], labels[:3], shorter
+    )  # a shorter batch bypasses the compiled model
 
 
 @pytest.mark.slow
@@ -141,33 +158,28 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
         trainer = reference_trainer("noisy_arcmix", compile=switch, batch_size=4)
         trainer.model.train()
         steps = [
-            trainer.step(reference.samples(), reference.labels(), mix).tolist()
+            take_step(trainer, reference.samples(), reference.labels(), mix).tolist()
             for mix in mixes("noisy_arcmix")[:2]
         ]
         results.append((steps, trainer.network.state_dict()))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert re.search(
-        r"^notice: compile: it fails on .*: No working C\+\+ compiler found in .*no-compiler-of",
-        lines[0],
-    )
+    reason = r"No working C\+\+ compiler found in .*no-compiler-of"
+    assert re.search(rf"^notice: compile: it fails on .*: {reason}", lines[0])
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
 @pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix"])
 def test_the_step_is_one_graph_for_all_steps(mode):
-    """Nothing in it breaks the graph that the compiler sees, and no lambda or partner makes it
-    compile anew.
-    """
+    """Nothing breaks the graph of the compiler, and no lambda or partner causes a recompilation."""
     torch._dynamo.reset()
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     trainer.model.train()
     inputs = trainer.front_end(samples)
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="eager")
-    mixes = [
-        trainer.objective.draw_mix(0.5, np.random.default_rng(number), 4) for number in range(3)
-    ]
+    rngs = [np.random.default_rng(seed) for seed in range(3)]
+    mixes = [trainer.objective.draw_mix(0.5, rng, 4) for rng in rngs]
     with torch._dynamo.config.patch(error_on_recompile=True):
         results = [compiled(inputs, labels, mix) for mix in mixes]
     results[0][0].backward()
@@ -178,25 +190,21 @@ def test_the_step_is_one_graph_for_all_steps(mode):
 
 def put_on_fake_gpu(module: torch.nn.Module) -> None:
     """Replace the tensors of a module by fake ones on a GPU."""
+
+    def fake(real: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cuda:0")
+
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, real in tensors.items():
-                if real is None:
-                    continue
-                fake = torch.empty_strided(
-                    real.shape, real.stride(), dtype=real.dtype, device="cuda:0"
-                )
-                tensors[name] = (
-                    torch.nn.Parameter(fake, real.requires_grad)
-                    if tensors is part._parameters
-                    else fake
-                )
+        for name, real in part._parameters.items():
+            if real is not None:
+                part._parameters[name] = torch.nn.Parameter(fake(real), real.requires_grad)
+        for name, real in part._buffers.items():
+            if real is not None:
+                part._buffers[name] = fake(real)
 
 
 def test_step_and_scores_stay_on_the_gpu(monkeypatch):
-    """On fake tensors, which have a device and no content: it is an error to leave one on the CPU,
-    or to read it.
-    """
+    """Fake tensors have a device but no content, so reading one or leaving the GPU is an error."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     trainer, gpu = reference_trainer("noisy_arcmix", precision="bf16"), torch.device("cuda", 0)
@@ -213,7 +221,7 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
         outputs = run_network(
             trainer.network, trainer.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16
         )
-        score = trainer.objective.anomaly_score(outputs.similarity, clips.labels.to(gpu))
+        score = trainer.scorer.against_class(outputs, 0)
         assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
         with pytest.raises(RuntimeError, match="device"):
             trainer.loss(inputs, labels.cpu(), None)
@@ -221,27 +229,22 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
             loss.item()
 
 
-def test_a_state_is_continued_as_this_run_computes():
-    """As when a run goes on from a GPU to a CPU: what the optimiser computes with stays, its state
-    is the other's.
-    """
-    one, other = (
-        reference_trainer("arcface"),
-        reference_trainer("arcface", lr=1e-2, weight_decay=0.5),
-    )
+def test_a_state_is_continued_as_this_run_computes(tmp_path):
+    """The optimiser takes over the state but not the options, as when a run moves to a CPU."""
+    path = tmp_path / "run.pth"
+    one = reference_trainer("arcface", save_path=str(path))
+    other = reference_trainer("arcface", save_path=str(path), lr=1e-2, weight_decay=0.5)
     one.model.train()
-    one.step(reference.samples(), reference.labels(), None)
-    state = one.state()
-    state["optimizer"]["param_groups"][0] |= {"foreach": True, "lr": 3.0}
-    other.load_state(state)
+    take_step(one, reference.samples(), reference.labels(), None)
+    checkpoint = one.checkpoint(np.zeros(4))
+    checkpoint.optimizer["param_groups"][0] |= {"foreach": True, "lr": 3.0}
+    other.load(checkpoint)
     group = other.optimizer.param_groups[0]
     assert (group["foreach"], group["lr"], group["weight_decay"]) == (None, 1e-2, 0.5)
-    for ours, theirs in zip(
-        other.optimizer.state.values(), one.optimizer.state.values(), strict=True
-    ):
-        assert all(
-            torch.equal(ours[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq")
-        )
+    states = zip(other.optimizer.state.values(), one.optimizer.state.values(), strict=True)
+    for loaded, saved in states:
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(loaded[name], saved[name]), name
 
 
 # ---- On a GPU ----
@@ -251,25 +254,24 @@ def test_a_state_is_continued_as_this_run_computes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_a_step_on_the_gpu_does_not_wait_for_it(is_compiled, data_root):
-    """From the plan to the optimiser: nothing in a step makes the host wait for the device."""
+    """Nothing in a step, from the batch to the optimiser, makes the host wait for the device."""
     device, clips = torch.device("cuda", 0), clips_of(data_root, num_workers=1)
     keep_on_gpu([clips], "cuda", device, 0)
-    trainer = Trainer(load_config(machines=MACHINES, batch_size=4, compile=is_compiled), device)
+    config = load_config(batch_size=4, compile=is_compiled)
+    trainer = Trainer(config, CLASSES, device, clips, clips)
     trainer.model.train()
-    plans = [trainer.draw_plan(len(clips), epoch) for epoch in range(3)]  # of three steps each
-    steps = [
-        step
-        for plan in plans
-        for step in zip(clips.batches(plan.shares, device), plan.mixes, strict=True)
-    ]
+    plans = [trainer.sampler.draw(epoch) for epoch in range(3)]  # of three steps each
+    number = 0
     try:
-        for number, ((samples, labels), mix) in enumerate(steps):
-            trainer.step(samples, labels, mix)
-            if number == 3:  # compiled
-                torch.cuda.set_sync_debug_mode("error")
+        for plan in plans:
+            for batch in plan.batches(clips, device):
+                trainer.step(batch)
+                number += 1
+                if number == 4:  # compiled
+                    torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(steps) == 9
+    assert number == 9
 
 
 @pytest.mark.gpu
@@ -280,24 +282,23 @@ def test_a_step_on_the_gpu_does_not_wait_for_it(is_compiled, data_root):
 )
 def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, bound, capfd):
     device = torch.device("cuda", 0)
-    trainer = Trainer(load_config(precision=precision, compile=is_compiled, batch_size=4), device)
+    config = load_config(precision=precision, compile=is_compiled, batch_size=4)
+    clips = clips_in_memory(reference.samples(), reference.labels())
+    trainer = Trainer(config, Classes.from_machines(config.machines), device, clips, clips)
     trainer.network.load_state_dict(reference.parameters())
     trainer.scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=precision == "fp16")
     trainer.model.train()
     samples, labels = reference.samples().to(device), reference.labels().to(device)
+    shorter = Mix(torch.tensor(0.5, device=device), torch.tensor([2, 0, 1], device=device))
     losses = []
     for number, mix in enumerate(mixes("noisy_arcmix")):
-        losses.append(
-            trainer.step(samples, labels, Mix(*(part.to(device) for part in mix)))[0].item()
-        )
-        if number == 5:  # a shorter batch in between goes past what is compiled
-            state = copy.deepcopy(trainer.state())
-            trainer.step(
-                samples[:3],
-                labels[:3],
-                Mix(torch.tensor(0.5).to(device), torch.tensor([2, 0, 1]).to(device)),
-            )
-            trainer.load_state(state)
+        mix = Mix(mix.lam.to(device), mix.partner.to(device))
+        losses.append(take_step(trainer, samples, labels, mix)[0].item())
+        if number == 5:  # a shorter batch in between bypasses the compiled model
+            state = copy.deepcopy((trainer.network.state_dict(), trainer.optimizer.state_dict()))
+            take_step(trainer, samples[:3], labels[:3], shorter)
+            trainer.network.load_state_dict(state[0])
+            trainer.optimizer.load_state_dict(state[1])
     assert "notice" not in capfd.readouterr().err
     assert losses == pytest.approx(VALUES["noisy_arcmix_losses"].tolist(), rel=bound)
 
@@ -312,22 +313,22 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(tmp_path, data_root, call):
         options[device] = name
         status, _, errors = call(stop_after(number), *options, "--resume")
         assert status == (0 if number == 3 else 143), errors
-        assert load_checkpoint(best.with_name("run.last.pth"))["epoch"] == number
+        assert Checkpoint.load(best.with_name("run.last.pth")).epoch == number
 
 
 def stop_after(epoch: int):
-    """train.py, stopped as by SIGTERM when it has trained so many epochs."""
+    """Return a `main` of train.py that stops as if by SIGTERM after the given epoch."""
 
     def main() -> None:
-        run_epoch = Run.run_epoch
+        set_learning_rate = Trainer.set_learning_rate
 
-        def run_or_stop(run: Run):
-            if run.epoch == epoch:
+        def set_or_stop(trainer: Trainer, number: int) -> None:
+            if number == epoch:
                 sys.exit(143)
-            return run_epoch(run)
+            set_learning_rate(trainer, number)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Run, "run_epoch", run_or_stop)
+            patch.setattr(Trainer, "set_learning_rate", set_or_stop)
             train.main()
 
     return main
@@ -337,16 +338,15 @@ def stop_after(epoch: int):
 
 
 def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
-    """As PyTorch's scheduler has it, which the published code uses."""
-    trainer = Trainer(
-        load_config(epoch=10, lr=1e-3, input=["sgram"], machines={"fan": [0, 1]}), CPU
-    )
+    """The rates equal those of PyTorch's scheduler, which the published code uses."""
+    config = load_config(epoch=10, lr=1e-3, input=["sgram"])
+    clips = clips_in_memory(reference.samples(), reference.labels())
+    trainer = Trainer(config, CLASSES, CPU, clips, clips)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-4)
     for epoch in range(10):
-        assert trainer.learning_rate(epoch) == pytest.approx(
-            optimizer.param_groups[0]["lr"], rel=1e-9
-        )
+        expected = optimizer.param_groups[0]["lr"]
+        assert trainer.learning_rate(epoch) == pytest.approx(expected, rel=1e-9)
         trainer.set_learning_rate(epoch)
         assert trainer.optimizer.param_groups[0]["lr"] == trainer.learning_rate(epoch)
         optimizer.step()
@@ -359,37 +359,85 @@ def test_the_learning_rate_falls_on_a_cosine_to_a_tenth():
 
 def test_a_validation_gives_the_score_of_each_clip_and_the_accuracy(data_root):
     clips = clips_of(data_root, num_workers=2)
-    trainer = Trainer(load_config(machines=MACHINES, batch_size=5, input=["sgram"]), CPU)
+    config = load_config(batch_size=5, input=["sgram"])
+    trainer = Trainer(config, CLASSES, CPU, clips, clips)
     scores, loss, accuracy = trainer.validate(clips)
     with torch.no_grad():
         ((samples, labels),) = clips.batches([np.arange(len(clips))], CPU)
         similarity, _ = trainer.network.eval()(**trainer.front_end(samples))
-    expected = trainer.objective.anomaly_score(similarity, labels, torch.float64)
+    expected = trainer.objective.cross_entropy(similarity.double(), labels, labels, "none")
     assert scores.dtype == np.float64
     assert scores == pytest.approx(expected.numpy(), rel=1e-5)
-    assert (
-        loss
-        == scores.mean()
-        == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
-    )
+    assert loss == scores.mean()
+    assert loss == pytest.approx(trainer.objective.loss(similarity, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx(trainer.objective.accuracy(similarity, labels).item())
 
 
+def test_the_score_of_a_held_out_clip_is_the_lowest_over_the_classes_of_its_machine():
+    """The loss is that of its class."""
+    clips = clips_in_memory(reference.samples(), torch.tensor([0, 1, 2, 2]))
+    entries = [MachineClass("fan", "00", "a"), MachineClass("fan", "00", "b")]
+    classes = Classes((*entries, MachineClass("fan", "02")))
+    trainer = Trainer(load_config(input=["sgram"]), classes, CPU, clips, clips)
+    scores, loss, _ = trainer.validate(clips)
+    with torch.no_grad():
+        similarity, _ = trainer.network.eval()(**trainer.front_end(clips.samples))
+    of_classes = []
+    for label in range(3):
+        labels = torch.full((4,), label)
+        of_classes.append(
+            trainer.objective.cross_entropy(similarity.double(), labels, labels, "none")
+        )
+    lowest = torch.minimum(of_classes[0], of_classes[1])
+    assert scores[:2] == pytest.approx(lowest[:2].numpy(), rel=1e-5)
+    assert scores[2:] == pytest.approx(of_classes[2][2:].numpy(), rel=1e-5)
+    own = [of_classes[label][clip].item() for clip, label in enumerate((0, 1, 2, 2))]
+    assert loss == pytest.approx(np.mean(own), rel=1e-5)
+
+
 def test_an_epoch_depends_on_seed_and_number_alone(data_root):
-    clips = ClipSet(clips_of(data_root).clips[:5], num_workers=3)
-    config = load_config(machines=MACHINES, batch_size=3, input=["sgram"])
-    first, again = (Trainer(config, CPU).train_epoch(clips, epoch=0) for _ in range(2))
-    assert first == again
-    assert first != Trainer(config, CPU).train_epoch(clips, epoch=1)
+    """Losses of the steps of an epoch by two trainers, and of the next epoch."""
+    clips = ClipSet(clips_of(data_root).recordings[:5], num_workers=3)
+    config = load_config(batch_size=3, input=["sgram"])
+
+    def losses(epoch: int) -> list[float]:
+        trainer = Trainer(config, CLASSES, CPU, clips, clips)
+        trainer.model.train()
+        batches = trainer.sampler.plan(epoch).batches(clips, CPU)
+        return [trainer.step(batch)[0].item() for batch in batches]
+
+    first = losses(0)
+    assert first == losses(0)
+    assert first != losses(1)
+
+
+def test_averages_are_over_clips_and_read_some_steps_at_a_time():
+    """The steps of an epoch have 4, 4 and 2 clips."""
+    averages = Averages(n_steps=42, first_step=85)
+    numbers = []
+    for step in range(42):
+        size = 2 if step == 41 else 4
+        batch = Batch(torch.zeros(size), torch.zeros(size), None, size)
+        averages.add(torch.tensor([float(step), 0.5]), batch)
+        for number, loss in averages.new_losses():
+            assert loss == number - 85
+            numbers.append(number)
+        assert len(numbers) == {True: step + 1}.get(
+            (step + 1) % 20 == 0 or step == 41, len(numbers)
+        )
+    assert numbers == list(range(85, 127))
+    loss, accuracy = averages.means()
+    assert loss == pytest.approx((4 * sum(range(41)) + 2 * 41) / (4 * 41 + 2))
+    assert accuracy == pytest.approx(0.5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_root, fails):
     options = arguments(tmp_path, data_root, lr=1e30, epoch=3)
-    fails(
-        train.main,
-        *options,
-        match=r"loss is (nan|inf) at (step 2|the end of epoch 1) \(learning rate 1e\+30\): try a lower --lr",
+    message = (
+        r"loss is (nan|inf) at (step 2|the end of epoch 1) "
+        r"\(learning rate 1e\+30\): try a lower --lr"
     )
+    fails(train.main, *options, match=message)
     assert not list(tmp_path.glob("*.pth"))
 
 

@@ -1,4 +1,4 @@
-"""Errors on one line, the choice of the device, numerics, files written whole."""
+"""Errors on one line, the choice of the device, numerics, atomic writing of files."""
 
 import os
 
@@ -28,7 +28,7 @@ def test_cuda_is_refused_where_there_is_none(fails, monkeypatch):
     assert use_device("auto") == use_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fails(lambda: use_device("cuda:1"), match="device: cuda:1 is not there")
+    fails(lambda: use_device("cuda:1"), match="device: there is no cuda:1; PyTorch finds")
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert use_device("auto") == use_device("cuda:0") == torch.device("cuda", 0)

@@ -1,0 +1,227 @@
+"""Single recordings: score, threshold and decision of each, and of each of its windows."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from audio import Recording, Windows
+from checkpoint import Model
+from classes import Machine
+from config import Config, name_id
+from dataloader import ClipSet, check_recordings, cut_into_clips, usable
+from evaluation.bank import with_bank
+from evaluation.scores import check_finite, over_windows
+from evaluation.thresholds import explain_thresholds, find_thresholds
+from inference import run_model
+from names import ANOMALOUS, NORMAL
+from utils import UserError
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files among the paths, and the WAV and FLAC files in folders; each once."""
+    files: list[Path] = []
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in (".wav", ".flac"))
+        if not inside:
+            raise UserError(f"{path}: no WAV or FLAC files in this folder")
+        files += inside
+    return list(dict.fromkeys(files))
+
+
+def find_candidates(model: Model, machine_type: str, machine_id: str | None) -> list[Machine]:
+    """Return the machine of this type and ID, or without an ID all of the type. Raises `UserError`
+    if the model knows none.
+    """
+    wanted = None if machine_id is None else name_id(machine_id)
+    candidates = [
+        machine
+        for machine in model.classes.machines
+        if machine[0] == machine_type and wanted in (None, machine[1])
+    ]
+    if not candidates:
+        asked = machine_type if machine_id is None else f"{machine_type} {machine_id}"
+        raise UserError(
+            f"{model.path} knows no machine {asked}; it was trained on "
+            f"{model.classes.describe_machines()}"
+        )
+    return candidates
+
+
+def score_recordings(
+    model: Model,
+    paths: Sequence[Path],
+    candidates: Sequence[Machine],
+    config: Config,
+    windows: Windows,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Score recordings against the one of the candidates that each fits best.
+
+    Returns:
+        For each recording, in plain values, `file`, and either `error` or: `machine_type`,
+        `machine_id`, `score`, `threshold`, `decision` (None without a threshold), the number
+        `n_windows` of its windows, how many of them are anomalous (`n_anomalous`), and of the
+        `worst` window and of all `windows` the `start` in seconds, `score` and `decision`.
+    """
+    model = with_bank(model, config, [config.scoring], device)
+    checked = check_recordings(paths, windows, config.num_workers)
+    good = usable(checked)
+    results = score_usable(model, good, candidates, config, windows, device) if good else {}
+    rows = []
+    for path, check in checked.items():
+        rows.append({"file": str(path)} | results.get(path, {"error": str(check)}))
+    return rows
+
+
+def score_usable(
+    model: Model,
+    recordings: Mapping[Path, Recording],
+    candidates: Sequence[Machine],
+    config: Config,
+    windows: Windows,
+    device: torch.device,
+) -> dict[Path, dict[str, Any]]:
+    """Score recordings that can be used, as `score_recordings` does."""
+    table = pd.DataFrame({"path": list(recordings)})
+    clips = cut_into_clips(table, recordings, windows.channel, config.num_workers)
+    outputs = run_model(model, clips, config, device)
+    scorer = model.scorer(config.scoring, config.neighbours)
+    of_windows = scorer.against_machines(outputs, candidates).numpy()  # (windows, candidates)
+    scores = over_windows(of_windows, clips.recording, config.over_windows)
+    best = scores.argmin(axis=1)  # the candidate that each recording fits best
+    machines = [candidates[column] for column in best]
+    check_finite(scores.min(axis=1), machines, config.scoring, model.path)
+    thresholds = find_thresholds(model, scorer, config)
+    explain_thresholds(thresholds, candidates, model.path)
+    by_machine = thresholds["threshold"].to_dict()
+    results = {}
+    for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
+        results[path] = describe_recording(
+            machine,
+            float(scores[number, best[number]]),
+            by_machine.get(machine),
+            clips.windows[number],
+            window_scores(clips, of_windows[:, best[number]], number),
+        )
+    return results
+
+
+def window_scores(clips: ClipSet, scores: np.ndarray, recording: int) -> list[float]:
+    """Return the scores of the windows of a recording, out of those of all windows `(n,)`."""
+    first, last = np.searchsorted(clips.recording, [recording, recording + 1])
+    return scores[first:last].tolist()
+
+
+def describe_recording(
+    machine: Machine,
+    score: float,
+    threshold: float | None,
+    starts: Sequence[float],
+    scores: Sequence[float],
+) -> dict[str, Any]:
+    """Return the entry of a recording in the results of `score_recordings`; `starts` and `scores`
+    are those of its windows.
+    """
+    windows = [
+        {"start": start, "score": value, "decision": decide(value, threshold)}
+        for start, value in zip(starts, scores, strict=True)
+    ]
+    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
+    machine_type, machine_id = machine
+    return {
+        "machine_type": machine_type,
+        "machine_id": number_or_word(machine_id),
+        "score": score,
+        "threshold": threshold,
+        "decision": decide(score, threshold),
+        "n_windows": len(windows),
+        "n_anomalous": None if threshold is None else n_anomalous,
+        "worst": windows[int(np.argmax(scores))],
+        "windows": windows,
+    }
+
+
+def number_or_word(machine_id: str) -> int | str:
+    """Return a machine ID as JSON has it: a number of up to nine digits, or a word."""
+    return int(machine_id) if re.fullmatch("[0-9]{1,9}", machine_id) else machine_id
+
+
+def decide(score: float, threshold: float | None) -> str | None:
+    """Return ANOMALOUS for a score above the threshold, else NORMAL; None without a threshold."""
+    if threshold is None:
+        return None
+    return ANOMALOUS if score > threshold else NORMAL
+
+
+# ---- What is printed ----
+
+
+def name_pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> dict[int, Path]:
+    """Return the file of the picture of each recording that has a score, by its position; several
+    of one name are numbered.
+    """
+    seen = Counter[str]()
+    files = {}
+    for number, row in enumerate(results):
+        if "error" in row:
+            continue
+        name = Path(row["file"]).name
+        seen[name] += 1
+        suffix = f" ({seen[name]})" if seen[name] > 1 else ""
+        files[number] = folder / f"{name}{suffix}.png"
+    return files
+
+
+def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
+    """Print a line for each recording: file, machine, score, threshold, decision; or file and
+    error.
+
+    Of several windows the line says which is worst, and with a timeline each has a line: start,
+    score, decision.
+    """
+    for row in results:
+        if "error" in row:
+            print(f"{row['file']}\terror: {row['error']}")
+            continue
+        threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
+        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
+        cells = [row["file"], machine, f"{row['score']:.6g}", threshold, row["decision"] or "-"]
+        if row["n_windows"] > 1:
+            cells.append(describe_worst(row))
+        print("\t".join(cells))
+        for window in row["windows"] if has_timeline else ():
+            cells = [clock(window["start"]), f"{window['score']:.6g}", window["decision"] or "-"]
+            print("\t" + "\t".join(cells))
+
+
+def describe_worst(row: Mapping[str, Any]) -> str:
+    worst = row["worst"]
+    text = f"worst at {clock(worst['start'])} ({worst['score']:.6g})"
+    if row["n_anomalous"] is None:
+        return text
+    return f"{text}, {row['n_anomalous']} of {row['n_windows']} windows anomalous"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as in 0:41:05, or 0:41:05.50."""
+    minutes, rest = divmod(round(seconds, 2), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    digits = f"{rest:02.0f}" if rest.is_integer() else f"{rest:05.2f}"
+    return f"{hours}:{minutes:02d}:{digits}"
+
+
+def print_json(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
+    """Print the results as JSON; the windows only with a timeline."""
+    shown = []
+    for row in results:
+        shown.append({name: x for name, x in row.items() if name != "windows" or has_timeline})
+    print(json.dumps(shown, indent=2))

@@ -1,0 +1,145 @@
+"""Yes or no: a threshold for each machine, from the scores of normal clips that were held out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from checkpoint import Model
+from classes import Machine
+from config import Config
+from evaluation.scores import Scorer
+from model import Outputs
+from names import ANOMALOUS
+from recordings import MACHINE, known_recordings
+from utils import notice
+
+LEAST_CLIPS = 20  # of a machine; with fewer the scores of its machine type are pooled
+
+
+def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFrame:
+    """Return the threshold of each machine, for the kind of score of the scorer, as
+    `fit_thresholds` does.
+    """
+    held_out = score_held_out(model, scorer)
+    return fit_thresholds(
+        model.classes.machines, held_out, config.threshold, config.threshold_percentile
+    )
+
+
+def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
+    """Return machine type, machine ID and `score` of each clip that was held out of the training,
+    without scores that are infinite; no rows where the checkpoint has no such clips.
+    """
+    held_out = model.checkpoint.held_out
+    columns = [*MACHINE, "score"]
+    if held_out is None:
+        return pd.DataFrame(columns=columns)
+    machines = [model.classes.entries[label].machine for label in held_out.labels]
+    if scorer.kind == "published":
+        scores = held_out.scores
+    elif held_out.embedding is None:
+        return pd.DataFrame(columns=columns)
+    else:
+        no_similarity = torch.empty(len(machines), 0)
+        outputs = Outputs(no_similarity, held_out.embedding)
+        scores = scorer.against_own_machine(outputs, machines)
+    table = pd.DataFrame(machines, columns=MACHINE).assign(score=scores.numpy())
+    return table[np.isfinite(table["score"])]
+
+
+def fit_thresholds(
+    machines: Sequence[Machine], held_out: pd.DataFrame, method: str, percentile: float
+) -> pd.DataFrame:
+    """Fit a threshold for each machine, above which a score counts as anomalous.
+
+    Args:
+        machines: The machines.
+        held_out: Scores of normal clips, with the columns `machine_type`, `machine_id`, `score`.
+        method: "gamma" or "quantile", see `fit_threshold`.
+        percentile: The percentage of normal clips that should lie below.
+
+    Returns:
+        For each (machine type, machine ID) the `threshold`; the `held_out` clips that it comes
+        from, which are those of the machine, or of its type where the machine has fewer than 20;
+        and the number `held_out_of_id` of the machine. A type without clips has no rows.
+    """
+    rows = []
+    for machine_type, machine_id in machines:
+        of_type = held_out[held_out["machine_type"] == machine_type]
+        of_machine = of_type[of_type["machine_id"] == machine_id]
+        if of_type.empty:
+            continue
+        chosen, source = (of_machine, "ID") if len(of_machine) >= LEAST_CLIPS else (of_type, "type")
+        threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
+        description = f"{len(chosen)} clips of the {source}"
+        rows.append((machine_type, machine_id, threshold, description, len(of_machine)))
+    columns = [*MACHINE, "threshold", "held_out", "held_out_of_id"]
+    return pd.DataFrame(rows, columns=columns).astype({"threshold": float}).set_index(MACHINE)
+
+
+def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
+    """Return the percentile of a gamma distribution fitted to the scores ("gamma"), or of the
+    scores themselves ("quantile").
+
+    As in the DCASE baselines, but for a location fixed at 0, below which no score lies: a free one
+    fits less well and at times not at all. Where all scores are alike up to rounding, nothing can
+    be fitted, and the quantile is returned.
+    """
+    values = np.maximum(scores, np.finfo(np.float64).eps)
+    if method == "gamma" and np.ptp(values) > 1e-4 * values.mean():
+        import scipy.stats  # takes half a second
+
+        shape, _, scale = scipy.stats.gamma.fit(values, floc=0)
+        threshold = float(scipy.stats.gamma.ppf(percentile / 100, shape, scale=scale))
+        if np.isfinite(threshold):
+            return threshold
+    return float(np.percentile(values, percentile))
+
+
+def explain_thresholds(thresholds: pd.DataFrame, machines: Sequence[Machine], path: Path) -> None:
+    """Say which machines share the threshold of their type, and which have none. `path` is that of
+    the checkpoint.
+    """
+    if thresholds.empty:
+        notice(f"{path}: no scores of held-out clips, so there are no decisions")
+        return
+    counts = thresholds["held_out_of_id"].to_dict()
+    pooled, without = [], []
+    for machine in machines:
+        if machine not in counts:
+            without.append(" ".join(machine))
+        elif counts[machine] < LEAST_CLIPS:
+            pooled.append(f"{' '.join(machine)} ({counts[machine]})")
+    if pooled:
+        notice(
+            f"fewer than {LEAST_CLIPS} held-out clips, so the threshold is that of the whole "
+            f"machine type: {', '.join(pooled)}"
+        )
+    if without:
+        notice(
+            f"no held-out clips of the machine type, so there is no threshold: {', '.join(without)}"
+        )
+
+
+def decide(scores: pd.Series, thresholds: pd.Series) -> pd.Series:
+    """Return 1 for anomalous, above the threshold, else 0; missing where there is no threshold."""
+    return (scores > thresholds).astype("Int64").where(thresholds.notna())
+
+
+def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFrame:
+    """Return the thresholds with precision, recall and F1 of the decisions about recordings whose
+    condition is known; missing where nothing was called, or is, anomalous.
+    """
+    known = known_recordings(recordings[recordings["decision"].notna()])
+    called = known["decision"].astype(int)
+    anomalous = (known["condition"] == ANOMALOUS).astype(int)
+    table = known[MACHINE].assign(hits=called * anomalous, called=called, anomalous=anomalous)
+    counts = table.groupby(MACHINE).sum().reindex(thresholds.index, fill_value=0).astype(float)
+    return thresholds.assign(
+        precision=counts["hits"] / counts["called"],
+        recall=counts["hits"] / counts["anomalous"],
+        F1=2 * counts["hits"] / (counts["called"] + counts["anomalous"]),
+    )

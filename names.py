@@ -1,0 +1,288 @@
+"""The names of recordings in all years of DCASE Task 2, and the files that have them.
+
+Recordings (.wav or .flac) lie in data_root under <machine type>/{train,test}. In 2020 they are
+named
+
+    {normal,anomaly}_id_XX_*.wav
+    id_XX_*.wav                 evaluation clips, in <machine type>/evaluation
+
+and in 2021 and later, where a section is the ID of a machine,
+
+    section_XX_{source,target}_{train,test}_{normal,anomaly}_XXXX[_<attributes>].wav
+    section_XX_XXXX.wav         evaluation clips, in test too
+
+In 2021 the folders source_test and target_test stand for test.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from config import name_id
+from utils import UserError
+
+NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a recording
+SOURCE, TARGET = "source", "target"  # domains of a recording
+SPLITS = ("train", "test", "evaluation")
+TEST_FOLDERS = {"test": "", "source_test": SOURCE, "target_test": TARGET}  # and their domains
+LABEL_LIST = "eval_data_list.csv"
+GROUND_TRUTH = "ground_truth_data", "ground_truth_domain"
+
+# ---- The two forms of names ----
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A way in which recordings are named.
+
+    By split: the folders of a machine type that hold the recordings, their names as messages show
+    them, and the sentence that says how to get them. `labels` names the lists that say which
+    evaluation clips are anomalous, `get_labels` says how to get the lists.
+    """
+
+    folders: Mapping[str, Sequence[str]]
+    names: Mapping[str, str]
+    get: Mapping[str, str]
+    labels: str
+    get_labels: str
+
+    @property
+    def all_folders(self) -> list[str]:
+        folders = [folder for split in SPLITS for folder in self.folders[split]]
+        return list(dict.fromkeys(folders))
+
+
+GET_2020 = "`python datasets/download.py{}` fetches {} DCASE 2020 Task 2"
+GET_DATA = (
+    f"{GET_2020.format('', 'the recordings of')}, `python datasets/synthesize.py` makes a small set"
+)
+GET_LATER = "docs/years.md names the data of each year"
+
+ID_NAME = re.compile(
+    r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE
+)
+ID_FORM = Form(
+    folders={split: (split,) for split in SPLITS},
+    names={
+        "train": "normal_id_XX_*.wav",
+        "test": "{normal,anomaly}_id_XX_*.wav",
+        "evaluation": "id_XX_*.wav",
+    },
+    get={
+        "train": GET_DATA,
+        "test": GET_DATA,
+        "evaluation": GET_2020.format(" --parts evaluation", "those of"),
+    },
+    labels=LABEL_LIST,
+    get_labels="`python datasets/download.py --parts evaluation` fetches it into data_root",
+)
+
+SECTION_NAME = re.compile(
+    r"section_(?P<machine_id>\d\d)"
+    r"(?:_(?P<domain>source|target)_(?P<split>train|test)(?:_(?P<condition>normal|anomaly))?)?"
+    r"_\d{4}(?P<attributes>(?:_[^_]+)*)\.(?:wav|flac)",
+    re.IGNORECASE,
+)
+SECTION_FORM = Form(
+    folders={
+        "train": ("train",),
+        "test": tuple(TEST_FOLDERS),
+        "evaluation": tuple(TEST_FOLDERS),
+    },
+    names={
+        "train": "section_XX_{source,target}_train_normal_XXXX[_<attributes>].wav",
+        "test": "section_XX_{source,target}_test_{normal,anomaly}_XXXX[_<attributes>].wav",
+        "evaluation": "section_XX_XXXX.wav",
+    },
+    get=dict.fromkeys(SPLITS, GET_LATER),
+    labels=" and ".join(GROUND_TRUTH),
+    get_labels="copy these folders of the organisers' evaluator of that year into data_root",
+)
+FORMS = (ID_FORM, SECTION_FORM)
+FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for folder in form.all_folders))
+
+# ---- One name ----
+
+
+class ClipName(NamedTuple):
+    """What the name of a recording says.
+
+    `condition` is NORMAL, ANOMALOUS or UNLABELLED; `domain` is SOURCE, TARGET or, where it is not
+    known, ""; `attributes` are the words after the number, as in "vel_12_loc_G".
+    """
+
+    form: Form
+    machine_id: str
+    condition: str
+    domain: str = ""
+    attributes: str = ""
+
+
+class File(NamedTuple):
+    """A file in a folder of a machine type; `name` is None where it is not named as a recording."""
+
+    path: Path
+    machine_type: str
+    name: ClipName | None
+
+    @property
+    def folder(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def part(self) -> str:
+        """The group of the recording in the names of score files: "id_02" in 2020, later
+        "section_00_test", "section_00_source_test" or "section_00_target_test".
+        """
+        assert self.name
+        if self.name.form is ID_FORM:
+            return f"id_{self.name.machine_id}"
+        return f"section_{self.name.machine_id}_{self.folder}"
+
+
+def parse_name(path: Path) -> ClipName | None:
+    """Parse the name of a recording; None for other files.
+
+    Raises:
+        UserError: If the name begins as that of a section and does not continue as one, or
+            contradicts the folder it is in.
+    """
+    match = ID_NAME.fullmatch(path.name)
+    if match:
+        return ClipName(ID_FORM, name_id(match["machine_id"]), parse_condition(match))
+    if not re.fullmatch(r"section_.*\.(wav|flac)", path.name, re.IGNORECASE):
+        return None
+    match = SECTION_NAME.fullmatch(path.name)
+    if not match:
+        names = " or ".join(SECTION_FORM.names.values())
+        raise UserError(
+            f"{path}: the name begins as that of a section and is not {names}; rename or remove it"
+        )
+    check_split(path, match)
+    attributes = match["attributes"].removeprefix("_")
+    domain = find_domain(path, match, attributes)
+    return ClipName(SECTION_FORM, match["machine_id"], parse_condition(match), domain, attributes)
+
+
+def parse_condition(match: re.Match[str]) -> str:
+    word = (match["condition"] or "").lower()
+    return {"": UNLABELLED, "normal": NORMAL, "anomaly": ANOMALOUS}[word]
+
+
+def find_domain(path: Path, match: re.Match[str], attributes: str) -> str:
+    """Return the domain that the name of a section or its folder says; "" if neither does."""
+    from_name = (match["domain"] or "").lower()
+    from_folder = TEST_FOLDERS.get(path.parent.name, "")
+    from_attributes = {SOURCE, TARGET} & set(attributes.lower().split("_"))
+    if len({from_name, from_folder, *from_attributes} - {""}) > 1:
+        raise UserError(f"{path}: name and folder speak of two domains; rename, move or remove it")
+    return from_name or from_folder
+
+
+def check_split(path: Path, match: re.Match[str]) -> None:
+    """Raise `UserError` where the name of a section says another split than its folder."""
+    folder = path.parent.name
+    expected = "test" if folder in TEST_FOLDERS else folder
+    if match["split"] and match["split"].lower() != expected:
+        raise UserError(
+            f"{path}: named as a clip of {match['split']}, and in the folder {folder}; "
+            f"move or remove it"
+        )
+
+
+# ---- The files of a folder ----
+
+
+def list_files(root: Path, types: Sequence[str], split: str) -> tuple[Form, list[File]]:
+    """List the files of machine types in the folders of a split, by type, folder and name.
+
+    Returns the form of the names in all folders, and the files.
+
+    Raises:
+        UserError: If recordings have different forms, contradictory names, or are in the wrong
+            folder.
+    """
+    files: list[File] = []
+    for machine_type in types:
+        for folder in FOLDERS:
+            files += list_folder(root / machine_type / folder, machine_type)
+    form = find_form(files)
+    check_folders(files, form)
+    files = [file for file in files if file.folder in form.folders[split]]
+    check_attributes(files)
+    return form, files
+
+
+def list_folder(folder: Path, machine_type: str) -> list[File]:
+    if not folder.is_dir():
+        return []
+    paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    return [File(path, machine_type, parse_name(path)) for path in paths]
+
+
+def find_form(files: Sequence[File]) -> Form:
+    """Return the form of the names. Raises `UserError`, naming two files, if there are two."""
+    examples: dict[Form, Path] = {}
+    for file in files:
+        if file.name:
+            examples.setdefault(file.name.form, file.path)
+    if len(examples) > 1:
+        one, other = sorted(examples.values())
+        raise UserError(
+            f"{one} and {other} are named as in different years of the challenge; "
+            f"keep each year in a folder of its own"
+        )
+    return next(iter(examples), ID_FORM)
+
+
+def check_folders(files: Sequence[File], form: Form) -> None:
+    """Raise `UserError` for a recording in a folder that its form does not have, or in two of the
+    test folders.
+    """
+    test_paths: dict[tuple[str, str], Path] = {}
+    for file in files:
+        if not file.name:
+            continue
+        if file.folder not in form.all_folders:
+            folders = ", ".join(form.all_folders)
+            raise UserError(
+                f"{file.path}: recordings with such a name are kept in {folders}; move it"
+            )
+        if file.folder in TEST_FOLDERS:
+            first = test_paths.setdefault((file.machine_type, file.path.name), file.path)
+            if first != file.path:
+                raise UserError(f"{file.path} is in {first.parent} too; remove one of them")
+
+
+def check_attributes(files: Sequence[File]) -> None:
+    """Raise `UserError` where the number of attributes in a name is unclear.
+
+    It is clear where the words are pairs of name and value, or the single word "noAttribute", and
+    where all recordings of a section and folder have the same number of words, as in 2021, whose
+    words are no pairs.
+    """
+    first: dict[tuple[str, str, str], File] = {}
+    for file in files:
+        if not file.name:
+            continue
+        section = (file.machine_type, file.folder, file.name.machine_id)
+        other = first.setdefault(section, file)
+        count, other_count = len(split_attributes(file)), len(split_attributes(other))
+        if count != other_count and not (has_pairs(file) and has_pairs(other)):
+            raise UserError(
+                f"{file.path}: its attributes are {count} words and those of {other.path.name} "
+                f"{other_count}, which cannot be pairs of name and value in both; "
+                f"rename or remove the one that is wrong"
+            )
+
+
+def split_attributes(file: File) -> list[str]:
+    assert file.name
+    return file.name.attributes.split("_") if file.name.attributes else []
+
+
+def has_pairs(file: File) -> bool:
+    words = split_attributes(file)
+    return len(words) % 2 == 0 or words == ["noAttribute"]

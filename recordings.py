@@ -1,0 +1,300 @@
+"""The recordings in data_root: which classes they make, and the table with a row for each."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from classes import Classes, MachineClass
+from config import MACHINE_TYPE, Config, is_machine_id, name_id
+from ground_truth import Labels, label_of, read_labels
+from names import (
+    ANOMALOUS,
+    FORMS,
+    GET_DATA,
+    GET_LATER,
+    NORMAL,
+    SECTION_FORM,
+    UNLABELLED,
+    File,
+    Form,
+    list_files,
+)
+from utils import UserError, notice
+
+MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
+COLUMNS = ["path", *MACHINE, "attributes", "domain", "condition", "part"]
+ONE_CLASS = (
+    "training clips of one class only, and the method learns by telling classes apart: add "
+    "recordings of more machines, or, where names have attributes, give --classes attributes"
+)
+NAMES_SHOWN = 5  # of files that are skipped
+
+# ---- The classes ----
+
+
+def find_classes(config: Config) -> Classes:
+    """Return the classes to train: the machines of the configuration, or those of the training
+    folders (`machines: auto`), each as one class or as one for each set of attributes that its
+    training recordings have (`classes: attributes`).
+
+    Machine types from folders are in alphabetical order, IDs that are numbers in numerical order,
+    attributes in alphabetical order. A notice says what was found in the folders.
+    """
+    root = Path(config.data_root)
+    if isinstance(config.machines, dict):
+        machines = config.machines
+        files = list_training_files(root, list(machines)) if config.classes == "attributes" else []
+    else:
+        types = find_types(root)
+        files = list_training_files(root, types)
+        machines = find_machines(root, types, files)
+        count = sum(map(len, machines.values()))
+        shown = Classes.from_machines(machines).describe_machines()
+        notice(f"{root}: {count} machine ID{'s' if count > 1 else ''}: {shown}")
+    if config.classes == "section":
+        return Classes.from_machines(machines)
+    classes = divide_by_attributes(machines, files)
+    notice(f"{root}: {len(classes)} classes by attributes: {classes.describe_counts()}")
+    return classes
+
+
+def find_types(root: Path) -> list[str]:
+    """Return the folders of `root` that have a folder train, in alphabetical order."""
+    folders = root.iterdir() if root.is_dir() else ()
+    types = [path.name for path in folders if (path / "train").is_dir() and path.name[0] != "."]
+    return sorted(types, key=lambda name: (name.casefold(), name))
+
+
+def list_training_files(root: Path, types: Sequence[str]) -> list[File]:
+    """List the normal training recordings of machine types."""
+    _, files = list_files(root, types, "train")
+    return [file for file in files if file.name and file.name.condition == NORMAL]
+
+
+def find_machines(root: Path, types: Sequence[str], files: Sequence[File]) -> dict[str, list[str]]:
+    """Return the machine IDs that files have, by type. Raises `UserError` if there are none."""
+    machines: dict[str, list[str]] = {}
+    for machine_type in types:
+        ids = {
+            file.name.machine_id
+            for file in files
+            if file.name and file.machine_type == machine_type
+        }
+        if ids:
+            machines[machine_type] = sorted(ids, key=sort_key)
+            check_machines(root, machine_type, machines[machine_type])
+    names = " or ".join(form.names["train"] for form in FORMS)
+    if not machines:
+        missing = "no machines found" if root.is_dir() else f"no folder {root}"
+        raise UserError(
+            f"{missing}: looked for {root}/<machine type>/train/{names}; {GET_DATA}, {GET_LATER}"
+        )
+    without = [machine_type for machine_type in types if machine_type not in machines]
+    if without:
+        notice(f"{root}: no recordings named {names} in the train folder of {', '.join(without)}")
+    return machines
+
+
+def sort_key(machine_id: str) -> tuple[bool, int, str]:
+    """Sort numbers before words, numbers by their value."""
+    is_number = name_id(machine_id) == machine_id and machine_id.isdecimal()
+    return not is_number, int(machine_id) if is_number else 0, machine_id
+
+
+def check_machines(root: Path, machine_type: str, ids: Sequence[str]) -> None:
+    """Raise `UserError` for names that the tables of results have for other rows."""
+    if not re.fullmatch(MACHINE_TYPE, machine_type):
+        raise UserError(f"{root}/{machine_type}: a machine type cannot have this name; rename it")
+    for machine_id in ids:
+        if not is_machine_id(machine_id):
+            raise UserError(
+                f"{root}/{machine_type}/train: a machine ID cannot be named {machine_id}; rename "
+                f"its recordings"
+            )
+
+
+def divide_by_attributes(machines: Mapping[str, Sequence[str]], files: Sequence[File]) -> Classes:
+    """Return a class for each set of attributes of each machine; one without attributes for a
+    machine without recordings.
+    """
+    attributes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for file in files:
+        if file.name:
+            attributes[file.machine_type, file.name.machine_id].add(file.name.attributes)
+    entries: list[MachineClass] = []
+    for machine in Classes.from_machines(machines).machines:
+        names = sorted(attributes[machine]) or [""]
+        entries += [MachineClass(*machine, name) for name in names]
+    return Classes(tuple(entries))
+
+
+# ---- The table ----
+
+
+def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFrame:
+    """List the recordings of the machines of `classes` in a split: "train" (normal ones), "test"
+    (normal and anomalous), or "evaluation" (whose condition lists say, as far as there are any).
+
+    Returns:
+        A row for each recording, by machine type, folder and file name: `path`, `machine_type`,
+        `machine_id`, `attributes`, `domain` (SOURCE, TARGET or ""), `condition` (NORMAL, ANOMALOUS
+        or UNLABELLED), `part` (see `File.part`), and for "train" `label`, the number of the class.
+        Notices say what is skipped and what is missing.
+
+    Raises:
+        UserError: If there are no recordings; for "train" also if the folder of a machine type is
+            missing, or if there is only one class.
+    """
+    root = Path(config.data_root)
+    form, files = list_files(root, classes.machine_types, split)
+    absent = find_absent_types(root, classes, form, split)
+    labels = read_labels(root, form, files) if split == "evaluation" else {}
+    chosen: list[File] = []
+    skipped: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        reason = reason_to_skip(file, form, split, classes)
+        if reason is None:
+            chosen.append(file)
+        elif not is_of_other_split(file, form, split):
+            skipped[reason].append(file.path.name)
+    if not chosen:
+        raise UserError(explain_nothing(root, form, files, split, classes))
+    rows = [make_row(file, labels) for file in chosen]
+    table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+    if split == "train":
+        table["label"] = number_files(root, chosen, classes)
+    report_skipped(f"{root}, {split}", skipped)
+    if absent:
+        notice(f"{root}: no {form.folders[split][0]} folder for {', '.join(absent)}")
+    report_missing_machines(root, table, classes, split, absent)
+    report_unlabelled(table, form)
+    return table
+
+
+def make_row(file: File, labels: Labels) -> tuple:
+    """Return the columns COLUMNS of a recording."""
+    assert file.name
+    machine_id, attributes = file.name.machine_id, file.name.attributes
+    condition, domain = label_of(file, labels)
+    return file.path, file.machine_type, machine_id, attributes, domain, condition, file.part
+
+
+def reason_to_skip(file: File, form: Form, split: str, classes: Classes) -> str | None:
+    """Return why a file is no recording of a split, as in "skipped 2 files <reason>"; None if it
+    is one.
+    """
+    name = file.name
+    if name is None or (name.condition == UNLABELLED) != (split == "evaluation"):
+        return f"not named {form.names[split]} or .flac"
+    machine = (file.machine_type, name.machine_id)
+    if machine not in classes.machines:
+        return "of IDs outside the table of machines"
+    if split != "train":
+        return None
+    if name.condition == ANOMALOUS:
+        return "named anomaly: training takes normal ones only"
+    if classes.of_recording(machine, name.attributes) is None:
+        return "with attributes outside the classes"
+    return None
+
+
+def is_of_other_split(file: File, form: Form, split: str) -> bool:
+    """Whether a file of a test folder is a recording of the other split that uses the folder."""
+    if file.name is None or form is not SECTION_FORM or split == "train":
+        return False
+    return (file.name.condition == UNLABELLED) != (split == "evaluation")
+
+
+def number_files(root: Path, files: Sequence[File], classes: Classes) -> list[int | None]:
+    """Return the class of each recording. Raises `UserError` if all are of one class."""
+    labels = []
+    for file in files:
+        assert file.name
+        machine = (file.machine_type, file.name.machine_id)
+        labels.append(classes.of_recording(machine, file.name.attributes))
+    if len(set(labels)) < 2:
+        raise UserError(f"{root}: {ONE_CLASS}")
+    return labels
+
+
+def known_recordings(recordings: pd.DataFrame) -> pd.DataFrame:
+    """Return the recordings whose condition is known."""
+    return recordings[recordings["condition"] != UNLABELLED]
+
+
+# ---- What is missing ----
+
+
+def find_absent_types(root: Path, classes: Classes, form: Form, split: str) -> list[str]:
+    """Return the machine types without a folder of the split.
+
+    Raises `UserError` if there are such types in "train", or if all are such types.
+    """
+    absent = []
+    for machine_type in classes.machine_types:
+        folders = [root / machine_type / folder for folder in form.folders[split]]
+        if not any(folder.is_dir() for folder in folders):
+            absent.append(machine_type)
+    if absent and (split == "train" or len(absent) == len(classes.machine_types)):
+        place = root / absent[0] / form.folders[split][0] if root.is_dir() else root
+        others = ", --machines other machine types (auto: those that are there)"
+        raise UserError(
+            f"no folder {place} (looked for {describe_place(root, form, split)}); "
+            f"{form.get[split]}; --data_root names another folder"
+            f"{others if split == 'train' else ''}"
+        )
+    return absent
+
+
+def describe_place(root: Path, form: Form, split: str) -> str:
+    return f"{root}/<machine type>/{form.folders[split][0]}/{form.names[split]}"
+
+
+def explain_nothing(
+    root: Path, form: Form, files: Sequence[File], split: str, classes: Classes
+) -> str:
+    """Return the message for a split without recordings."""
+    hint = form.get[split]
+    if split != "train":
+        other = "evaluation" if split == "test" else "test"
+        if any(reason_to_skip(file, form, other, classes) is None for file in files):
+            hint = f"what is there is for --split {other}"
+    place = describe_place(root, form, split)
+    return f"no clips found: looked for {place} of the IDs in machines; {hint}"
+
+
+def report_skipped(where: str, skipped: Mapping[str, Sequence[str]]) -> None:
+    for reason, names in skipped.items():
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
+        notice(f"{where}: skipped {count} {reason}: {', '.join(names[:NAMES_SHOWN])}{more}")
+
+
+def report_missing_machines(
+    root: Path, table: pd.DataFrame, classes: Classes, split: str, absent: Sequence[str]
+) -> None:
+    """Say which machines have no recordings, but for types without a folder."""
+    present = set(zip(table["machine_type"], table["machine_id"], strict=True))
+    missing = [
+        " ".join(machine)
+        for machine in classes.machines
+        if machine not in present and machine[0] not in absent
+    ]
+    if missing:
+        notice(
+            f"{root}, {split}: {len(missing)} of {len(classes.machines)} machine IDs have no "
+            f"clips: {', '.join(missing)}"
+        )
+
+
+def report_unlabelled(table: pd.DataFrame, form: Form) -> None:
+    """Say how many evaluation clips have no condition."""
+    unlabelled = len(table) - len(known_recordings(table))
+    if unlabelled:
+        notice(
+            f"{unlabelled} of {len(table)} clips are not in {form.labels} and count in no metric "
+            f"({form.get_labels})"
+        )

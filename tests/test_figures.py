@@ -1,0 +1,256 @@
+"""The figures of an evaluation and of a recording, read back from matplotlib's objects."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import clips_of, make_lively, tone, write_clip
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from audio import Windows, check_recording
+from checkpoint import RunFiles, load_model, read_history
+from config import load_config
+from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_samples
+from evaluation.result import Result, evaluate
+from model import LogMel
+from recordings import MACHINE
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result(trained, data_root, tmp_path_factory) -> Result:
+    """An evaluation of the tiny run with lively weights and held-out scores."""
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
+    make_lively(folder)
+    config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
+    model = load_model(folder / "run.pth", config)
+    windows, clips = model.windows(config, "test"), clips_of(data_root, "test")
+    (result,) = evaluate(model, clips, config, "test", windows, ["published"], CPU)
+    return result
+
+
+def collect_figures(patch: pytest.MonkeyPatch) -> list[Figure]:
+    """Return a list that each figure is added to when it is written."""
+    written: list[Figure] = []
+    save = Figure.savefig
+
+    def collect_and_save(figure, *arguments, **options):
+        written.append(figure)
+        save(figure, *arguments, **options)
+
+    patch.setattr(Figure, "savefig", collect_and_save)
+    return written
+
+
+@pytest.fixture(scope="module")
+def figures(result, tmp_path_factory) -> dict[Path, Figure]:
+    """All figures of an evaluation, by their files."""
+    with pytest.MonkeyPatch.context() as patch:
+        written = collect_figures(patch)
+        files = draw_all(result, tmp_path_factory.mktemp("figures") / "figures")
+    return dict(zip(files, written, strict=True))
+
+
+@pytest.fixture
+def axes(figures) -> dict[str, list[Axes]]:
+    """The axes of each figure, by its name."""
+    return {file.stem: figure.axes for file, figure in figures.items()}
+
+
+def has_histograms(axis: Axes, recordings: pd.DataFrame, values: pd.Series) -> bool:
+    """Whether the axis has density histograms of the values of normal and of anomalous recordings,
+    to the width of a bar.
+    """
+    for bars, condition in zip(axis.containers, ("normal", "anomalous"), strict=True):
+        shares = [bar.get_height() * bar.get_width() for bar in bars]
+        centres = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+        mean = values[recordings["condition"] == condition].mean()
+        if abs(sum(shares) - 1) > 1e-6 or abs(np.dot(shares, centres) - mean) > bars[0].get_width():
+            return False
+    return True
+
+
+# ---- An evaluation ----
+
+
+def test_every_figure_is_a_picture(figures):
+    names = [file.stem for file in figures]
+    assert names == ["angles", "roc", "scores", "tastgram", "embedding", "history"]
+    assert all(matplotlib.image.imread(file).ndim == 3 for file in figures)
+
+
+def test_figures_that_an_evaluation_does_not_allow_are_left_out(result, tmp_path):
+    """Without known conditions, with few recordings, and with weights that have no history."""
+    checkpoint = replace(result.model.checkpoint, path=tmp_path / "other.pth", history=[])
+    table = result.recordings[:3].assign(condition="unlabelled")
+    bare = replace(
+        result,
+        model=replace(result.model, checkpoint=checkpoint),
+        recordings=table,
+        embedding=result.embedding[:3],
+        metrics=None,
+    )
+    files = draw_all(bare, tmp_path)
+    assert files == [tmp_path / "scores.png", tmp_path / "tastgram.png"]
+    assert sorted(tmp_path.glob("*.png")) == files
+
+
+def test_angles_and_scores_are_drawn_as_histograms(result, axes):
+    (axis,) = axes["angles"]
+    assert has_histograms(axis, result.recordings, result.recordings["angle"])
+    names = [text.get_text() for text in axis.figure.legends[0].get_texts()]
+    assert names == ["normal", "anomalous"]
+    assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
+    machines = result.recordings.groupby(MACHINE)
+    for axis, (_, recordings) in zip(axes["scores"], machines, strict=True):
+        assert has_histograms(axis, recordings, np.log10(recordings["exact_score"]))
+        (line,) = axis.lines
+        assert line.get_xdata()[0] == pytest.approx(np.log10(recordings["threshold"].iloc[0]))
+
+
+def test_the_area_under_each_curve_is_its_auc(result, axes):
+    (axis,) = axes["roc"]
+    *curves, diagonal = axis.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+    for machine_type, curve in zip(("fan", "valve"), curves, strict=True):
+        auc = result.metrics.table.loc[(machine_type, "pooled"), "AUC"]
+        false, true = (np.array(values) for values in curve.get_data())
+        assert np.sum(np.diff(false) * (true[1:] + true[:-1]) / 2) == pytest.approx(auc)
+        assert curve.get_label() == f"{machine_type}, AUC {100 * auc:.1f} %"
+
+
+def test_the_channels_are_those_of_a_normal_clip(result, axes):
+    *channels, gate = axes["tastgram"][:4]  # the rest are colour bars
+    recording = result.recordings[result.recordings["condition"] == "normal"].iloc[0]
+    assert [axis.get_title() for axis in channels] == ["tgram", "sgram (dB)", "tagram (dB)"]
+    images = [axis.images[0].get_array() for axis in channels]
+    assert all(image.shape == (128, 313) for image in images)
+    assert np.std(images[0]) > 0.01
+    waveform = read_samples(recording["path"], 0.0, channel=0) / 32768.0
+    assert np.allclose(images[1], LogMel()(waveform)[0, 0], atol=1e-3)
+    assert len(gate.lines[0].get_ydata()) == 313
+    assert gate.figure.get_suptitle() == f"fan, {recording['path'].name}"
+
+
+def test_the_map_has_a_point_for_each_recording(axes):
+    (axis,) = axes["embedding"]
+    points = np.concatenate([collection.get_offsets() for collection in axis.collections])
+    assert len(np.unique(points, axis=0)) == 12
+    assert [len(collection.get_offsets()) for collection in axis.collections] == [2] * 6 + [0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["fan 00", "fan 02", "valve 01", "anomalous"]
+
+
+def test_the_history_is_drawn(result, axes):
+    history = pd.read_csv(RunFiles(result.model.path).history)
+    columns = [["train_loss", "valid_loss"], ["train_accuracy", "valid_accuracy"], ["lr"]]
+    for axis, names in zip(axes["history"], columns, strict=True):
+        for line, name in zip(axis.lines, names, strict=True):
+            assert list(line.get_ydata()) == list(history[name])
+
+
+def test_a_damaged_history_is_named_and_a_missing_one_is_in_the_checkpoint(trained_copy):
+    model = load_model(trained_copy / "run.pth", load_config())
+    file = trained_copy / "run" / "history.csv"
+    history = read_history(model)
+    for content in ("epoch,lr\n1,fast\n", "a,b\n1,2\n", ""):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"history.csv: not the history of a training"):
+            read_history(model)
+    file.unlink()
+    pd.testing.assert_frame_equal(read_history(model), history, check_dtype=False)
+
+
+def test_a_panel_has_the_runs_of_a_configuration(result, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    angles = result.recordings["angle"]
+    reversed_result = replace(result, recordings=result.recordings.assign(angle=180 - angles))
+    groups = {"mode arcface": [result, reversed_result], "mode arcmix": [reversed_result]}
+    draw_angles(groups, tmp_path / "angles.png")
+    both = pd.concat([result.recordings, reversed_result.recordings])
+    one, other = written[0].axes
+    assert [axis.get_title() for axis in (one, other)] == ["mode arcface", "mode arcmix"]
+    assert has_histograms(one, both, both["angle"])
+    table = reversed_result.recordings
+    assert has_histograms(other, table, table["angle"])
+    left, right = (axis.get_position() for axis in (one, other))
+    assert left.x1 < right.x0
+    assert left.y0 == pytest.approx(right.y0)
+
+
+# ---- A recording ----
+
+N_SECONDS = 133
+
+
+@pytest.fixture
+def timeline_row(tmp_path) -> Mapping:
+    """A recording that is loud from second 20 to 30, as `score_recordings` describes it."""
+    path = tmp_path / "a.wav"
+    write_clip(path, np.concatenate([tone(0, 20.0), 10 * tone(0, 10.0), tone(0, 103.0)]))
+    windows = []
+    for start in check_recording(path, Windows(hop=5)).starts:
+        windows.append({"start": start, "score": 3.0, "decision": "normal"})
+    windows[4] |= {"score": 4.0, "decision": "anomalous"}
+    return {
+        "file": str(path),
+        "machine_type": "fan",
+        "machine_id": "b",
+        "score": 3.1,
+        "threshold": 3.5,
+        "decision": "normal",
+        "windows": windows,
+        "worst": windows[4],
+    }
+
+
+def test_a_timeline_has_the_score_of_each_window(timeline_row, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    draw_timeline(timeline_row, "published", 0, tmp_path / "a.png")
+    axis, _ = written[0].axes
+    windows = timeline_row["windows"]
+    line, normal, anomalous, threshold = axis.lines
+    middles = [(window["start"] + 5) / 60 for window in windows]
+    assert list(line.get_xdata()) == pytest.approx(middles)
+    assert list(line.get_ydata()) == [window["score"] for window in windows]
+    assert len(normal.get_xdata()) == len(windows) - 1
+    assert anomalous.get_ydata() == [4.0]
+    assert set(threshold.get_ydata()) == {3.5}
+    span = axis.patches[0]
+    ends = span.get_x(), span.get_x() + span.get_width()
+    assert ends == pytest.approx((20 / 60, 30 / 60)), "the worst window"
+
+
+def test_a_timeline_has_the_log_mel_of_the_whole_recording(timeline_row, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    draw_timeline(timeline_row, "published", 0, tmp_path / "a.png")
+    _, axis = written[0].axes
+    log_mel = axis.images[0].get_array()
+    assert log_mel.shape == (128, MAX_COLUMNS)
+    level = log_mel.mean(axis=0)
+    seconds = np.arange(len(level)) / len(level) * N_SECONDS
+    is_loud = (seconds > 20.1) & (seconds < 29.8)
+    is_soft = (seconds < 19.8) | (seconds > 30.2)
+    assert level[is_loud].min() > level[is_soft].max() + 5, "dB"
+    assert written[0].get_suptitle() == "a.wav: fan b, score 3.1, normal"
+    assert axis.get_xlabel() == "time (min)"
+
+
+def test_a_timeline_without_a_threshold_has_no_decisions(timeline_row, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    windows = [window | {"decision": None} for window in timeline_row["windows"]]
+    row = timeline_row | {"threshold": None, "decision": None, "windows": windows}
+    draw_timeline(row, "angle", 0, tmp_path / "a.png")
+    axis, _ = written[0].axes
+    assert [len(line.get_xdata()) for line in axis.lines] == [len(windows)] * 2
+    assert [text.get_text() for text in written[0].legends[0].get_texts()] == ["worst window"]
+    assert written[0].get_suptitle() == "a.wav: fan b, score 3.1"

@@ -1,0 +1,125 @@
+"""The names of recordings in later years: what they say, and those that contradict each other."""
+
+from pathlib import Path
+
+import pytest
+from conftest import touch
+
+from names import ANOMALOUS, NORMAL, SECTION_FORM, UNLABELLED, list_files, parse_name
+from utils import UserError
+
+
+@pytest.mark.parametrize(
+    ("path", "machine_id", "condition", "domain", "attributes"),
+    [
+        ("fan/train/section_00_source_train_normal_0000_strength_1_far.wav",
+         "00", NORMAL, "source", "strength_1_far"),
+        ("gear/train/section_00_target_train_normal_0001_0_g_25_mm_none.wav",
+         "00", NORMAL, "target", "0_g_25_mm_none"),
+        ("ToyTrain/source_test/section_02_source_test_anomaly_0090.wav",
+         "02", ANOMALOUS, "source", ""),
+        ("ToyTrain/target_test/section_05_target_test_0162.wav",
+         "05", UNLABELLED, "target", ""),
+        ("ToyTrain/target_test/section_05_0162.wav",
+         "05", UNLABELLED, "target", ""),
+        ("bearing/train/section_01_target_train_normal_0009_vel_16_loc_E.wav",
+         "01", NORMAL, "target", "vel_16_loc_E"),
+        ("fan/test/section_00_source_test_anomaly_0000_m-n_W.wav",
+         "00", ANOMALOUS, "source", "m-n_W"),
+        ("fan/test/SECTION_00_Source_TEST_Normal_0000_m-n_W.FLAC",
+         "00", NORMAL, "source", "m-n_W"),
+        ("gear/test/section_00_source_test_normal_0001_volt_1.5_wt_200.wav",
+         "00", NORMAL, "source", "volt_1.5_wt_200"),
+        ("ToothBrush/train/section_00_target_train_normal_0007_noAttribute.wav",
+         "00", NORMAL, "target", "noAttribute"),
+        ("ToyTank/test/section_00_0000.wav",
+         "00", UNLABELLED, "", ""),
+    ],
+)  # fmt: skip
+def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
+    assert parse_name(Path(path)) == (SECTION_FORM, machine_id, condition, domain, attributes)
+
+
+@pytest.mark.parametrize(
+    ("liar", "message"),
+    [
+        (
+            "train/section_0_source_train_normal_0009_pat_00.wav",
+            "begins as that of a section and is not section_XX_",
+        ),
+        ("train/section_0a_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_000_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_train_normal_0009_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_source_train_normal_9_pat_00.wav", "begins as that of a section"),
+        ("train/section_00_source_train_normal_0009_pat__00.wav", "begins as that of a section"),
+        (
+            "train/section_00_source_target_train_normal_0009_pat_00.wav",
+            "begins as that of a section",
+        ),
+        ("train/section_00_source_train_normal_0009_target_00.wav", "speak of two domains"),
+        (
+            "train/section_00_source_test_normal_0009_pat_00.wav",
+            "named as a clip of test, and in the folder train",
+        ),
+        (
+            "train/section_00_source_train_normal_0009_pat.wav",
+            "its attributes are 1 words and those of .* 2, which cannot be pairs",
+        ),
+        (
+            "train/section_00_source_train_normal_0000_pat_00_x.wav",
+            "its attributes are 2 words and those of .* 3, which cannot be pairs",
+        ),
+        ("train/normal_id_00_00000000.wav", "are named as in different years of the challenge"),
+        (
+            "test/section_00_source_train_normal_0009_pat_00.wav",
+            "named as a clip of train, and in the folder test",
+        ),
+        (
+            "source_test/section_00_target_test_normal_0009.wav",
+            "name and folder speak of two domains",
+        ),
+        ("test/anomaly_id_00_00000000.wav", "are named as in different years of the challenge"),
+        (
+            "evaluation/section_00_0000.wav",
+            "with such a name are kept in train, test, source_test, target_test; move it",
+        ),
+        (
+            "source_test/section_00_source_test_normal_0001_pat_01.wav",
+            "is in .*/valve/test too; remove one of them",
+        ),
+    ],
+)
+def test_names_that_lie(tmp_path, liar, message):
+    """The error names the file; for mixed forms and mixed attributes, it names two files."""
+    split = "train" if liar.startswith("train") else "test"
+    other_split = "test" if split == "train" else "train"
+    honest = [
+        f"section_00_{domain}_{split}_normal_000{i}_pat_0{i}.wav"
+        for i, domain in ((1, "source"), (2, "target"))
+    ]
+    for machine_type in ("fan", "valve"):
+        touch(*(tmp_path / machine_type / split / name for name in honest))
+    list_files(tmp_path, ["fan", "valve"], split)
+    touch(tmp_path / "valve" / liar)
+    with pytest.raises(UserError, match=message) as error:
+        list_files(tmp_path, ["fan", "valve"], split)
+    assert Path(liar).name in str(error.value)
+    assert f"{tmp_path}/valve/" in str(error.value)
+    if "different years" in message:
+        with pytest.raises(UserError, match=message):
+            list_files(tmp_path, ["fan", "valve"], other_split)
+        assert f"{tmp_path}/fan/{split}/{honest[0]}" in str(error.value)
+    elif "its attributes" in message:
+        assert honest[0] in str(error.value)
+
+
+def test_attributes_need_not_be_pairs_where_all_clips_have_as_many(tmp_path):
+    names = [
+        "00_source_train_normal_0000_strength_1_ambient",
+        "00_target_train_normal_0000_strength_2_ambient",
+        "01_source_train_normal_0000_serial_no_000_water",
+        "01_source_train_normal_0001_noAttribute",
+        "01_source_train_normal_0002",
+    ]
+    touch(*(tmp_path / "pump/train" / f"section_{name}.wav" for name in names))
+    assert len(list_files(tmp_path, ["pump"], "train")[1]) == 5
