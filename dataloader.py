@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import Recording, Windows, check_recording, read_recording
+from audio import FIRST_WINDOW, Recording, Windows, check_recording, read_recording
 from classes import Classes
 from config import Config
 from model.tastgram import N_SAMPLES
@@ -33,10 +33,11 @@ class ClipSet:
 
     Attributes:
         recordings: The table, a row for each recording.
-        windows: For each recording the seconds at which its clips start.
+        windows: Which windows of the recordings are clips.
+        starts: For each recording the seconds at which its clips start.
         recording: For each clip the number of its recording `(n,)`; the clips of a recording follow
             each other.
-        starts: For each clip the second of the recording at which it starts `(n,)`.
+        start: For each clip the second of the recording at which it starts `(n,)`.
         labels: For each clip its class `(n,)`; only where the table has the column `label`.
         samples: The clips, int16 `(n, T)`, once they are kept on a GPU.
     """
@@ -47,18 +48,18 @@ class ClipSet:
         self,
         recordings: pd.DataFrame,
         num_workers: int,
-        channel: int = 0,
+        windows: Windows = FIRST_WINDOW,
         starts: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """`starts` are the seconds at which the clips of each recording start; None is a single
-        clip from the beginning of each. `channel` is the channel that is read.
+        """`starts` are the seconds at which the clips of each recording start, as `windows` says;
+        None is a single clip from the beginning of each.
         """
         self.recordings = recordings.reset_index(drop=True)
-        self.num_workers, self.channel = num_workers, channel
-        self.windows = [[0.0]] * len(recordings) if starts is None else list(starts)
-        counts = [len(seconds) for seconds in self.windows]
+        self.num_workers, self.windows = num_workers, windows
+        self.starts = [[0.0]] * len(recordings) if starts is None else list(starts)
+        counts = [len(seconds) for seconds in self.starts]
         self.recording = np.repeat(np.arange(len(recordings)), counts)
-        self.starts = np.array([second for seconds in self.windows for second in seconds])
+        self.start = np.array([second for seconds in self.starts for second in seconds])
         self.samples: Tensor | None = None
         if "label" in recordings:
             labels = self.recordings["label"].to_numpy(np.int64)
@@ -89,14 +90,14 @@ class ClipSet:
 
     def select(self, is_chosen: np.ndarray) -> "ClipSet":
         """Return the clips of the recordings for which `is_chosen` `(recordings,)` is true."""
-        starts = [self.windows[number] for number in np.flatnonzero(is_chosen)]
-        return ClipSet(self.recordings[is_chosen], self.num_workers, self.channel, starts)
+        starts = [self.starts[number] for number in np.flatnonzero(is_chosen)]
+        return ClipSet(self.recordings[is_chosen], self.num_workers, self.windows, starts)
 
     def fingerprint(self) -> str:
         """Return a hash of the clips in their order; a resumed run must see the same clips."""
         digest = hashlib.sha256()
         columns = [self.recordings[name] for name in ("machine_type", "path", "label")]
-        for machine_type, path, label, starts in zip(*columns, self.windows, strict=True):
+        for machine_type, path, label, starts in zip(*columns, self.starts, strict=True):
             line = f"{machine_type}/{path.name} {label} from {starts}\n"
             digest.update(os.fsencode(line))
         return digest.hexdigest()
@@ -132,14 +133,14 @@ class ClipSet:
             torch.empty((size, N_SAMPLES), dtype=torch.int16, pin_memory=is_cuda) for _ in range(2)
         ]
         upload = Upload(device) if is_cuda else None
-        paths = self.paths.tolist()
+        paths, channel = self.paths.tolist(), self.windows.channel
 
         def start_reading(number: int) -> list[Future[None]]:
             if upload:
                 upload.wait(number % 2)  # the buffer may still be on its way to the GPU
             rows = buffers[number % 2].numpy()
             return [
-                pool.submit(read_clip, row, paths[clip], self.starts[clip], self.channel)
+                pool.submit(read_clip, row, paths[clip], self.start[clip], channel)
                 for row, clip in zip(rows, plan[number], strict=False)
             ]
 
@@ -243,7 +244,7 @@ def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -
             f"{len(problems)} of {len(checked)} recordings cannot be used, replace or remove them: "
             f"{'; '.join(problems)}"
         )
-    return cut_into_clips(recordings, usable(checked), windows.channel, config.num_workers)
+    return cut_into_clips(recordings, usable(checked), windows, config.num_workers)
 
 
 def check_recordings(
@@ -273,11 +274,14 @@ def usable(checked: Mapping[Path, Recording | UserError]) -> dict[Path, Recordin
 
 
 def cut_into_clips(
-    recordings: pd.DataFrame, checked: Mapping[Path, Recording], channel: int, num_workers: int
+    recordings: pd.DataFrame,
+    checked: Mapping[Path, Recording],
+    windows: Windows,
+    num_workers: int,
 ) -> ClipSet:
     """Return a clip for each window of each recording of a table."""
     starts = [checked[path].starts for path in recordings["path"]]
-    return ClipSet(recordings, num_workers, channel, starts)
+    return ClipSet(recordings, num_workers, windows, starts)
 
 
 # ---- Batches ----

@@ -91,7 +91,7 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     check_writable(folder / "metrics.csv", remedy)
     device = use_device(config.device)
     clips = load_clips(config, model.classes, split, windows)
-    results = evaluate(model, clips, config, split, windows, kinds, device)
+    results = evaluate(model, clips, config, split, kinds, device)
     chosen = results[kinds.index(config.scoring)]
     write_result(chosen, folder)
     if options.plots or options.report:

@@ -160,9 +160,8 @@ def measure_run(
         "epoch": trainer.best.epoch,
         "loss": trainer.best_loss,
     }
-    windows = config.windows("test")
     model = trainer.best_model()
-    for result in evaluate(model, test_clips, config, "test", windows, list(KINDS), device):
+    for result in evaluate(model, test_clips, config, "test", list(KINDS), device):
         assert result.metrics  # the clips of the folder `test` have a condition
         table = result.metrics.table
         for machine_type, name in table.index[~table.index.isin(SUMMARY_ROWS, level=1)]:

@@ -86,14 +86,14 @@ def measure(
     windows = model.windows(config, "test")
     clips = load_clips(config, model.classes, "test", windows)
     tables = {
-        "single": score(model, clips, config, windows, device),
+        "single": score(model, clips, config, device),
         "best ID": score_best_id(model, clips, config, device),
     }
     joined_config = config.model_copy(update={"data_root": str(joined)})
     for hop in (10, 5):
         windows = Windows(hop, windows.channel)
         joined_clips = load_clips(joined_config, model.classes, "test", windows)
-        tables[f"joined, {hop} s"] = score(model, joined_clips, config, windows, device)
+        tables[f"joined, {hop} s"] = score(model, joined_clips, config, device)
     rows = []
     for machine_type in model.classes.machine_types:
         row: dict[str, object] = {"checkpoint": model.path.stem, "machine_type": machine_type}
@@ -101,11 +101,9 @@ def measure(
     return rows
 
 
-def score(
-    model: Model, clips: ClipSet, config: Config, windows: Windows, device: torch.device
-) -> pd.DataFrame:
+def score(model: Model, clips: ClipSet, config: Config, device: torch.device) -> pd.DataFrame:
     """Return the table of recordings with scores and decisions."""
-    (result,) = evaluate(model, clips, config, "test", windows, [config.scoring], device)
+    (result,) = evaluate(model, clips, config, "test", [config.scoring], device)
     return result.recordings
 
 

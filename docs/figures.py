@@ -91,7 +91,7 @@ def evaluate_published(path: Path, config: Config, device: torch.device) -> Resu
     model = load_model(path, config)
     windows = model.windows(config, "test")
     clips = load_clips(config, model.classes, "test", windows)
-    (result,) = evaluate(model, clips, config, "test", windows, ["published"], device)
+    (result,) = evaluate(model, clips, config, "test", ["published"], device)
     return result
 
 

@@ -82,7 +82,6 @@ def evaluate(
     clips: ClipSet,
     config: Config,
     split: str,
-    windows: Windows,
     kinds: Sequence[str],
     device: torch.device,
 ) -> list[Result]:
@@ -91,7 +90,7 @@ def evaluate(
     """
     model = with_bank(model, config, kinds, device)
     outputs = run_model(model, clips, config, device)
-    return [evaluate_kind(model, clips, outputs, config, split, windows, kind) for kind in kinds]
+    return [evaluate_kind(model, clips, outputs, config, split, kind) for kind in kinds]
 
 
 def evaluate_kind(
@@ -100,7 +99,6 @@ def evaluate_kind(
     outputs: Outputs,
     config: Config,
     split: str,
-    windows: Windows,
     kind: str,
 ) -> Result:
     """Score the outputs of the network for clips, measure and decide, with one kind of score."""
@@ -117,7 +115,7 @@ def evaluate_kind(
         values = scorer.against_own_machine(outputs, machine_of_clip).numpy()
         recordings[column] = over_windows(values, clips.recording, config.over_windows)
         if column == "exact_score":
-            recordings["worst"] = clips.starts[find_worst(values, clips.recording)]
+            recordings["worst"] = clips.start[find_worst(values, clips.recording)]
     check_finite(recordings["score"].to_numpy(), machines, kind, model.path)
     thresholds = find_thresholds(model, exact, config)
     recordings = recordings.join(thresholds["threshold"], on=MACHINE)
@@ -128,12 +126,12 @@ def evaluate_kind(
         config=config,
         kind=kind,
         split=split,
-        windows=windows,
+        windows=clips.windows,
         recordings=recordings,
         embedding=over_windows(outputs.embedding.numpy(), clips.recording, "mean"),
         thresholds=thresholds,
         metrics=None if known.empty else measure(known, find_rule(known)),
-        about=describe(model, config, split, windows, kind, recordings),
+        about=describe(model, config, split, clips.windows, kind, recordings),
     )
 
 

@@ -92,7 +92,7 @@ def score_usable(
 ) -> dict[Path, dict[str, Any]]:
     """Score recordings that can be used, as `score_recordings` does."""
     table = pd.DataFrame({"path": list(recordings)})
-    clips = cut_into_clips(table, recordings, windows.channel, config.num_workers)
+    clips = cut_into_clips(table, recordings, windows, config.num_workers)
     outputs = run_model(model, clips, config, device)
     scorer = model.scorer(config.scoring, config.neighbours)
     of_windows = scorer.against_machines(outputs, candidates).numpy()  # (windows, candidates)
@@ -109,7 +109,7 @@ def score_usable(
             machine,
             float(scores[number, best[number]]),
             by_machine.get(machine),
-            clips.windows[number],
+            clips.starts[number],
             window_scores(clips, of_windows[:, best[number]], number),
         )
     return results

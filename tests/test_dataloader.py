@@ -260,31 +260,31 @@ LONG = {"machines": {"fan": [0, 2]}, "window": "all"}
 
 def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
     clips = clips_of(write_long_set(tmp_path), **LONG)
-    assert clips.starts.tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
+    assert clips.start.tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
     assert clips.recording.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7]
     assert list(clips.recordings.columns) == [*COLUMNS, "label"]
     assert "4 of 8 recordings are shorter than 10 s and are repeated" in capsys.readouterr().err
     ((samples, labels),) = clips.batches([np.array([0, 1, 2, 3, 14])], CPU)
     assert labels.tolist() == [0, 0, 0, 0, 1]
     for row, index in zip(samples, [0, 1, 2, 3, 14], strict=True):
-        first = int(clips.starts[index] * 16_000)
+        first = int(clips.start[index] * 16_000)
         whole = soundfile.read(clips.paths.iloc[index], dtype="int16")[0][first:]
         assert np.array_equal(row.numpy(), np.resize(whole[:N_SAMPLES], N_SAMPLES))
-    assert clips_of(tmp_path, **LONG, hop=5).starts[:4].tolist() == [0, 5, 10, 15]
+    assert clips_of(tmp_path, **LONG, hop=5).start[:4].tolist() == [0, 5, 10, 15]
     first = clips_of(tmp_path, machines=LONG["machines"])
-    assert first.starts.tolist() == [0] * 8
+    assert first.start.tolist() == [0] * 8
     notice = "4 of 8 recordings are longer than 12 s, and only their first 10 s count"
     assert notice in capsys.readouterr().err
 
 
 def test_the_windows_of_a_recording_stay_together(tmp_path):
     clips = clips_of(write_long_set(tmp_path), **LONG)
-    windows = dict(zip(clips.recordings["path"], clips.windows, strict=True))
+    windows = dict(zip(clips.recordings["path"], clips.starts, strict=True))
     for seed in range(5):
         parts = clips.split(0.6, seed)
         assert [len(part.recordings) for part in parts] == [4, 4]  # int(0.6 * 8) to train on
         for part in parts:
-            assert part.windows == [windows[path] for path in part.recordings["path"]]
+            assert part.starts == [windows[path] for path in part.recordings["path"]]
 
 
 def test_the_fingerprint_tells_windows(tmp_path):

@@ -33,8 +33,8 @@ def result(trained, data_root, tmp_path_factory) -> Result:
     make_lively(folder)
     config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
     model = load_model(folder / "run.pth", config)
-    windows, clips = model.windows(config, "test"), clips_of(data_root, "test")
-    (result,) = evaluate(model, clips, config, "test", windows, ["published"], CPU)
+    clips = clips_of(data_root, "test")
+    (result,) = evaluate(model, clips, config, "test", ["published"], CPU)
     return result
 
 

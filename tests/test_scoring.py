@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 def score_clips(model: Model, clips: ClipSet, kind: str = "published", **keys) -> Result:
     """Evaluate clips with a kind of score; `keys` overrides the configuration."""
     config = load_config(score_dtype="float64", **keys)
-    (result,) = evaluate(model, clips, config, "test", model.windows(config, "test"), [kind], CPU)
+    (result,) = evaluate(model, clips, config, "test", [kind], CPU)
     return result
 
 
