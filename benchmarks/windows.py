@@ -83,15 +83,14 @@ def measure(
 ) -> list[dict[str, object]]:
     """Return a row of figures for each machine type; `joined` is the folder of joined clips."""
     model = with_bank(model, config, [config.scoring], device)
-    windows = model.windows(config, "test")
-    clips = load_clips(config, model.classes, "test", windows)
+    clips = load_clips(config, model.classes, "test", model.windows(config, "test"))
     tables = {
         "single": score(model, clips, config, device),
         "best ID": score_best_id(model, clips, config, device),
     }
     joined_config = config.model_copy(update={"data_root": str(joined)})
     for hop in (10, 5):
-        windows = Windows(hop, windows.channel)
+        windows = Windows(hop, clips.windows.channel)
         joined_clips = load_clips(joined_config, model.classes, "test", windows)
         tables[f"joined, {hop} s"] = score(model, joined_clips, config, device)
     rows = []

@@ -94,30 +94,11 @@ def evaluate(
 
 
 def evaluate_kind(
-    model: Model,
-    clips: ClipSet,
-    outputs: Outputs,
-    config: Config,
-    split: str,
-    kind: str,
+    model: Model, clips: ClipSet, outputs: Outputs, config: Config, split: str, kind: str
 ) -> Result:
     """Score the outputs of the network for clips, measure and decide, with one kind of score."""
-    exact = model.scorer(kind, config.neighbours)
-    rounded = model.scorer(kind, config.neighbours, getattr(torch, config.score_dtype))
-    machines = list(clips.recordings[MACHINE].itertuples(index=False, name=None))
-    machine_of_clip = [machines[number] for number in clips.recording]
-    recordings = clips.recordings.copy()
-    for column, scorer in (
-        ("score", rounded),
-        ("exact_score", exact),
-        ("angle", model.scorer("angle")),
-    ):
-        values = scorer.against_own_machine(outputs, machine_of_clip).numpy()
-        recordings[column] = over_windows(values, clips.recording, config.over_windows)
-        if column == "exact_score":
-            recordings["worst"] = clips.start[find_worst(values, clips.recording)]
-    check_finite(recordings["score"].to_numpy(), machines, kind, model.path)
-    thresholds = find_thresholds(model, exact, config)
+    recordings = add_scores(model, clips, outputs, config, kind)
+    thresholds = find_thresholds(model, model.scorer(kind, config.neighbours), config)
     recordings = recordings.join(thresholds["threshold"], on=MACHINE)
     recordings["decision"] = decide(recordings["exact_score"], recordings["threshold"])
     known = known_recordings(recordings)
@@ -133,6 +114,34 @@ def evaluate_kind(
         metrics=None if known.empty else measure(known, find_rule(known)),
         about=describe(model, config, split, clips.windows, kind, recordings),
     )
+
+
+def add_scores(
+    model: Model, clips: ClipSet, outputs: Outputs, config: Config, kind: str
+) -> pd.DataFrame:
+    """Return the table of recordings with `score`, `exact_score`, `angle` and `worst`.
+
+    Raises:
+        UserError: If a score is not finite.
+    """
+    recordings = clips.recordings.copy()
+    machines = list(recordings[MACHINE].itertuples(index=False, name=None))
+    of_clips = [machines[number] for number in clips.recording]
+
+    def score(kind: str, dtype: torch.dtype = torch.float64) -> np.ndarray:
+        scorer = model.scorer(kind, config.neighbours, dtype)
+        return scorer.against_own_machine(outputs, of_clips).numpy()
+
+    def combine(values: np.ndarray) -> np.ndarray:
+        return over_windows(values, clips.recording, config.over_windows)
+
+    exact = score(kind)
+    recordings["score"] = combine(score(kind, getattr(torch, config.score_dtype)))
+    recordings["exact_score"] = combine(exact)
+    recordings["angle"] = combine(score("angle"))
+    recordings["worst"] = clips.start[find_worst(exact, clips.recording)]
+    check_finite(recordings["score"].to_numpy(), machines, kind, model.path)
+    return recordings
 
 
 def describe(
