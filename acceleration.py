@@ -26,7 +26,7 @@ UNINFORMATIVE = re.compile(
 REASON = re.compile(r"error|fatal|fail|no |not |cannot|denied", re.IGNORECASE)
 
 
-def is_to_compile(switch: bool | str, device: torch.device, n_clips: int) -> bool:
+def should_compile(switch: bool | str, device: torch.device, n_clips: int) -> bool:
     """Return whether to compile the training step. `switch` is True, False or "auto".
 
     "auto" compiles on a GPU, and on a CPU if training is long enough. `n_clips` is the number of
@@ -38,7 +38,7 @@ def is_to_compile(switch: bool | str, device: torch.device, n_clips: int) -> boo
 
 
 def compile_module(module: nn.Module, is_required: bool) -> None:
-    """Compile a module in place, at its first call and at the first call with another shape.
+    """Compile a module in place, at its first call and at the first call with each other shape.
 
     If the compiler fails in one process, every process runs the module uncompiled, after one
     notice. If compilation is required, the call raises `UserError` instead.
@@ -77,8 +77,10 @@ class Compiler:
         if not problems:
             return compiled
         if self.is_required:
-            raise UserError(f"compile: true, but it fails {problems[0]}; set it to auto or false")
-        notice(f"compile: it fails {problems[0]}; the steps run uncompiled, which is slower")
+            raise UserError(
+                f"compile: true, but compiling fails {problems[0]}; set it to auto or false"
+            )
+        notice(f"compile: compiling fails {problems[0]}; the steps run uncompiled, which is slower")
         return graph.forward
 
 

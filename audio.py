@@ -1,8 +1,7 @@
-"""Read the samples of one recording, or say why it cannot be used.
+"""Read the samples of one recording, and check whether it can be used.
 
 A recording is a WAV or FLAC file. It is read in windows of 10 s of one channel, as int16 samples at
-16 kHz; a recording shorter than a window is repeated. One window at a time is in memory, however
-long the recording is.
+16 kHz; a recording shorter than a window is repeated. Only one window at a time is in memory.
 """
 
 import contextlib
@@ -31,26 +30,34 @@ UNCOMPRESSED = (1, 3, 0xFFFE)  # encodings: PCM, float, extensible
 
 
 class Windows(NamedTuple):
-    """Which windows of a recording are used: one channel, and all windows or the first alone."""
+    """The windows of a recording that are used: of one channel, all windows or only the first."""
 
-    hop: float | None = None  # seconds from one window's start to the next; None: the first alone
+    hop: float | None = None  # seconds between the starts of windows; None: only the first window
     channel: int = 0  # counted from 0
 
 
 FIRST_WINDOW = Windows()
+AUTO_HOPS = {"train": 10.0, "test": 5.0, "evaluation": 5.0}  # seconds, by split
 
 
-class Recording(NamedTuple):
-    """A recording that can be used."""
+def choose_windows(window: str, hop: float | str, channel: int, split: str) -> Windows:
+    """Return the windows of a recording that the keys window, hop and channel select."""
+    if window == "first":
+        return Windows(None, channel)
+    return Windows(AUTO_HOPS[split] if isinstance(hop, str) else hop, channel)
+
+
+class CheckedRecording(NamedTuple):
+    """The result of checking a recording that can be used."""
 
     starts: list[float]  # seconds at which its windows start
-    changes: list[str]  # to its samples, as the rest of a sentence: "are rounded to 16 bits"
+    changes: list[str]  # to its samples, as the end of a sentence: "are rounded to 16 bits"
 
 
-def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> Recording:
+def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> CheckedRecording:
     """Check that the windows of a recording can be used.
 
-    For 16-bit PCM WAV, the header is compared with the size of the file. Other files are decoded.
+    The header of a 16-bit PCM WAV file is compared with its size. Other files are decoded.
 
     Raises:
         UserError: with the reason, if the file is unreadable, empty, truncated or damaged, lacks
@@ -62,14 +69,14 @@ def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> Recording:
         is_checked_by_header = (file.format, file.subtype) == ("WAV", "PCM_16")
         if not is_checked_by_header and decode_all(file, windows):
             changes.append("exceed full scale and were clipped")
-        return Recording(find_starts(file, windows.hop), changes)
+        return CheckedRecording(find_starts(file, windows.hop), changes)
 
 
 def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int = 0) -> None:
     """Fill `out`, int16 `(N_SAMPLES,)`, with the window that starts at second `start`.
 
     Raises:
-        UserError: as `check_recording`, or if the recording has become too short for the window.
+        UserError: As in `check_recording`, or if the recording has become too short for the window.
     """
     with open_audio(path) as file:
         check_properties(file, Windows(channel=channel))
@@ -92,7 +99,7 @@ def find_starts(file: soundfile.SoundFile, hop: float | None) -> list[float]:
 def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
     """Open a WAV or FLAC file for reading, a WAV file after a check of its header.
 
-    Raises `UserError` for errors of the file, also for those that occur while it is open.
+    Raises `UserError` for errors of the file, including those that occur while it is open.
     """
     try:
         if not path.is_file():
@@ -166,7 +173,7 @@ def check_audio_size(available: int, stated: int) -> None:
 
 
 def check_properties(file: soundfile.SoundFile, windows: Windows) -> None:
-    """Raise `UserError` if the open file cannot have the windows."""
+    """Raise `UserError` if the windows cannot be read from the open file."""
     if not 1_000 <= file.samplerate <= 1_000_000:
         raise UserError(f"unreadable: the header gives a sample rate of {file.samplerate} Hz")
     if file.frames == 0:
@@ -178,21 +185,21 @@ def check_properties(file: soundfile.SoundFile, windows: Windows) -> None:
         raise UserError(f"no channel {windows.channel}: it has {count}")
     if windows.hop is not None and file.frames == UNKNOWN_LENGTH:
         raise UserError(
-            "unreadable: its header does not give its length; "
+            "unreadable: its header does not contain its length; "
             "encode it again (flac --decode, then flac)"
         )
 
 
 def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
-    """List how the samples of the windows will differ from those in the file."""
+    """List how the samples of the windows differ from those in the file."""
     rate, frames = file.samplerate, file.frames
     changes = []
     if file.channels > 1:
-        changes.append(f"have several channels: channel {windows.channel} is used")
+        changes.append(f"have several channels, of which channel {windows.channel} is used")
     if rate != SAMPLE_RATE:
         changes.append(
             f"are resampled to {SAMPLE_RATE} Hz each time they are read; "
-            f"`sox IN.wav -r {SAMPLE_RATE} OUT.wav` does it once"
+            f"to do it only once, use `sox IN.wav -r {SAMPLE_RATE} OUT.wav`"
         )
     if file.subtype != "PCM_16":
         changes.append("are rounded to 16 bits")
@@ -201,8 +208,8 @@ def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
     longest = SECONDS + TOLERATED_SECONDS
     if windows.hop is None and longest * rate < frames < UNKNOWN_LENGTH:
         changes.append(
-            f"are longer than {longest} s, and only their first {SECONDS} s count "
-            "(--window all uses the rest as well)"
+            f"are longer than {longest} s, and only their first {SECONDS} s are used; "
+            "to use the rest as well, add --window all"
         )
     return changes
 

@@ -9,8 +9,8 @@ Machine = tuple[str, str]  # machine type and machine ID, as in ("fan", "02")
 
 
 class MachineClass(NamedTuple):
-    """A class: the recordings of a machine that have these attributes. The class of a machine
-    without attributes, "", takes all recordings that no other class of the machine takes.
+    """A class: the recordings of a machine that have these attributes. A class with the attributes
+    "" takes all recordings of the machine that have no class with their attributes.
     """
 
     machine_type: str

@@ -1,6 +1,7 @@
-"""The configuration: which values each key may have; how file and command line become a `Config`.
+"""The configuration: the allowed values of each key, and how a `Config` is made from files and the
+command line.
 
-config.yaml is the only place of values and meanings: `--help` prints its comments. This file holds
+config.yaml contains the default values, and the meanings that `--help` prints. This file contains
 types and ranges.
 """
 
@@ -25,19 +26,14 @@ from pydantic import (
     ValidationError,
 )
 
-from audio import Windows
+from audio import Windows, choose_windows
 from evaluation.scores import KINDS
 from losses import MODES
 from model import CHANNELS
+from names import MACHINE_TYPE, is_machine_id, name_id
 from utils import OneLineParser, UserError, suggest
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
-AUTO_HOPS = {"train": 10.0, "test": 5.0, "evaluation": 5.0}  # seconds, by split
-SUMMARY_NAMES = (
-    "pooled",
-    "mean",
-    "min",
-)  # rows of the results, which no machine ID may be named as
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
@@ -55,24 +51,11 @@ def refuse_repeats(values: list) -> list:
     return values
 
 
-def check_machines(value: Any) -> Any:
+def refuse_empty_table(value: Any) -> Any:
     """Refuse an empty table, and one that names a machine type twice, as 7 and "7"."""
     if not value or (isinstance(value, dict) and len(set(map(str, value))) < len(value)):
         raise ValueError
     return value
-
-
-def name_id(machine_id: int | str) -> str:
-    """Return a machine ID as file names and outputs have it: a number of up to nine digits with two
-    digits or more ("02"), anything else as the word it is.
-    """
-    text = str(machine_id)
-    return f"{int(text):02d}" if re.fullmatch("[0-9]{1,9}", text) else text
-
-
-def is_machine_id(text: str) -> bool:
-    """Whether a text can be a machine ID: part of a file name, and not a row of the results."""
-    return text not in SUMMARY_NAMES and bool(re.fullmatch(r"[^_/\\\x00-\x1f\x7f]+", text))
 
 
 def check_id(value: Any) -> str:
@@ -87,8 +70,6 @@ Whole = Annotated[int, BeforeValidator(refuse_non_numbers)]
 Positive = Annotated[Real, Field(gt=0, description="a number above 0")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Path_ = Annotated[str, Field(strict=True), AfterValidator(os.path.expanduser)]
-# A folder name, but not `average`, which is a row of the results.
-MACHINE_TYPE = r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$"
 MachineType = Annotated[str, Field(coerce_numbers_to_str=True, pattern=MACHINE_TYPE)]
 MachineIDs = Annotated[
     list[Annotated[str, PlainValidator(check_id)]],
@@ -114,11 +95,11 @@ class Config(BaseModel):
     ]
     machines: Annotated[
         Literal["auto"] | dict[MachineType, MachineIDs],
-        BeforeValidator(check_machines),
+        BeforeValidator(refuse_empty_table),
         Field(
             description="auto or a table of machine types (names of folders, not average) with "
-            "lists of different IDs (numbers, or words without _, / and \\, not pooled, mean or "
-            "min), such as {fan: [0, 2], press: [line-3]}"
+            "lists of different IDs (numbers, or words without _, / and \\, not pooled, mean, "
+            "min or hmean), such as {fan: [0, 2], press: [line-3]}"
         ),
     ]
     classes: Literal["section", "attributes"]
@@ -179,7 +160,7 @@ class Config(BaseModel):
         return self._given
 
     @property
-    def checkpoint(self) -> Path:
+    def weights_path(self) -> Path:
         """`save_path` with its placeholders filled in."""
         return Path(self.save_path.replace("{mode}", self.mode).replace("{seed}", str(self.seed)))
 
@@ -196,29 +177,22 @@ class Config(BaseModel):
         ]
 
 
-def choose_windows(window: str, hop: float | str, channel: int, split: str) -> Windows:
-    """Return which windows of a recording are used, from the values of these keys."""
-    if window == "first":
-        return Windows(None, channel)
-    return Windows(AUTO_HOPS[split] if isinstance(hop, str) else hop, channel)
-
-
 KEYS = tuple(Config.model_fields)
-# Where files are, how the computer computes, and how eval.py scores and decides: a run can be
-# resumed with other values.
+# Keys for the places of files, for the computation, and for scores and decisions: a run can be
+# resumed with other values of them.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile",
     "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype",
     "threshold", "threshold_percentile",
 )  # fmt: skip
-# The model and its published score: the checkpoint has their values.
+# Keys of the model and its published score: their values are in the checkpoint.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
-# The part of a recording that the model was trained on: the values are those of the checkpoint,
-# unless the command line has others.
+# Keys for the part of a recording to use: the values are those of the checkpoint, unless they are
+# given on the command line.
 RECORDING_KEYS = ("window", "channel")
-# How clips are scored, and how it is decided which are anomalous.
+# Keys for how clips are scored and classified as anomalous.
 DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
-# The options of the scripts that train, and of those that score.
+# The options of the scripts that train, score and evaluate.
 TRAINING_KEYS = tuple(
     key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype")
 )
@@ -248,7 +222,7 @@ def make_config(*sources: tuple[str, Mapping[str, Any]], given: Sequence[str] = 
 def explain_error(
     error: ValidationError, sources: Sequence[tuple[str, Mapping[str, Any]]], values: dict[str, Any]
 ) -> str:
-    """Return a line about the first error: the source, the key, its value, and what is allowed."""
+    """Return one line about the first error: source, key, value and allowed values."""
     first = error.errors()[0]
     key = str(first["loc"][0])
     source = str(DEFAULT_CONFIG)
@@ -256,7 +230,7 @@ def explain_error(
         if key in map(str, part):
             source = name  # the last that gave it
     if first["type"] == "missing":
-        return f"{source}: {key} is missing"
+        return f"{source}: {key} is missing; add it"
     if key not in KEYS:
         known = ", ".join(KEYS)
         return f"{source}: unknown key {key!r}{suggest(key, KEYS)} (the keys are {known})"
@@ -276,8 +250,9 @@ def check_effect(config: Config, windows: Windows, kinds: Sequence[str] = ()) ->
     without_effect: dict[str, str] = {}
     if windows.hop is None:
         without_effect |= dict.fromkeys(("hop", "over_windows"), "window: first")
-    if "nearest" not in kinds:
-        without_effect["neighbours"] = f"scoring: {config.scoring}"
+    for name, kind in KINDS.items():
+        if name not in kinds:
+            without_effect |= dict.fromkeys(kind.keys, f"scoring: {config.scoring}")
     for key, reason in without_effect.items():
         if key in config.given:
             raise UserError(f"command line: {key} has no effect with {reason}; leave it out")
@@ -325,11 +300,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such configuration file") from None
+        raise UserError(f"{file}: no such configuration file; check --config") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: not a text file in UTF-8") from None
+        raise UserError(f"{file}: not a text file in UTF-8; convert it") from None
     if not isinstance(values, dict | None):
-        raise UserError(f"{file}: a configuration is lines of `key: value`")
+        raise UserError(f"{file}: not a configuration; write it as lines of `key: value`")
     return values or {}
 
 
@@ -359,7 +334,11 @@ def describe_keys() -> dict[str, str]:
 def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> None:
     """Add `--config`, and an option for each of the keys."""
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, default=DEFAULT_CONFIG, help="configuration file"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        help="configuration file, whose values replace those of config.yaml (default: config.yaml)",
     )
     values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
     group = parser.add_argument_group("keys of the configuration")

@@ -6,6 +6,7 @@ clips of a table of recordings in batches, or keeps them in the memory of a GPU.
 
 import hashlib
 import os
+import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import FIRST_WINDOW, Recording, Windows, check_recording, read_recording
-from classes import Classes
+from audio import FIRST_WINDOW, CheckedRecording, Windows, check_recording, read_recording
+from classes import Classes, Machine
 from config import Config
+from distributed import from_main, world_size
 from model.tastgram import N_SAMPLES
 from recordings import find_recordings
 from utils import ORDER, SPLIT, UserError, notice, random_stream
@@ -37,7 +39,7 @@ class ClipSet:
         starts: For each recording the seconds at which its clips start.
         recording: For each clip the number of its recording `(n,)`; the clips of a recording follow
             each other.
-        start: For each clip the second of the recording at which it starts `(n,)`.
+        start: For each clip its start in the recording, in seconds `(n,)`.
         labels: For each clip its class `(n,)`; only where the table has the column `label`.
         samples: The clips, int16 `(n, T)`, once they are kept on a GPU.
     """
@@ -74,7 +76,14 @@ class ClipSet:
         return self.recordings["path"].iloc[self.recording]
 
     @property
-    def machines(self) -> list[str]:
+    def machines(self) -> list[Machine]:
+        """The machine of each clip."""
+        columns = (self.recordings["machine_type"], self.recordings["machine_id"])
+        machines = list(zip(*columns, strict=True))
+        return [machines[number] for number in self.recording]
+
+    @property
+    def machine_names(self) -> list[str]:
         """The machines of the recordings, each once, as in "fan 02"."""
         names = self.recordings["machine_type"].str.cat(self.recordings["machine_id"], sep=" ")
         return names.unique().tolist()
@@ -91,10 +100,15 @@ class ClipSet:
     def select(self, is_chosen: np.ndarray) -> "ClipSet":
         """Return the clips of the recordings for which `is_chosen` `(recordings,)` is true."""
         starts = [self.starts[number] for number in np.flatnonzero(is_chosen)]
-        return ClipSet(self.recordings[is_chosen], self.num_workers, self.windows, starts)
+        part = ClipSet(self.recordings[is_chosen], self.num_workers, self.windows, starts)
+        if self.samples is not None:
+            part.samples = self.samples[np.flatnonzero(is_chosen[self.recording])]
+        return part
 
     def fingerprint(self) -> str:
-        """Return a hash of the clips in their order; a resumed run must see the same clips."""
+        """Return a hash of the names, classes and starts of the clips, which have to be the same
+        when a run is resumed. The sound itself is not compared.
+        """
         digest = hashlib.sha256()
         columns = [self.recordings[name] for name in ("machine_type", "path", "label")]
         for machine_type, path, label, starts in zip(*columns, self.starts, strict=True):
@@ -135,30 +149,30 @@ class ClipSet:
         upload = Upload(device) if is_cuda else None
         paths, channel = self.paths.tolist(), self.windows.channel
 
-        def start_reading(number: int) -> list[Future[None]]:
+        def start_reading(step: int) -> list[Future[None]]:
             if upload:
-                upload.wait(number % 2)  # the buffer may still be on its way to the GPU
-            rows = buffers[number % 2].numpy()
+                upload.wait(step % 2)  # the buffer may still be on its way to the GPU
+            rows = buffers[step % 2].numpy()
             return [
                 pool.submit(read_clip, row, paths[clip], self.start[clip], channel)
-                for row, clip in zip(rows, plan[number], strict=False)
+                for row, clip in zip(rows, plan[step], strict=False)
             ]
 
         with ThreadPoolExecutor(self.num_workers) as pool:
             pending = start_reading(0) if plan else []
-            for number, numbers in enumerate(plan):
+            for step, clips in enumerate(plan):
                 for future in pending:
                     future.result()
-                samples = buffers[number % 2][: len(numbers)]
+                samples = buffers[step % 2][: len(clips)]
                 if upload:
-                    samples = upload.copy(samples, number % 2)
-                pending = start_reading(number + 1) if number + 1 < len(plan) else []
+                    samples = upload.copy(samples, step % 2)
+                pending = start_reading(step + 1) if step + 1 < len(plan) else []
                 yield samples
 
     def keep_on(self, device: torch.device) -> None:
         """Read all clips into the memory of a GPU."""
         samples = torch.empty((len(self), N_SAMPLES), dtype=torch.int16, device=device)
-        plan = batches(np.arange(len(self)), 64)
+        plan = cut_into_batches(np.arange(len(self)), 64)
         for numbers, part in zip(plan, self.read_files(plan, device), strict=True):
             samples[numbers[0] : numbers[-1] + 1] = part
         self.samples = samples
@@ -187,7 +201,7 @@ class Upload:
 
 
 def read_clip(out: np.ndarray, path: Path, start: float, channel: int) -> None:
-    """Fill `out`, int16 `(T,)`, with the clip that starts at a second of a recording. Raises
+    """Fill `out`, int16 `(T,)`, with the clip of a recording that starts at `start` seconds. Raises
     `UserError` with the file and the reason where this is not possible.
     """
     try:
@@ -197,10 +211,10 @@ def read_clip(out: np.ndarray, path: Path, start: float, channel: int) -> None:
 
 
 def keep_on_gpu(
-    parts: Sequence[ClipSet], data_device: str, device: torch.device, others: int
+    parts: Sequence[ClipSet], data_device: str, device: torch.device, reserved: int
 ) -> None:
     """Keep clips in the memory of the GPU, where `data_device` asks for it: "cuda", or "auto" where
-    they fit beside the `others` bytes that training takes there.
+    they fit beside the `reserved` bytes that training takes there.
 
     Raises:
         UserError: If "cuda" is not possible.
@@ -216,10 +230,10 @@ def keep_on_gpu(
     sizes = f"the samples take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device} are free"
     if data_device == "cuda" and needed > free:
         raise UserError(f"data_device: cuda: {sizes}; use auto or cpu")
-    if data_device == "auto" and needed + others > free:
+    if data_device == "auto" and needed + reserved > free:
         notice(
-            f"{sizes}, of which training takes about {others / 1e9:.1f}: the recordings are read "
-            f"from their files in every epoch, by num_workers threads, which have to keep up with "
+            f"{sizes}, of which training needs about {reserved / 1e9:.1f} GB, so the recordings "
+            f"are read from their files in every epoch; num_workers threads have to keep up with "
             f"the GPU; a lower batch_size leaves more room"
         )
         return
@@ -241,7 +255,7 @@ def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -
     problems = [f"{path} ({x})" for path, x in checked.items() if isinstance(x, UserError)]
     if problems:
         raise UserError(
-            f"{len(problems)} of {len(checked)} recordings cannot be used, replace or remove them: "
+            f"{len(problems)} of {len(checked)} recordings cannot be used; replace or remove them: "
             f"{'; '.join(problems)}"
         )
     return cut_into_clips(recordings, usable(checked), windows, config.num_workers)
@@ -249,10 +263,10 @@ def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -
 
 def check_recordings(
     paths: Sequence[Path], windows: Windows, num_workers: int
-) -> dict[Path, Recording | UserError]:
+) -> dict[Path, CheckedRecording | UserError]:
     """Check recordings: the windows of each, or why it cannot be used."""
 
-    def check(path: Path) -> Recording | UserError:
+    def check(path: Path) -> CheckedRecording | UserError:
         try:
             return check_recording(path, windows)
         except UserError as error:
@@ -264,9 +278,9 @@ def check_recordings(
         return dict(zip(paths, shown, strict=True))
 
 
-def usable(checked: Mapping[Path, Recording | UserError]) -> dict[Path, Recording]:
+def usable(checked: Mapping[Path, CheckedRecording | UserError]) -> dict[Path, CheckedRecording]:
     """Return the recordings that can be used. Notices say what is changed in them."""
-    recordings = {path: x for path, x in checked.items() if isinstance(x, Recording)}
+    recordings = {path: x for path, x in checked.items() if isinstance(x, CheckedRecording)}
     counts = Counter(change for recording in recordings.values() for change in recording.changes)
     for change, count in counts.items():
         notice(f"{count} of {len(recordings)} recordings {change}")
@@ -275,13 +289,71 @@ def usable(checked: Mapping[Path, Recording | UserError]) -> dict[Path, Recordin
 
 def cut_into_clips(
     recordings: pd.DataFrame,
-    checked: Mapping[Path, Recording],
+    checked: Mapping[Path, CheckedRecording],
     windows: Windows,
     num_workers: int,
 ) -> ClipSet:
     """Return a clip for each window of each recording of a table."""
     starts = [checked[path].starts for path in recordings["path"]]
     return ClipSet(recordings, num_workers, windows, starts)
+
+
+# ---- Whether the clips can be trained on ----
+
+
+def check_clips(
+    config: Config, classes: Classes, train_clips: ClipSet, valid_clips: ClipSet
+) -> None:
+    """Check that there are enough clips for a step, and that no machine is without training clips.
+    A notice names classes without.
+
+    Raises:
+        UserError: If that is not so, or if another process has other clips.
+    """
+    least = max(2, world_size())
+    reason = (
+        f"{world_size()} processes need one each" if world_size() > 1 else "batch norm needs two"
+    )
+    if len(train_clips) < least:
+        raise UserError(
+            f"too few training clips ({len(train_clips)}): {reason}; add recordings or raise "
+            f"split_ratio"
+        )
+    if config.batch_size < least:
+        raise UserError(
+            f"batch_size: {config.batch_size} clips per step are too few: {reason}; raise it"
+        )
+    unseen = [name for name in valid_clips.machine_names if name not in train_clips.machine_names]
+    if unseen:
+        raise UserError(
+            f"all recordings of {', '.join(unseen)} are held out for validation: add more (a "
+            f"long one can be cut into several), or raise split_ratio"
+        )
+    report_unlearned(classes, train_clips, valid_clips)
+    fingerprint = fingerprint_of(train_clips, valid_clips)
+    if from_main(lambda: fingerprint) != fingerprint:
+        raise UserError(
+            f"{config.data_root} on {platform.node()}: the recordings differ from those of the "
+            f"first process; give every computer the same recordings"
+        )
+
+
+def fingerprint_of(train_clips: ClipSet, valid_clips: ClipSet) -> str:
+    """Return a hash of the clips of a run, see `ClipSet.fingerprint`."""
+    return f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
+
+
+def report_unlearned(classes: Classes, train_clips: ClipSet, valid_clips: ClipSet) -> None:
+    """Say which classes have held-out clips only."""
+    unlearned = set(valid_clips.labels.tolist()) - set(train_clips.labels.tolist())
+    if unlearned:
+        machines = dict.fromkeys(classes.entries[label].machine for label in sorted(unlearned))
+        notice(
+            f"all recordings of {len(unlearned)} classes are held out for validation, so these "
+            f"classes are not trained (attributes of {', '.join(map(' '.join, machines))}); a "
+            "higher "
+            f"split_ratio or another seed may keep them"
+        )
 
 
 # ---- Batches ----
@@ -297,10 +369,10 @@ def shuffled_batches(
     before.
     """
     order = random_stream(seed, ORDER, epoch).permutation(count)
-    return batches(order, batch_size, least)
+    return cut_into_batches(order, batch_size, least)
 
 
-def batches(order: np.ndarray, batch_size: int, least: int = 1) -> list[np.ndarray]:
+def cut_into_batches(order: np.ndarray, batch_size: int, least: int = 1) -> list[np.ndarray]:
     """Cut `order` into batches; the last one is shorter, or longer where it would have fewer than
     `least` clips.
     """

@@ -1,43 +1,44 @@
-"""Score the test clips of a trained model; compute AUC, pAUC and mAUC for each machine type;
-decide; draw; report.
+"""Score the test recordings with a trained model, and write AUC, pAUC and mAUC of each machine
+type, decisions, figures and a report.
 
     python eval.py                                      # the checkpoint at save_path
     python eval.py check_points/arcface.pth --data_root /data/dcase2020 --score_dtype float64
     python eval.py --split evaluation                   # the challenge's evaluation clips
     python eval.py --plots --report                     # figures, and one HTML file with everything
-    # several, and a comparison of their configurations
+    # several checkpoints, and a comparison of their configurations
     python eval.py a_1.pth a_2.pth b_1.pth b_2.pth
     # another score: distance to the nearest training clips
     python eval.py --scoring nearest
-    python eval.py --all_scores                         # the three kinds of score side by side
+    python eval.py --all_scores                         # a comparison of all kinds of score
     # metrics of score files, of this or another method
     python eval.py --score_files FOLDER
 
-Machines, classes, mode, input, m, s and sub_centers come from the checkpoint; window and channel
-too, unless they are given here. Written, in the folder NAME/test (NAME/evaluation for the
-evaluation clips) beside a checkpoint NAME.pth: metrics.csv and metrics.json (fractions, with
-bootstrap intervals), results.md (percent), for each machine ID anomaly_score_<type>_id_<XX>.csv and
-decision_result_<type>_id_<XX>.csv as the DCASE evaluators read them (of the years after 2020
-..._section_<XX>_test.csv), and decisions.csv with the thresholds. The names of the evaluation clips
-do not tell which are anomalous; eval_data_list.csv in data_root does, or the folders
-ground_truth_data and ground_truth_domain of later years' evaluators. Without them there are scores
-and decisions but no metrics.
+Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint. So are window and
+channel, unless they are given on the command line. The results of a checkpoint NAME.pth are written
+to the folder NAME/test beside it, or to NAME/evaluation for the evaluation clips: metrics.csv and
+metrics.json (fractions, with bootstrap intervals), results.md (percent), decisions.csv with the
+thresholds, and for each machine ID anomaly_score_<type>_id_<XX>.csv and
+decision_result_<type>_id_<XX>.csv in the format of the DCASE evaluators (after 2020
+..._section_<XX>_test.csv).
 
-Where clips have domains, the metrics are those of each domain too, and the official score of the
-challenge. --score_files computes all metrics from files of scores alone, and writes them into
+The names of the evaluation clips do not show which are anomalous. Metrics therefore require
+eval_data_list.csv in data_root or, after 2020, the folders ground_truth_data and
+ground_truth_domain of that year's evaluator. Without them, only scores and decisions are written.
+
+If recordings have domains, there are also metrics of each domain, and the official score of the
+challenge. --score_files computes all metrics from score files alone, and writes them to
 FOLDER/metrics.
 
-Scores, thresholds and all that follows are of the kind that `scoring` names. nearest needs the
-embeddings of the training clips. Training leaves them in the checkpoint; for weights without them,
-each call computes them from the training clips in data_root.
+The key `scoring` selects the score, on which the thresholds and all results are based. nearest
+needs the embeddings of the training clips. Training stores them in the checkpoint; for weights
+without them, each call computes them from the training recordings in data_root.
 
-score.py scores single recordings.
+To score single recordings, use score.py.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import RunFiles, load_model
 from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
@@ -45,6 +46,8 @@ from evaluation.result import Result, evaluate
 from evaluation.score_files import evaluate_score_files
 from evaluation.scores import KINDS
 from evaluation.tables import write_result
+from run_files import RunFiles
+from trained import load_model
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
@@ -56,16 +59,17 @@ def evaluate_all(config: Config, paths: list[Path], options: Namespace) -> None:
     """
     if len({RunFiles(path).folder for path in paths}) < len(paths):
         raise UserError(
-            "two checkpoints of one name without its ending have the same folder of results; "
-            "rename one"
+            "two checkpoints have the same path without the extension, and so the same folder of "
+            "results; rename one, or leave it out"
         )
     is_comparison = len(paths) > 1 or options.all_scores
     output = options.output or COMPARISON
     if is_comparison:
-        check_writable(output / "comparison.md", "--output names another folder")
+        check_writable(output / "comparison.md", "choose another folder with --output")
     elif options.output:
         raise UserError(
-            "--output is for comparisons, of several checkpoints or with --all_scores; leave it out"
+            "--output has no effect without a comparison (several checkpoints or --all_scores); "
+            "leave it out"
         )
     results: list[Result] = []
     for path in paths:
@@ -87,7 +91,7 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     kinds = list(KINDS)[::-1] if options.all_scores else [config.scoring]
     check_effect(config, windows, kinds)
     folder = RunFiles(path).results(split)
-    remedy = "results are written beside the checkpoint, so copy it to another folder"
+    remedy = "copy the checkpoint to a writable folder, where the results are written too"
     check_writable(folder / "metrics.csv", remedy)
     device = use_device(config.device)
     clips = load_clips(config, model.classes, split, windows)
@@ -128,18 +132,18 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, help="files of trained weights (default: save_path)")
-    add("--split", choices=("test", "evaluation"), help="which clips to score (default: test)")
+    add("--split", choices=("test", "evaluation"), help="recordings to score (default: test)")
     add("--plots", action="store_true", help="draw the figures (PNG)")
-    add("--report", action="store_true", help="write report.html, with the figures in it")
+    add("--report", action="store_true", help="write report.html, which contains the figures")
     add("--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})")
-    add("--all_scores", action="store_true", help="compare the kinds of score (see scoring)")
-    add("--score_files", metavar="FOLDER", type=Path, help="measure the score files in it instead")
+    add("--all_scores", action="store_true", help="compare all kinds of score (see scoring)")
+    add("--score_files", metavar="FOLDER", type=Path, help="folder of score files to use instead")
     config, options = parse_command_line(parser, keys=EVALUATION_KEYS)
     if options.score_files:
         check_alone(config, options)
         evaluate_score_files(options.score_files, Path(config.data_root))
     else:
-        evaluate_all(config, options.checkpoint or [config.checkpoint], options)
+        evaluate_all(config, options.checkpoint or [config.weights_path], options)
 
 
 def check_alone(config: Config, options: Namespace) -> None:
@@ -149,7 +153,7 @@ def check_alone(config: Config, options: Namespace) -> None:
     names += sorted(config.given - {"data_root"})
     if names:
         raise UserError(
-            f"{names[0]} has no effect with --score_files, which takes --data_root alone; "
+            f"{names[0]} has no effect with --score_files, which uses only --data_root; "
             f"leave it out"
         )
 

@@ -1,35 +1,36 @@
-"""Write a trained model as one ONNX file that takes samples and gives anomaly scores.
+"""Export a trained model as one ONNX file that computes anomaly scores from samples.
 
     # writes check_points/noisy_arcmix.onnx
     python export.py check_points/noisy_arcmix.pth
-    # noisy_arcmix.nearest.onnx, with the bank
+    # writes noisy_arcmix.nearest.onnx, with the embeddings of the training clips
     python export.py check_points/noisy_arcmix.pth --scoring nearest
     # needs no PyTorch
     python examples/score_onnx.py check_points/noisy_arcmix.onnx clip.wav fan 00
 
-Needs the packages of requirements-export.txt. Without a checkpoint it takes the one at save_path.
-The file has
+Requires the packages of requirements-export.txt. Without an argument, the checkpoint at save_path
+is exported. The inputs and outputs of the file are
 
     samples     float32 (N, 160000), in      ten seconds at 16 kHz in [-1, 1), any number of clips
-    scores      float32 (N, machines), out   against each machine ID, of the kind that scoring names
+    scores      float32 (N, machines), out   against each machine ID, of the kind set by scoring
     embedding   float32 (N, 128), out
 
-and metadata: machines (in the order of the columns) and thresholds (a clip with a higher score is
+and its metadata are machines (in the order of the columns) and thresholds (a higher score is
 anomalous) as JSON, sample_rate, window and hop (seconds), over_windows, channel, mode, input,
-scoring, version, weights_sha256. All of these are fixed in the file: for another threshold, hop or
+scoring, version, weights_sha256. All of them are fixed in the file: for another threshold, hop or
 kind of score, export again.
 
-Before it is written, ONNX Runtime scores synthetic signals with it, from full scale to silence, on
-the CPU. Where a score differs from that of eval.py by more than 0.1 percent and by more than 1e-4,
-the script ends in an error and writes nothing.
+Before the file is written, ONNX Runtime scores synthetic signals with it on the CPU, from full
+scale to silence. If a score differs from that of eval.py by more than 0.1 percent and by more than
+1e-4, the script ends with an error and writes nothing.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import load_model
-from config import SCORING_KEYS, Config, check_effect, choose_windows, parse_command_line
+from audio import choose_windows
+from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from evaluation.bank import with_bank
+from trained import load_model
 from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
 
 
@@ -39,9 +40,9 @@ def export(config: Config, options: Namespace) -> None:
         from evaluation.onnx_file import compare, make_file
     except ImportError as error:
         raise UserError(
-            f"export.py needs other packages ({error}): pip install -r requirements-export.txt"
+            f"export.py needs more packages ({error}); run pip install -r requirements-export.txt"
         ) from None
-    path = options.checkpoint or config.checkpoint
+    path = options.checkpoint or config.weights_path
     model = load_model(path, config)
     check_effect(config, choose_windows("all", config.hop, 0, "test"), [config.scoring])
     ending = ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
@@ -62,9 +63,10 @@ def check_output(output: Path, checkpoint: Path) -> None:
     """Raise `UserError` if the file cannot be written, or would replace the checkpoint."""
     if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
         raise UserError(
-            f"{output}: --output names a file that ends in .onnx and is not the checkpoint"
+            f"{output} is a folder, the checkpoint, or does not end in .onnx; choose another file "
+            f"with --output"
         )
-    check_writable(output, "--output names another file")
+    check_writable(output, "choose another file with --output")
 
 
 def main() -> None:
@@ -73,7 +75,10 @@ def main() -> None:
         "checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)"
     )
     parser.add_argument(
-        "--output", metavar="FILE.onnx", type=Path, help="(default: beside the checkpoint)"
+        "--output",
+        metavar="FILE.onnx",
+        type=Path,
+        help="file to write (default: beside the checkpoint)",
     )
     keys = [key for key in SCORING_KEYS if key != "window"]
     config, options = parse_command_line(parser, keys=keys)

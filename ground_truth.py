@@ -5,7 +5,6 @@ evaluator has a list for each machine type and section: ground_truth_data the co
 ground_truth_domain the domains.
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,33 +21,33 @@ from names import (
     File,
     Form,
 )
-from utils import UserError
+from utils import UserError, read_rows
 
 # By (machine type, file name without its ending): condition and domain ("" where not known)
-Labels = dict[tuple[str, str], tuple[str, str]]
+GroundTruth = dict[tuple[str, str], tuple[str, str]]
 
 
-def read_labels(root: Path, form: Form, files: Sequence[File]) -> Labels:
+def read_lists(root: Path, form: Form, files: Sequence[File]) -> GroundTruth:
     """Read the lists under `root` that concern these files; empty without lists.
 
     Raises:
-        UserError: If a list is damaged, or tells the condition of a clip whose domain nothing
-            tells, or contradicts the name of a clip.
+        UserError: If a list is damaged, contradicts the name of a recording, or gives a condition
+            for a recording whose domain is unknown.
     """
     if form is ID_FORM:
         conditions = read_label_list(root / LABEL_LIST)
         return {clip: (condition, "") for clip, condition in conditions.items()}
     unlabelled = [file for file in files if file.name and file.name.condition == UNLABELLED]
-    labels: Labels = {}
+    truth: GroundTruth = {}
     for machine_type, part in sorted({(file.machine_type, file.part) for file in unlabelled}):
-        labels |= read_part(root, form, files, machine_type, part)
-    return labels
+        truth |= read_part(root, form, files, machine_type, part)
+    return truth
 
 
-def label_of(file: File, labels: Labels) -> tuple[str, str]:
+def find_condition(file: File, truth: GroundTruth) -> tuple[str, str]:
     """Return condition and domain of a recording, from its name or else from the lists."""
     assert file.name
-    condition, domain = labels.get((file.machine_type, file.path.stem), (UNLABELLED, ""))
+    condition, domain = truth.get((file.machine_type, file.path.stem), (UNLABELLED, ""))
     if file.name.condition != UNLABELLED:
         condition = file.name.condition
     return condition, file.name.domain or domain
@@ -56,7 +55,7 @@ def label_of(file: File, labels: Labels) -> tuple[str, str]:
 
 def read_part(
     root: Path, form: Form, files: Sequence[File], machine_type: str, part: str
-) -> Labels:
+) -> GroundTruth:
     """Read the two lists of a section, as in ground_truth_<machine type>_section_00_test.csv."""
     data, domains = (
         root / folder / f"ground_truth_{machine_type}_{part}.csv" for folder in GROUND_TRUTH
@@ -68,21 +67,22 @@ def read_part(
     }
     folder_domain = TEST_FOLDERS[part.split("_", 2)[2]]
     is_target = read_ground_truth(domains, part)
-    labels: Labels = {}
+    truth: GroundTruth = {}
     for clip, is_anomalous in read_ground_truth(data, part).items():
         listed = (TARGET if is_target[clip] else SOURCE) if clip in is_target else ""
         named = named_domains.get(clip, "") or folder_domain
         if not (listed or named):
             raise UserError(
-                f"{domains} does not tell the domain of {clip}, which is in {data}; "
-                f"{form.get_labels}"
+                f"{domains} does not give the domain of {clip}, which is listed in {data}; "
+                f"{form.get_lists}"
             )
         if listed and named and listed != named:
             raise UserError(
-                f"{domains}: {clip} is of the {listed} domain, and its name or folder says {named}"
+                f"{domains}: {clip} is listed as {listed} domain, but its name or folder says "
+                f"{named}; correct the list, or rename or move the recording"
             )
-        labels[machine_type, clip] = (ANOMALOUS if is_anomalous else NORMAL), listed
-    return labels
+        truth[machine_type, clip] = (ANOMALOUS if is_anomalous else NORMAL), listed
+    return truth
 
 
 def read_ground_truth(path: Path, part: str) -> dict[str, bool]:
@@ -93,15 +93,17 @@ def read_ground_truth(path: Path, part: str) -> dict[str, bool]:
     """
     section = "_".join(part.split("_")[:2])
     truth: dict[str, bool] = {}
-    for number, cells in read_csv(path):
+    for number, cells in read_rows(path):
         where = f"{path}, line {number}"
         if len(cells) != 2 or cells[1] not in ("0", "1"):
-            raise UserError(f"{where}: not `<file name>,<0 or 1>`")
+            raise UserError(f"{where}: expected `<file name>,<0 or 1>`; correct or remove the line")
         clip = Path(cells[0]).stem
         if not clip.startswith(section):
-            raise UserError(f"{where}: {cells[0]} is no clip of {part}")
+            raise UserError(
+                f"{where}: {cells[0]} is not a recording of {part}; correct or remove the line"
+            )
         if clip in truth:
-            raise UserError(f"{where}: {cells[0]} is given twice")
+            raise UserError(f"{where}: {cells[0]} appears twice; remove one line")
         truth[clip] = cells[1] == "1"
     return truth
 
@@ -115,7 +117,7 @@ def read_label_list(path: Path) -> dict[tuple[str, str], str]:
     """
     conditions: dict[tuple[str, str], str] = {}
     machine_type = ""
-    for number, cells in read_csv(path):
+    for number, cells in read_rows(path):
         if len(cells) == 1:
             machine_type = cells[0]
         elif len(cells) == 3 and machine_type and cells[2] in ("0", "1"):
@@ -123,23 +125,7 @@ def read_label_list(path: Path) -> dict[tuple[str, str], str]:
             conditions[machine_type, Path(cells[0]).stem] = condition
         else:
             raise UserError(
-                f"{path}, line {number}: not `<file name>,<name with the condition>,<0 or 1>`"
+                f"{path}, line {number}: expected `<file name>,<name with the condition>,"
+                f"<0 or 1>`; correct or remove the line"
             )
     return conditions
-
-
-def read_csv(path: Path) -> list[tuple[int, list[str]]]:
-    """Read a list of labels or scores: the number and the cells of each line that is not empty.
-
-    Without a file the list is empty. Raises `UserError` for a file that is not text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
-        rows = list(csv.reader(text.splitlines()))
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise UserError(
-            f"{path}: not a list of labels or scores; remove it, or replace it by the right one"
-        ) from None
-    return [(number, [cell.strip() for cell in row]) for number, row in enumerate(rows, 1) if row]

@@ -6,40 +6,38 @@ from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
-from checkpoint import Model
 from config import Config
-from dataloader import ClipSet, batches
+from dataloader import ClipSet, cut_into_batches
 from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, Outputs, TASTgramMFN, fold_batch_norm
+from trained import Model
 from utils import autocast, choose_precision, keep_freed_memory, set_up_numerics
 
 CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
 
 
 def run_model(
-    model: Model, clips: ClipSet, config: Config, device: torch.device, title: str = "scoring"
-) -> Outputs:
-    """Run a model on clips. The network computes in `eval_precision`, everything before and after
-    it in float32. `title` is that of the progress bar. Returns the outputs on the CPU.
-    """
-    precision = choose_precision(config.eval_precision, device)
-    return run_in_precision(model, clips, config.batch_size, device, precision, title)
-
-
-def run_in_precision(
     model: Model,
     clips: ClipSet,
-    batch_size: int,
+    config: Config,
     device: torch.device,
-    precision: torch.dtype,
-    title: str,
+    title: str = "scoring",
+    precision: str = "",
 ) -> Outputs:
-    """Run a model on clips as `run_model` does, with the network in a given precision."""
+    """Run a model on clips, with the network in `precision`, or else in `eval_precision`, and the
+    front end in float32. `title` is that of the progress bar. Returns the outputs on the CPU.
+    """
     set_up_numerics()
     keep_freed_memory()
-    network = model.network.move_to(device)
-    front_end = FrontEnd(model.config.input).to(device)
-    numbers = np.arange(len(clips))
-    outputs = run_network(network, front_end, clips, numbers, batch_size, device, precision, title)
+    outputs = run_network(
+        model.network.move_to(device),
+        FrontEnd(model.config.input).to(device),
+        clips,
+        np.arange(len(clips)),
+        config.batch_size,
+        device,
+        choose_precision(precision or config.eval_precision, device),
+        title,
+    )
     return Outputs(outputs.similarity.cpu(), outputs.embedding.cpu())
 
 
@@ -61,16 +59,19 @@ def run_network(
         front_end: Computes its inputs, in float32, on the device.
         clips: The clips to choose from.
         numbers: The numbers of the clips.
-        batch_size: That of training. Without gradients a GPU has room for twice as many clips.
+        batch_size: The batch size of training. Without gradients a GPU has room for twice as many
+            clips.
         device: Where to compute.
-        precision: That of the network.
-        title: That of a progress bar; None for no bar.
+        precision: The precision of the network.
+        title: The title of a progress bar; None for no bar.
 
     Returns:
         The outputs, on the device.
     """
-    prepared = prepare(network, device, precision)
-    plan = batches(numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size)
+    prepared = optimise(network, device, precision)
+    plan = cut_into_batches(
+        numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size
+    )
     # Allocated once: the results of each batch apart would fragment the memory that glibc keeps.
     similarity = torch.empty(len(numbers), network.num_classes, device=device)
     embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
@@ -86,7 +87,7 @@ def run_network(
     return Outputs(similarity, embedding)
 
 
-def prepare(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:
+def optimise(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:
     """Return a copy of a network that computes its outputs in evaluation mode faster."""
     prepared = fold_batch_norm(network)
     if device.type == "cpu" and precision == torch.float32 and torch.backends.mkldnn.is_available():

@@ -60,37 +60,6 @@ class Mix(NamedTuple):
         return self.lam * x[: len(self.partner)] + (1.0 - self.lam) * x[self.partner]
 
 
-def divide_mix(mix: Mix, part: int, parts: int) -> tuple[np.ndarray, Mix]:
-    """Return the part of a mixed batch that one of several processes computes: the rows of the
-    batch that it reads, and how it mixes them.
-
-    The clips are divided in the order of the cycles of the permutation, in which each clip is
-    followed by its partner. So a part lacks two partners at most: the partner of its last clip, and
-    the first clip of a cycle whose last clip is in the part. With several parts, two rows are
-    always added, so that parts with equal numbers of clips have equal shapes.
-    """
-    partner = mix.partner.numpy()
-    clips = np.array_split(order_by_cycles(partner), parts)[part]
-    rows = clips
-    if parts > 1:
-        lacking = np.setdiff1d(partner[clips], clips)
-        rows = np.concatenate([clips, np.resize(lacking, 2)])
-    position = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
-    position[rows[::-1]] = np.arange(len(rows))[::-1]  # of a repeated row, the first counts
-    return rows, Mix(mix.lam, torch.from_numpy(position[partner[clips]]))
-
-
-def order_by_cycles(permutation: np.ndarray) -> np.ndarray:
-    """Return the elements of a permutation cycle by cycle, each followed by its image."""
-    order: dict[int, None] = {}
-    for start in permutation.tolist():
-        element = start
-        while element not in order:
-            order[element] = None
-            element = int(permutation[element])
-    return np.array(list(order))
-
-
 def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
     """Compute ArcFace logits `(B, C)`: `s * cos(theta)`, and `s * cos(theta + m)` for the class in
     `labels`.

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import name_id
 from utils import UserError
 
 NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a recording
@@ -30,6 +29,27 @@ TEST_FOLDERS = {"test": "", "source_test": SOURCE, "target_test": TARGET}  # and
 LABEL_LIST = "eval_data_list.csv"
 GROUND_TRUTH = "ground_truth_data", "ground_truth_domain"
 
+# ---- Machine types and IDs ----
+
+# Rows of the results, which no machine ID may be named as
+SUMMARY_NAMES = ("pooled", "mean", "min", "hmean")
+# A folder name, but not `average`, which is a row of the results.
+MACHINE_TYPE = r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$"
+
+
+def name_id(machine_id: int | str) -> str:
+    """Return a machine ID as file names and outputs have it: a number of up to nine digits with two
+    digits or more ("02"), anything else as the word it is.
+    """
+    text = str(machine_id)
+    return f"{int(text):02d}" if re.fullmatch("[0-9]{1,9}", text) else text
+
+
+def is_machine_id(text: str) -> bool:
+    """Whether a text can be a machine ID: part of a file name, and not a row of the results."""
+    return text not in SUMMARY_NAMES and bool(re.fullmatch(r"[^_/\\\x00-\x1f\x7f]+", text))
+
+
 # ---- The two forms of names ----
 
 
@@ -37,16 +57,19 @@ GROUND_TRUTH = "ground_truth_data", "ground_truth_domain"
 class Form:
     """A way in which recordings are named.
 
-    By split: the folders of a machine type that hold the recordings, their names as messages show
-    them, and the sentence that says how to get them. `labels` names the lists that say which
-    evaluation clips are anomalous, `get_labels` says how to get the lists.
+    Attributes:
+        folders: By split, the folders of a machine type that hold the recordings.
+        names: By split, the names of the recordings, as messages show them.
+        get: By split, how to get the recordings, as a sentence.
+        lists: The lists that say which evaluation clips are anomalous.
+        get_lists: How to get these lists.
     """
 
     folders: Mapping[str, Sequence[str]]
     names: Mapping[str, str]
     get: Mapping[str, str]
-    labels: str
-    get_labels: str
+    lists: str
+    get_lists: str
 
     @property
     def all_folders(self) -> list[str]:
@@ -75,8 +98,8 @@ ID_FORM = Form(
         "test": GET_DATA,
         "evaluation": GET_2020.format(" --parts evaluation", "those of"),
     },
-    labels=LABEL_LIST,
-    get_labels="`python datasets/download.py --parts evaluation` fetches it into data_root",
+    lists=LABEL_LIST,
+    get_lists="`python datasets/download.py --parts evaluation` fetches it into data_root",
 )
 
 SECTION_NAME = re.compile(
@@ -97,8 +120,8 @@ SECTION_FORM = Form(
         "evaluation": "section_XX_XXXX.wav",
     },
     get=dict.fromkeys(SPLITS, GET_LATER),
-    labels=" and ".join(GROUND_TRUTH),
-    get_labels="copy these folders of the organisers' evaluator of that year into data_root",
+    lists=" and ".join(GROUND_TRUTH),
+    get_lists="copy these folders of the organisers' evaluator of that year into data_root",
 )
 FORMS = (ID_FORM, SECTION_FORM)
 FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for folder in form.all_folders))
@@ -158,7 +181,8 @@ def parse_name(path: Path) -> ClipName | None:
     if not match:
         names = " or ".join(SECTION_FORM.names.values())
         raise UserError(
-            f"{path}: the name begins as that of a section and is not {names}; rename or remove it"
+            f"{path}: the name starts with section_ but does not have the form {names}; rename or "
+            "remove it"
         )
     check_split(path, match)
     attributes = match["attributes"].removeprefix("_")
@@ -177,7 +201,9 @@ def find_domain(path: Path, match: re.Match[str], attributes: str) -> str:
     from_folder = TEST_FOLDERS.get(path.parent.name, "")
     from_attributes = {SOURCE, TARGET} & set(attributes.lower().split("_"))
     if len({from_name, from_folder, *from_attributes} - {""}) > 1:
-        raise UserError(f"{path}: name and folder speak of two domains; rename, move or remove it")
+        raise UserError(
+            f"{path}: its name and folder contain both source and target; rename, move or remove it"
+        )
     return from_name or from_folder
 
 
@@ -187,7 +213,7 @@ def check_split(path: Path, match: re.Match[str]) -> None:
     expected = "test" if folder in TEST_FOLDERS else folder
     if match["split"] and match["split"].lower() != expected:
         raise UserError(
-            f"{path}: named as a clip of {match['split']}, and in the folder {folder}; "
+            f"{path}: its name says {match['split']}, but it is in the folder {folder}; "
             f"move or remove it"
         )
 
@@ -231,8 +257,8 @@ def find_form(files: Sequence[File]) -> Form:
     if len(examples) > 1:
         one, other = sorted(examples.values())
         raise UserError(
-            f"{one} and {other} are named as in different years of the challenge; "
-            f"keep each year in a folder of its own"
+            f"{one} and {other} follow the naming of different years of the challenge; "
+            f"keep each year in a separate folder"
         )
     return next(iter(examples), ID_FORM)
 
@@ -248,7 +274,8 @@ def check_folders(files: Sequence[File], form: Form) -> None:
         if file.folder not in form.all_folders:
             folders = ", ".join(form.all_folders)
             raise UserError(
-                f"{file.path}: recordings with such a name are kept in {folders}; move it"
+                f"{file.path}: recordings named like this must be in one of the folders "
+                f"{folders}; move it"
             )
         if file.folder in TEST_FOLDERS:
             first = test_paths.setdefault((file.machine_type, file.path.name), file.path)
@@ -257,11 +284,10 @@ def check_folders(files: Sequence[File], form: Form) -> None:
 
 
 def check_attributes(files: Sequence[File]) -> None:
-    """Raise `UserError` where the number of attributes in a name is unclear.
+    """Raise `UserError` where it is unclear which words of a name are its attributes.
 
-    It is clear where the words are pairs of name and value, or the single word "noAttribute", and
-    where all recordings of a section and folder have the same number of words, as in 2021, whose
-    words are no pairs.
+    It is clear if they are pairs of name and value or the word "noAttribute", or if all recordings
+    of a section and folder have equally many words (in 2021 they are no pairs).
     """
     first: dict[tuple[str, str, str], File] = {}
     for file in files:
@@ -272,9 +298,9 @@ def check_attributes(files: Sequence[File]) -> None:
         count, other_count = len(split_attributes(file)), len(split_attributes(other))
         if count != other_count and not (has_pairs(file) and has_pairs(other)):
             raise UserError(
-                f"{file.path}: its attributes are {count} words and those of {other.path.name} "
-                f"{other_count}, which cannot be pairs of name and value in both; "
-                f"rename or remove the one that is wrong"
+                f"{file.path} has {count} attribute words and {other.path.name} has {other_count}, "
+                f"so they cannot both consist of pairs of name and value; rename or remove the "
+                f"wrong one"
             )
 
 

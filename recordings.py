@@ -8,27 +8,30 @@ from pathlib import Path
 import pandas as pd
 
 from classes import Classes, MachineClass
-from config import MACHINE_TYPE, Config, is_machine_id, name_id
-from ground_truth import Labels, label_of, read_labels
+from config import Config
+from ground_truth import GroundTruth, find_condition, read_lists
 from names import (
     ANOMALOUS,
     FORMS,
     GET_DATA,
     GET_LATER,
+    MACHINE_TYPE,
     NORMAL,
     SECTION_FORM,
     UNLABELLED,
     File,
     Form,
+    is_machine_id,
     list_files,
+    name_id,
 )
 from utils import UserError, notice
 
 MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
 COLUMNS = ["path", *MACHINE, "attributes", "domain", "condition", "part"]
 ONE_CLASS = (
-    "training clips of one class only, and the method learns by telling classes apart: add "
-    "recordings of more machines, or, where names have attributes, give --classes attributes"
+    "all training recordings are of one class, but the method learns by telling classes apart; "
+    "add recordings of more machines or, if file names have attributes, use --classes attributes"
 )
 NAMES_SHOWN = 5  # of files that are skipped
 
@@ -36,9 +39,9 @@ NAMES_SHOWN = 5  # of files that are skipped
 
 
 def find_classes(config: Config) -> Classes:
-    """Return the classes to train: the machines of the configuration, or those of the training
-    folders (`machines: auto`), each as one class or as one for each set of attributes that its
-    training recordings have (`classes: attributes`).
+    """Return the classes to train. The machines are those of the configuration, or those of the
+    training folders (`machines: auto`). Each is a class or, with `classes: attributes`, has a class
+    for each set of attributes in the names of its training recordings.
 
     Machine types from folders are in alphabetical order, IDs that are numbers in numerical order,
     attributes in alphabetical order. A notice says what was found in the folders.
@@ -85,7 +88,7 @@ def find_machines(root: Path, types: Sequence[str], files: Sequence[File]) -> di
         }
         if ids:
             machines[machine_type] = sorted(ids, key=sort_key)
-            check_machines(root, machine_type, machines[machine_type])
+            check_names(root, machine_type, machines[machine_type])
     names = " or ".join(form.names["train"] for form in FORMS)
     if not machines:
         missing = "no machines found" if root.is_dir() else f"no folder {root}"
@@ -104,8 +107,8 @@ def sort_key(machine_id: str) -> tuple[bool, int, str]:
     return not is_number, int(machine_id) if is_number else 0, machine_id
 
 
-def check_machines(root: Path, machine_type: str, ids: Sequence[str]) -> None:
-    """Raise `UserError` for names that the tables of results have for other rows."""
+def check_names(root: Path, machine_type: str, ids: Sequence[str]) -> None:
+    """Raise `UserError` for names that are reserved for other rows of the results."""
     if not re.fullmatch(MACHINE_TYPE, machine_type):
         raise UserError(f"{root}/{machine_type}: a machine type cannot have this name; rename it")
     for machine_id in ids:
@@ -136,7 +139,7 @@ def divide_by_attributes(machines: Mapping[str, Sequence[str]], files: Sequence[
 
 def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFrame:
     """List the recordings of the machines of `classes` in a split: "train" (normal ones), "test"
-    (normal and anomalous), or "evaluation" (whose condition lists say, as far as there are any).
+    (normal and anomalous ones), or "evaluation" (whose conditions come from published lists).
 
     Returns:
         A row for each recording, by machine type, folder and file name: `path`, `machine_type`,
@@ -151,7 +154,7 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
     root = Path(config.data_root)
     form, files = list_files(root, classes.machine_types, split)
     absent = find_absent_types(root, classes, form, split)
-    labels = read_labels(root, form, files) if split == "evaluation" else {}
+    truth = read_lists(root, form, files) if split == "evaluation" else {}
     chosen: list[File] = []
     skipped: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -162,10 +165,10 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
             skipped[reason].append(file.path.name)
     if not chosen:
         raise UserError(explain_nothing(root, form, files, split, classes))
-    rows = [make_row(file, labels) for file in chosen]
+    rows = [make_row(file, truth) for file in chosen]
     table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
     if split == "train":
-        table["label"] = number_files(root, chosen, classes)
+        table["label"] = find_labels(root, chosen, classes)
     report_skipped(f"{root}, {split}", skipped)
     if absent:
         notice(f"{root}: no {form.folders[split][0]} folder for {', '.join(absent)}")
@@ -174,11 +177,11 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
     return table
 
 
-def make_row(file: File, labels: Labels) -> tuple:
+def make_row(file: File, truth: GroundTruth) -> tuple:
     """Return the columns COLUMNS of a recording."""
     assert file.name
     machine_id, attributes = file.name.machine_id, file.name.attributes
-    condition, domain = label_of(file, labels)
+    condition, domain = find_condition(file, truth)
     return file.path, file.machine_type, machine_id, attributes, domain, condition, file.part
 
 
@@ -191,13 +194,13 @@ def reason_to_skip(file: File, form: Form, split: str, classes: Classes) -> str 
         return f"not named {form.names[split]} or .flac"
     machine = (file.machine_type, name.machine_id)
     if machine not in classes.machines:
-        return "of IDs outside the table of machines"
+        return "whose machine ID is not in machines"
     if split != "train":
         return None
     if name.condition == ANOMALOUS:
-        return "named anomaly: training takes normal ones only"
+        return "named anomaly (training uses normal recordings only)"
     if classes.of_recording(machine, name.attributes) is None:
-        return "with attributes outside the classes"
+        return "whose attributes belong to no class"
     return None
 
 
@@ -208,7 +211,7 @@ def is_of_other_split(file: File, form: Form, split: str) -> bool:
     return (file.name.condition == UNLABELLED) != (split == "evaluation")
 
 
-def number_files(root: Path, files: Sequence[File], classes: Classes) -> list[int | None]:
+def find_labels(root: Path, files: Sequence[File], classes: Classes) -> list[int | None]:
     """Return the class of each recording. Raises `UserError` if all are of one class."""
     labels = []
     for file in files:
@@ -240,7 +243,7 @@ def find_absent_types(root: Path, classes: Classes, form: Form, split: str) -> l
             absent.append(machine_type)
     if absent and (split == "train" or len(absent) == len(classes.machine_types)):
         place = root / absent[0] / form.folders[split][0] if root.is_dir() else root
-        others = ", --machines other machine types (auto: those that are there)"
+        others = ", or choose other machine types with --machines (auto: those in the folders)"
         raise UserError(
             f"no folder {place} (looked for {describe_place(root, form, split)}); "
             f"{form.get[split]}; --data_root names another folder"
@@ -261,9 +264,9 @@ def explain_nothing(
     if split != "train":
         other = "evaluation" if split == "test" else "test"
         if any(reason_to_skip(file, form, other, classes) is None for file in files):
-            hint = f"what is there is for --split {other}"
+            hint = f"the recordings in these folders are for --split {other}"
     place = describe_place(root, form, split)
-    return f"no clips found: looked for {place} of the IDs in machines; {hint}"
+    return f"no recordings found: looked for {place} with the IDs in machines; {hint}"
 
 
 def report_skipped(where: str, skipped: Mapping[str, Sequence[str]]) -> None:
@@ -295,6 +298,7 @@ def report_unlabelled(table: pd.DataFrame, form: Form) -> None:
     unlabelled = len(table) - len(known_recordings(table))
     if unlabelled:
         notice(
-            f"{unlabelled} of {len(table)} clips are not in {form.labels} and count in no metric "
-            f"({form.get_labels})"
+            f"{unlabelled} of {len(table)} recordings are not listed in {form.lists} and are "
+            "left out of the "
+            f"metrics ({form.get_lists})"
         )

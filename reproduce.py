@@ -3,21 +3,21 @@ compare them.
 
     # the published recipe, seeds 2023, 1 and 2
     make paper
-    # other seeds; the ablation of the input channels as well
+    # other seeds; also the ablation of the input channels
     make paper SEEDS="2023 7" INPUTS=all
     make paper DATA=/data/dcase2020                           # recordings that are already there
-    make paper DATA=datasets/synthetic EPOCH=2 SEEDS="1 2"    # a rehearsal on synthetic machines
-    # the same without make, and with keys of config.yaml
+    make paper DATA=datasets/synthetic EPOCH=2 SEEDS="1 2"    # a trial run on synthetic machines
+    # without make, and with keys of config.yaml
     python reproduce.py --seeds 1 2 --batch_size 128
 
-Calls datasets/download.py (where data_root is the project's own folder), train.py for one seed
-after the other, and eval.py. Before each run it says how many epochs are left, and how long they
-will take, once an epoch has been timed. OUTPUT/comparison.md is the report: mean and deviation over
-the seeds with the published figures, differences of the modes with intervals, and every run;
-angles.png is in it, a panel for each mode.
+Runs datasets/download.py (if data_root is the project's folder datasets), train.py for one seed
+after the other, and eval.py. Before each run it prints how many epochs are left and, once an epoch
+has been timed, how long they will take. OUTPUT/comparison.md is the report: mean and standard
+deviation over the seeds beside the published table, differences between the modes with intervals,
+the results of every run, and angles.png with one panel per mode.
 
-Start the same command again after an interruption: finished runs are not trained again, and the one
-that was interrupted goes on after its last finished epoch. Seeds can be added in the same way. An
+After an interruption, run the same command again: finished runs are not trained again, and the
+interrupted run continues after its last finished epoch. Seeds can be added in the same way. An
 error in a run stops the script.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 
 import pandas as pd
 
-from checkpoint import RunFiles, check_configuration, load_newest
+from checkpoint import check_configuration, load_newest
 from classes import Classes
 from config import (
     EVALUATION_KEYS,
@@ -48,6 +48,7 @@ from config import (
 from losses import MODES
 from model import PUBLISHED_CHANNELS
 from recordings import find_classes, find_recordings
+from run_files import RunFiles
 from utils import OneLineParser, UserError, check_writable, run_script
 
 ROOT = Path(__file__).resolve().parent
@@ -56,41 +57,42 @@ PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
 # Checkpoints of 23 and 14 MB, a third while it is written, logs, results, figures
 RUN_BYTES = 80_000_000
 CHOSEN_HERE = {
-    "mode": "all are trained",
-    "seed": "--seeds chooses",
-    "input": "--inputs chooses",
-    "save_path": "--output chooses",
+    "mode": "all modes are trained; leave it out",
+    "seed": "use --seeds instead",
+    "input": "use --inputs instead",
+    "save_path": "use --output instead",
 }
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("--seeds", nargs="+", type=int, default=SEEDS, help="of the runs (default: 2023 1 2)")
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the runs (default: 2023 1 2)")
     add(
         "--inputs",
         choices=("published", "all"),
         default="published",
-        help="channels of the network; all: noisy_arcmix with every other combination of them too",
+        help="input channels; all: also noisy_arcmix with every other combination of channels",
     )
-    add("--output", type=Path, default=Path("check_points/paper"), help="default: %(default)s")
+    folder = Path("check_points/paper")
+    add("--output", type=Path, default=folder, help="folder to write to (default: %(default)s)")
     config, options = parse_command_line(parser)
     check_effect(config, config.windows("train"), [config.scoring])
     classes = find_classes(config)
     runs = plan_runs(config, options)
-    check_writable(options.output / "comparison.md", "--output names another folder")
+    check_writable(options.output / "comparison.md", "choose another folder with --output")
     check_runs(runs, options.output)
     if is_to_download(config, classes):
         call("datasets/download.py", "--types", *classes.machine_types)
-    for split in ("train", "test"):  # test clips that are missing would be noticed at the very end
+    for split in ("train", "test"):  # missing test recordings would only be noticed at the end
         find_recordings(config, classes, split)
     file = ("--config", str(options.config))
     for number, run in enumerate(runs, start=1):
-        name = run.checkpoint.stem
+        name = run.weights_path.stem
         print(f"run {number} of {len(runs)}, {name}: {describe_rest(runs)}", flush=True)
         chosen = as_options({key: getattr(run, key) for key in CHOSEN_HERE})
         call("train.py", "--resume", *file, *given_options(config, TRAINING_KEYS), *chosen)
-    weights = [str(run.checkpoint) for run in runs]
+    weights = [str(run.weights_path) for run in runs]
     output = ("--plots", "--output", str(options.output))
     call("eval.py", *weights, *output, *file, *given_options(config, EVALUATION_KEYS))
 
@@ -133,14 +135,14 @@ def is_to_download(config: Config, classes: Classes) -> bool:
 
 
 def check_runs(runs: Sequence[Config], output: Path) -> None:
-    """Raise `UserError` where an existing run had another configuration, or the disk is too small
+    """Raise `UserError` if an existing run had another configuration, or if the disk is too small
     for the runs that do not exist yet.
     """
     n_missing = 0
     for run in runs:
-        if run.checkpoint.exists():
-            remedy = "remove it, give the same, or --output names another folder"
-            check_configuration(run, load_newest(RunFiles(run.checkpoint)), remedy)
+        if run.weights_path.exists():
+            remedy = "use the same, remove the run, or choose another folder with --output"
+            check_configuration(run, load_newest(RunFiles(run.weights_path)), remedy)
         else:
             n_missing += 1
     needed = RUN_BYTES * n_missing
@@ -148,15 +150,15 @@ def check_runs(runs: Sequence[Config], output: Path) -> None:
     if free < needed:
         raise UserError(
             f"{output}: the disk is too small ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB "
-            f"free); free some space, or --output names another folder"
+            f"free); free some space, or choose another folder with --output"
         )
 
 
 def describe_rest(runs: Sequence[Config]) -> str:
-    """Return how many epochs are left, and about how long they take, by the histories."""
+    """Return how many epochs are left and, from the histories, about how long they take."""
     seconds: list[float] = []
     for run in runs:
-        history = RunFiles(run.checkpoint).history
+        history = RunFiles(run.weights_path).history
         if history.exists():
             seconds += pd.read_csv(history)["seconds"].tolist()
     n_left = sum(run.epoch for run in runs) - len(seconds)
@@ -171,7 +173,7 @@ def describe_rest(runs: Sequence[Config]) -> str:
 
 
 def given_options(config: Config, keys: Sequence[str]) -> list[str]:
-    """Return the options that stood on the command line and that a script takes, too."""
+    """Return those options of the command line that a script accepts as well."""
     return as_options({key: getattr(config, key) for key in keys if key in config.given})
 
 
@@ -184,22 +186,22 @@ def as_options(values: Mapping[str, Any]) -> list[str]:
 
 
 def call(script: str, *words: str) -> None:
-    """Run a script of the project, and end with its status if that is not 0; it has said why."""
+    """Run a script of the project. If it fails, it prints the reason, and this script ends with its
+    exit status.
+    """
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
     try:
         status = process.wait()
     except BaseException as stop:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if isinstance(
-                stop, KeyboardInterrupt
-            ):  # which has reached the script too, if it came from the terminal
+            if isinstance(stop, KeyboardInterrupt):  # a terminal sends it to the script, too
                 process.wait(PATIENCE)
         process.terminate()
         process.wait()
         raise
     if status < 0:
         raise UserError(
-            f"{script} was killed (signal {-status}); start the same command again, it goes on"
+            f"{script} was killed (signal {-status}); run the same command again to continue"
         )
     if status:
         sys.exit(status)

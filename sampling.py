@@ -1,7 +1,7 @@
 """What is drawn at random for an epoch: the order of the clips, and how each batch is mixed.
 
-All of it depends on the seed, the epoch and the step alone. With several processes each draws the
-same, and takes its share of every batch; partners come from the whole batch.
+It depends on seed, epoch and step, not on what was drawn before. With several processes each draws
+the whole batches, and takes its share of each; partners come from the whole batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from config import Config
 from dataloader import ClipSet, shuffled_batches
 from distributed import rank, world_size
-from losses import Mix, Objective, divide_mix
+from losses import Mix, Objective
 from utils import MIXING, random_stream
 
 
@@ -24,9 +24,9 @@ class Batch(NamedTuple):
     """A batch, or the share of it that this process computes.
 
     Attributes:
-        samples: int16 `(B, T)` on the device. Where it is a share of a mixed batch, the last rows
+        samples: int16 `(R, T)` on the device. Where it is a share of a mixed batch, the last rows
             are clips of other shares, which serve as partners only.
-        labels: The classes `(B,)`.
+        labels: The classes of the rows `(R,)`.
         mix: How the clips are mixed; None where the mode does not mix.
         size: The number of clips of the whole batch.
     """
@@ -98,12 +98,43 @@ class Sampler:
             if mix is None:
                 shares.append(np.array_split(batch, n_processes)[rank()])
             else:
-                rows, share = divide_mix(mix, rank(), n_processes)
+                rows, mix = divide_mix(mix, rank(), n_processes)
                 shares.append(batch[rows])
-                mixes.append(share)
+                mixes.append(mix)
         if not mixes:
             return EpochPlan(shares, [None] * len(batches), sizes)
         return EpochPlan(shares, move_to_device(mixes, self.device), sizes)
+
+
+def divide_mix(mix: Mix, share: int, n_shares: int) -> tuple[np.ndarray, Mix]:
+    """Return the share of a mixed batch that one of several processes computes: the rows of the
+    batch that it reads, and how it mixes them.
+
+    The clips are divided in the order of the cycles of the permutation, in which each clip is
+    followed by its partner. Cutting this order separates at most two pairs of a share: its last
+    clip from the next one, and the end of a cycle from its beginning. The missing partners are read
+    as extra rows. There are always two, so that shares of one size have one shape.
+    """
+    partner = mix.partner.numpy()
+    clips = np.array_split(order_by_cycles(partner), n_shares)[share]
+    rows = clips
+    if n_shares > 1:
+        lacking = np.setdiff1d(partner[clips], clips)
+        rows = np.concatenate([clips, np.resize(lacking, 2)])
+    position = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
+    position[rows[::-1]] = np.arange(len(rows))[::-1]  # of a repeated row, the first counts
+    return rows, Mix(mix.lam, torch.from_numpy(position[partner[clips]]))
+
+
+def order_by_cycles(permutation: np.ndarray) -> np.ndarray:
+    """Return the elements of a permutation cycle by cycle, each followed by its image."""
+    order: dict[int, None] = {}
+    for start in permutation.tolist():
+        element = start
+        while element not in order:
+            order[element] = None
+            element = int(permutation[element])
+    return np.array(list(order))
 
 
 def move_to_device(mixes: Sequence[Mix], device: torch.device) -> list[Mix]:

@@ -1,4 +1,4 @@
-"""Normal or anomalous? Score recordings of any length with a trained model.
+"""Score recordings of any length with a trained model, and decide whether they are anomalous.
 
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3
     python score.py check_points/press.pth new.wav folder/ --machine_type press      # any ID
@@ -7,22 +7,23 @@
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3 \\
         --scoring nearest --json
 
-Takes files and folders of recordings, scores each from its beginning to its end against the machine
-ID given, or against that ID of the machine type that it fits best, and prints a line for each:
-file, machine, score, threshold, normal or anomalous, and where it is worst. --timeline adds the
-windows one by one; --json prints the same as JSON; --plots draws the windows, a picture for each
-recording in the folder NAME/timelines beside a checkpoint NAME.pth. A file that cannot be read is
-named in its line; the others are scored, and the exit status is 2. The exit status does not depend
-on the decisions.
+Each recording, given as a file or in a folder, is scored from beginning to end against the given
+machine ID or, without one, against the ID of the machine type that it fits best. The script prints
+a line for each recording: file, machine, score, threshold, normal or anomalous, and the start of
+the window with the highest score. --timeline also prints every window. --json prints the results as
+JSON. --plots draws the scores of the windows, one figure per recording in the folder NAME/timelines
+beside a checkpoint NAME.pth.
 
-Machines, classes, mode, input, m, s, sub_centers and channel come from the checkpoint. The kind of
-score and the threshold are those of the configuration, as in eval.py.
+If a file cannot be read, its line says why, the other files are scored, and the exit status is 2.
+The exit status does not depend on the decisions.
+
+Machines, classes, mode, input, m, s, sub_centers and channel are those of the checkpoint. The kind
+of score and the threshold are those of the configuration, as in eval.py.
 """
 
 from argparse import Namespace
 from pathlib import Path
 
-from checkpoint import RunFiles, load_model
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from evaluation.single import (
     find_candidates,
@@ -32,6 +33,8 @@ from evaluation.single import (
     print_scores,
     score_recordings,
 )
+from run_files import RunFiles
+from trained import load_model
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 
@@ -49,7 +52,7 @@ def score(config: Config, options: Namespace) -> None:
     candidates = find_candidates(model, options.machine_type, options.machine_id)
     folder = RunFiles(options.checkpoint).timelines
     if options.plots:
-        remedy = "pictures are written beside the checkpoint, so copy it to another folder"
+        remedy = "copy the checkpoint to a writable folder, where the figures are written too"
         check_writable(folder / "picture.png", remedy)
     results = score_recordings(model, files, candidates, config, windows, device)
     pictures = name_pictures(results, folder) if options.plots else {}
@@ -69,7 +72,7 @@ def score(config: Config, options: Namespace) -> None:
     n_bad = sum("error" in row for row in results)
     if n_bad:
         raise UserError(
-            f"{n_bad} of {len(results)} recordings could not be scored; their lines say why"
+            f"{n_bad} of {len(results)} recordings could not be scored; see the reasons above"
         )
 
 
@@ -81,13 +84,14 @@ def main() -> None:
     )
     parser.add_argument("--machine_type", required=True, help="machine type of the recordings")
     parser.add_argument(
-        "--machine_id", help="their machine ID (default: for each file the best-fitting one)"
+        "--machine_id",
+        help="machine ID of the recordings (default: the best-fitting one for each recording)",
     )
     parser.add_argument(
-        "--timeline", action="store_true", help="print score and decision of each window too"
+        "--timeline", action="store_true", help="also print score and decision of each window"
     )
-    parser.add_argument("--plots", action="store_true", help="draw the timelines (PNG)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plots", action="store_true", help="draw the scores over time (PNG)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     keys = (*SCORING_KEYS, "batch_size", "eval_precision")
     score(*parse_command_line(parser, keys=keys))
 

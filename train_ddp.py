@@ -1,19 +1,19 @@
-"""Train TASTgram-MFN with several processes, one on each GPU (NCCL), or on the CPU (gloo).
+"""Train TASTgram-MFN in several processes, one per GPU (NCCL), or on the CPU (gloo).
 
     torchrun --standalone --nproc_per_node=4 train_ddp.py
-    # continues after a crash
+    # restart after a crash, and continue
     torchrun --standalone --nproc_per_node=4 --max-restarts=3 train_ddp.py --resume
     torchrun --standalone --nproc_per_node=2 train_ddp.py --device cpu --epoch 10
 
-On several machines, with restarts:
+On several computers, with restarts:
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=3 \\
         --rdzv-backend=c10d --rdzv-id=a_name --rdzv-endpoint=HOST:29400 train_ddp.py --resume
 
-Options, outputs and the global batch size are those of train.py. With --max-restarts give --resume
-too: the first attempt starts the run, later ones continue it. With several machines, give all of
-them the same recordings, and for restarts the same save_path on a shared disk.
+Options and outputs are those of train.py, and batch_size is the global batch size. Use --resume
+with --max-restarts: the first attempt starts the run, and later ones continue it. Several computers
+need the same recordings and, for restarts, the same save_path on a shared disk.
 """
 
 import os
@@ -27,12 +27,13 @@ def main() -> None:
     config, resume, overwrite = parse_options(__doc__)
     if not is_started_by_torchrun():
         raise UserError(
-            "train_ddp.py is started by torchrun: torchrun --standalone --nproc_per_node=N "
-            "train_ddp.py (for one process: python train.py)"
+            "train_ddp.py was started without torchrun; use torchrun --standalone "
+            "--nproc_per_node=N train_ddp.py, or for a single process python train.py"
         )
     if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError(
-            "--overwrite would begin anew after every restart: remove the old run and give --resume"
+            "--overwrite would replace the run after every restart; remove the old run, and use "
+            "--resume instead"
         )
     join(use_device(config.device))
     train(config, resume, overwrite)

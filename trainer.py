@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import platform
 import sys
 import time
 import warnings
@@ -18,27 +17,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
-from acceleration import compile_module, is_to_compile
-from checkpoint import (
-    RESTART,
-    Checkpoint,
-    EpochResult,
-    HeldOut,
-    RunFiles,
-    build_network,
-)
+from acceleration import compile_module, should_compile
+from checkpoint import RESTART, Checkpoint, EpochResult, HeldOut
 from classes import Classes
 from config import Config
-from dataloader import ClipSet
+from dataloader import ClipSet, fingerprint_of, keep_on_gpu
 from distributed import barrier, from_main, is_main, rank, sum_over_ranks, world_size
 from evaluation.scores import Embeddings, Scorer
 from inference import run_network
 from losses import Mix, Objective
 from model import FrontEnd, Outputs, TASTgramMFN
+from run_files import RunFiles
 from sampling import Batch, EpochPlan, Sampler
+from trained import build_network
 from utils import UserError, notice
 
-READ_EVERY = 20  # steps: their losses are read from the device together, which waits for it
+READ_EVERY = 20  # steps: reading their losses waits for the device
 ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
 OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
@@ -63,8 +57,8 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # choose the fastest kernels: the shapes stay
         self.config, self.classes, self.device = config, classes, device
         self.train_clips, self.valid_clips = train_clips, valid_clips
-        self.fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
-        self.files = RunFiles(config.checkpoint)
+        self.fingerprint = fingerprint_of(train_clips, valid_clips)
+        self.files = RunFiles(config.weights_path)
         self.history: list[EpochResult] = []
         self.n_saved = 0  # epochs whose files are written
         self.objective = Objective(config.mode, config.m, config.s)
@@ -74,9 +68,9 @@ class Trainer:
         self.network = build_network(config, classes).move_to(device)
         self.front_end = FrontEnd(config.input).to(device)
         self.loss = TrainingLoss(self.network, self.objective, self.precision)
-        if is_to_compile(config.compile, device, len(train_clips) * config.epoch):
+        if should_compile(config.compile, device, len(train_clips) * config.epoch):
             compile_module(self.loss, is_required=config.compile is True)
-        self.model = distribute(self.loss)
+        self.parallel_loss = distribute(self.loss)
         trained = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -91,21 +85,26 @@ class Trainer:
         Raises:
             UserError: If a loss is not finite.
         """
+        if is_main():
+            counts = (
+                f"{len(self.train_clips)} clips to train on, {len(self.valid_clips)} to validate"
+            )
+            print(f"{counts}, on {self.device}", flush=True)
         log = self.open_log()
         for epoch in range(len(self.history), self.config.epoch):
             begin = time.monotonic()
             self.set_learning_rate(epoch)
-            self.model.train()
+            self.parallel_loss.train()
             plan = self.sampler.plan(epoch)
             averages = Averages(plan.n_steps, first_step=epoch * plan.n_steps + 1)
             progress = self.show_progress(plan, epoch)
             for batch in progress:
                 averages.add(self.step(batch), batch)
                 for step, loss in averages.new_losses():
-                    self.check_finite("loss", loss, f"step {step}")
+                    self.check_loss("loss", loss, f"step {step}")
                     progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             scores, valid_loss, valid_accuracy = self.validate(self.valid_clips)
-            self.check_finite("validation loss", valid_loss, f"the end of epoch {epoch + 1}")
+            self.check_loss("validation loss", valid_loss, f"the end of epoch {epoch + 1}")
             is_best = valid_loss < self.best_loss
             results = (*averages.means(), valid_loss, valid_accuracy)
             seconds = time.monotonic() - begin
@@ -113,7 +112,8 @@ class Trainer:
             self.history.append(EpochResult(epoch + 1, lr, *results, seconds))
             self.save(scores, is_best)
             self.report(is_best, log)
-            barrier()  # the disk may be slow, and a process that ends earlier could end this one
+            # torchrun ends the job when a process leaves it: wait until the files are written.
+            barrier()
 
     def step(self, batch: Batch) -> Tensor:
         """Take an optimiser step. Returns loss and accuracy `(2,)` on the device."""
@@ -122,8 +122,9 @@ class Trainer:
         # For a shorter batch the step would be compiled once more.
         is_whole = batch.size == self.config.batch_size
         with torch.compiler.set_stance("default" if is_whole else "force_eager"):
-            loss, accuracy = self.model(inputs, batch.labels, batch.mix)
-        # DistributedDataParallel averages gradients; the shares of a batch may differ in size.
+            loss, accuracy = self.parallel_loss(inputs, batch.labels, batch.mix)
+        # DistributedDataParallel averages over processes, whose shares may differ in size: with
+        # this weight the gradient is that of the mean over the clips of the whole batch.
         weight = batch.share_size * world_size() / batch.size
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
@@ -149,7 +150,7 @@ class Trainer:
             disable=None if is_main() else True,
         )
 
-    def check_finite(self, name: str, loss: float, moment: str) -> None:
+    def check_loss(self, name: str, loss: float, moment: str) -> None:
         """Raise `UserError` with what to try where a loss is not finite. No checkpoint is written
         with such a loss.
         """
@@ -164,7 +165,7 @@ class Trainer:
     # ---- Validation ----
 
     def validate(self, clips: ClipSet) -> "Validation":
-        """Score clips against their machines, unmixed, in float64."""
+        """Score clips, and compute their mean loss and accuracy, without mixup and in float64."""
         share = self.run_share(clips)
         labels = clips.labels[rank() :: world_size()]
         machines = [self.classes.entries[label].machine for label in labels]
@@ -204,8 +205,7 @@ class Trainer:
         return min((result.valid_loss for result in self.history), default=math.inf)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint. How the optimiser computes, and the learning rate, are those
-        of this trainer.
+        """Continue from a checkpoint. The optimiser takes over its moments, not its settings.
 
         Raises:
             UserError: If the run had other clips, or the state does not fit.
@@ -213,8 +213,8 @@ class Trainer:
         path = checkpoint.path
         if checkpoint.fingerprint != self.fingerprint:
             raise UserError(
-                f"{path}: the clips under {self.config.data_root} are not those the run began "
-                f"with; restore them, or {RESTART}"
+                f"{path}: the recordings under {self.config.data_root} are not those that the run "
+                f"started with; restore the original ones, or {RESTART}"
             )
         groups = self.optimizer.state_dict()["param_groups"]
         try:
@@ -224,7 +224,7 @@ class Trainer:
                 self.scaler.load_state_dict(checkpoint.scaler)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path}: its weights or optimiser state do not fit; {RESTART}"
+                f"{path}: its weights or optimiser state do not match this model; {RESTART}"
             ) from None
         self.history = list(checkpoint.history)
         self.n_saved = len(self.history)
@@ -232,15 +232,15 @@ class Trainer:
 
     def save(self, scores: np.ndarray, is_best: bool) -> None:
         """Write the checkpoints and history.csv, in the main process. The best weights come first:
-        stopped between the two, the run is resumed from them and repeats no epoch.
+        stopped between the two, the run is resumed from them, and no epoch is repeated.
         """
         if is_main():
             paths = [self.files.best, self.files.last] if is_best else [self.files.last]
-            self.checkpoint(scores).save(*paths)
+            self.make_checkpoint(scores).save(*paths)
             self.write_history()
         self.n_saved = len(self.history)
 
-    def checkpoint(self, scores: np.ndarray) -> Checkpoint:
+    def make_checkpoint(self, scores: np.ndarray) -> Checkpoint:
         """Return the present state; `scores` are those of the held-out clips."""
         return Checkpoint(
             path=self.files.last,
@@ -273,7 +273,7 @@ class Trainer:
             assert best.held_out
             with_embedding = replace(best.held_out, embedding=held_out.embedding)
             replace(best, bank=bank, held_out=with_embedding).save(self.files.best)
-            print(f"embeddings of the clips: {self.files.best}", flush=True)
+            print(f"added the embeddings of the clips to {self.files.best}", flush=True)
         barrier()
 
     def open_log(self) -> Any:
@@ -315,6 +315,11 @@ class Trainer:
                 notice("stopped before the first checkpoint")
             raise
 
+    def keep_clips_on_gpu(self) -> None:
+        """Keep the clips in the memory of the GPU, where `data_device` asks for it and they fit."""
+        clips = (self.train_clips, self.valid_clips)
+        keep_on_gpu(clips, self.config.data_device, self.device, self.memory_needed())
+
     def memory_needed(self) -> int:
         """Estimate the bytes of a GPU that training takes besides the clips."""
         share = math.ceil(self.config.batch_size / world_size())
@@ -323,8 +328,12 @@ class Trainer:
 
 
 class Validation(NamedTuple):
-    """Scores of the held-out clips against their machines, in the order of the clips; mean loss,
-    which is their mean score against their classes; accuracy.
+    """The result of a validation.
+
+    Attributes:
+        scores: Published score of each clip against its machine, float64 `(n,)`.
+        loss: Mean cross-entropy of the clips, each against its class.
+        accuracy: Fraction of the clips whose most similar class is theirs.
     """
 
     scores: np.ndarray
@@ -345,7 +354,9 @@ class TrainingLoss(nn.Module):
     def forward(
         self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix | None
     ) -> tuple[Tensor, Tensor]:
-        """Inputs as `FrontEnd` gives them, labels `(B,)` -> mean loss and accuracy, scalars."""
+        """Inputs as `FrontEnd` gives them and labels `(R,)`, for R rows of which the first B are
+        the clips -> mean loss and accuracy, scalars.
+        """
         if mix is not None:
             inputs = {name: mix(x) for name, x in inputs.items()}
         with utils.autocast(labels.device, self.precision):
@@ -410,52 +421,3 @@ def gather(share: Tensor, count: int) -> Tensor:
     rows = share.new_zeros(count, share.shape[1])
     rows[rank() :: world_size()] = share
     return sum_over_ranks(rows)
-
-
-# ---- Whether the clips can be trained on ----
-
-
-def check_clips(
-    config: Config, classes: Classes, train_clips: ClipSet, valid_clips: ClipSet
-) -> None:
-    """Check that there are enough clips for a step, and that no machine is without training clips.
-    A notice names classes without.
-
-    Raises:
-        UserError: If that is not so, or if another process has other clips.
-    """
-    least = max(2, world_size())
-    reason = (
-        f"{world_size()} processes need one each" if world_size() > 1 else "batch norm needs two"
-    )
-    if len(train_clips) < least:
-        raise UserError(
-            f"{len(train_clips)} clips to train on: {reason}; add recordings, or raise split_ratio"
-        )
-    if config.batch_size < least:
-        raise UserError(f"batch_size: {config.batch_size} clips a step: {reason}; raise it")
-    unseen = [name for name in valid_clips.machines if name not in train_clips.machines]
-    if unseen:
-        raise UserError(
-            f"all recordings of {', '.join(unseen)} are held out for validation: add more (a "
-            f"long one can be cut into several), or raise split_ratio"
-        )
-    report_unlearned(classes, train_clips, valid_clips)
-    fingerprint = train_clips.fingerprint()
-    if from_main(lambda: fingerprint) != fingerprint:
-        raise UserError(
-            f"{config.data_root} on {platform.node()}: the clips are not those of the first "
-            f"process; give every machine the same recordings"
-        )
-
-
-def report_unlearned(classes: Classes, train_clips: ClipSet, valid_clips: ClipSet) -> None:
-    """Say which classes have held-out clips only."""
-    unlearned = set(valid_clips.labels.tolist()) - set(train_clips.labels.tolist())
-    if unlearned:
-        machines = dict.fromkeys(classes.entries[label].machine for label in sorted(unlearned))
-        notice(
-            f"all recordings of {len(unlearned)} classes are held out for validation, so these are "
-            f"not learned (attributes of {', '.join(map(' '.join, machines))}); a higher "
-            f"split_ratio or another seed may keep them"
-        )

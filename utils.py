@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import difflib
 import functools
@@ -86,7 +87,8 @@ def report_stop() -> None:
     if distributed.is_started_by_torchrun() and distributed.is_first_to_fail():
         rank = os.environ["RANK"]
         print(
-            f"error: process {rank} was stopped, by a user or because another one has died",
+            f"error: process {rank} was stopped by a user or because another process has died; "
+            f"continue with --resume",
             file=sys.stderr,
         )
 
@@ -99,18 +101,18 @@ def describe(error: BaseException) -> str | None:
     error = getattr(error, "inner_exception", error)  # PyTorch wraps errors of compiled code
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "the GPU is out of memory: lower batch_size, or read the recordings from their files "
-            "with data_device: cpu (precision: bf16 takes half the memory of fp32 in training)"
+            "the GPU is out of memory; lower batch_size, or read the recordings from their files "
+            "with data_device: cpu (in training, precision: bf16 needs half the memory of fp32)"
         )
     if isinstance(error, UserError | OSError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "out of memory: lower batch_size"
+        return "out of memory; lower batch_size"
     if isinstance(error, RuntimeError):
-        if "can't allocate memory" in str(error):  # PyTorch's, for the memory of the CPU
-            return "out of memory: lower batch_size"
+        if "can't allocate memory" in str(error):  # PyTorch's message for the memory of the CPU
+            return "out of memory; lower batch_size"
         if distributed.is_started_by_torchrun() and distributed.is_lost_connection(error):
-            return "another process of the job has ended or does not answer; see its message"
+            return "another process of the job has ended or does not respond; see its message"
     return None
 
 
@@ -150,14 +152,15 @@ def use_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"device: {name} asks for a GPU, but PyTorch finds none; use auto or cpu")
+        raise UserError(f"device: {name} needs a GPU, but PyTorch finds none; use auto or cpu")
     if ":" in name and distributed.planned_processes() > 1:
         raise UserError(f"device: {name} would put all processes on one GPU; use auto or cuda")
     index = int(name.partition(":")[2] or distributed.local_rank())
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(
-            f"device: there is no cuda:{index}; PyTorch finds cuda:0 to cuda:{count - 1}"
+            f"device: there is no cuda:{index}; use one of cuda:0 to cuda:{count - 1}, or fewer "
+            f"processes"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -194,7 +197,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks of memory for the next step on a CPU.
 
     By default, glibc returns large activations to the system, which zeroes every page when the
-    memory is allocated again. The larger the batch, the larger the share of a step that this takes.
+    memory is allocated again. This takes a larger share of a step with larger batches.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -205,7 +208,7 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python, the libraries and this project, for the record of a run.
+    """Return the versions of Python, the libraries and this project, to be stored with a run.
 
     The commit of this project ends in `-dirty` if files differ from it, and is empty outside a
     clone.
@@ -230,7 +233,7 @@ def versions() -> dict[str, str]:
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; once its file is written, it replaces `path`.
 
-    No reader ever sees half a file.
+    No reader ever sees an incomplete file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -258,6 +261,32 @@ def write_csv(path: Path, table: pd.DataFrame, header: bool = True) -> None:
         table.to_csv(
             temporary, index=False, header=header, lineterminator="\n", errors="surrogateescape"
         )
+
+
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Read a list of labels or scores: the number and the cells of each line that is not empty.
+
+    Without a file the list is empty. Raises `UserError` for a file that is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
+        rows = list(csv.reader(text.splitlines()))
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise UserError(
+            f"{path}: not a list of labels or scores; remove it, or replace it with the right one"
+        ) from None
+    return [(number, [cell.strip() for cell in row]) for number, row in enumerate(rows, 1) if row]
+
+
+def remove_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove the files whose names match, and the folder if it is empty then."""
+    for pattern in patterns:
+        for file in list(folder.glob(pattern)):
+            file.unlink()
+    with contextlib.suppress(OSError):  # it holds other files, or does not exist
+        folder.rmdir()
 
 
 def check_writable(path: Path, remedy: str) -> None:

@@ -31,11 +31,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import read_recording
 from config import Config, load_config, parse_command_line
-from dataloader import ClipSet, load_clips, shuffled_batches
+from dataloader import ClipSet, check_clips, load_clips, shuffled_batches
 from model import FrontEnd, LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
 from recordings import find_classes, find_recordings
-from trainer import Trainer, check_clips
+from trainer import Trainer
 from utils import OneLineParser, run_script, versions
 
 FULL_SIZE = 36_283  # training clips of DCASE 2020 Task 2, development and additional

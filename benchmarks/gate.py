@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import parse_command_line
-from dataloader import ClipSet, batches, load_clips
+from dataloader import ClipSet, cut_into_batches, load_clips
 from model import FrontEnd
 from model.tastgram import temporal_gate
 from recordings import find_classes
@@ -42,7 +42,7 @@ def highest_gates(clips: ClipSet) -> np.ndarray:
     """Return the highest gate of each clip `(n,)`."""
     front_end = FrontEnd(["tagram"])
     gates = []
-    for samples in clips.read(batches(np.arange(len(clips)), BATCH), torch.device("cpu")):
+    for samples in clips.read(cut_into_batches(np.arange(len(clips)), BATCH), torch.device("cpu")):
         gates.append(temporal_gate(front_end(samples)["log_mel"]).flatten(1).amax(dim=1))
     return torch.cat(gates).numpy()
 

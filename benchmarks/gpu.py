@@ -53,12 +53,12 @@ from benchmarks.throughput import (
     train_epochs,
     untrained_model,
 )
-from checkpoint import Model
 from config import Config, load_config
 from dataloader import ClipSet
 from inference import run_model
 from model.tastgram import N_SAMPLES, SAMPLE_RATE
 from sampling import Sampler
+from trained import Model
 from trainer import Trainer, Validation
 from utils import OneLineParser, UserError, run_script, use_device, write_text
 
@@ -199,7 +199,7 @@ def first_losses(trainer: Trainer) -> list[float]:
     # With the usual scale, fp16 would skip the first steps.
     is_fp16 = trainer.scaler.is_enabled()
     trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=256.0, enabled=is_fp16)
-    trainer.model.train()
+    trainer.parallel_loss.train()
     losses = []
     for batch in trainer.sampler.plan(0).batches(trainer.train_clips, trainer.device):
         loss, _ = trainer.step(batch)

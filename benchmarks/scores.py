@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import Checkpoint, Model, RunFiles, load_model
+from checkpoint import Checkpoint
 from classes import Classes, Machine
 from config import Config, parse_command_line
 from dataloader import load_clips
@@ -38,9 +38,10 @@ from evaluation.scores import Embeddings, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
 from inference import run_model
 from model import Outputs
-from recordings import MACHINE
 from reproduce import SEEDS, plan_runs
+from run_files import RunFiles
 from train import train
+from trained import Model, load_model
 from trainer import Trainer
 from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
 
@@ -66,7 +67,7 @@ def main() -> None:
         train_and_store(run)
         metrics = dict(measure_run(run))
         by_seed.setdefault(run.seed, []).append(metrics)
-        tables.append(auc_table(run.checkpoint.stem, metrics))
+        tables.append(auc_table(run.weights_path.stem, metrics))
     seeds = list(by_seed.values())
     text = "\n".join(["## All modes, in percent", "", *difference_table(seeds), ""])
     print(text)
@@ -87,7 +88,7 @@ class StoringTrainer(Trainer):
 
 def train_and_store(run: Config) -> None:
     """Train or resume a run; store the states after the epochs of the last third."""
-    if RunFiles(run.checkpoint).last.exists():
+    if RunFiles(run.weights_path).last.exists():
         store_state(run)  # an interruption may have come between saving and storing
     with mock.patch("train.Trainer", StoringTrainer):
         train(run, resume=True)
@@ -95,7 +96,7 @@ def train_and_store(run: Config) -> None:
 
 def store_state(run: Config) -> None:
     """Store the last checkpoint of a run, if its epoch is in the last third."""
-    last = RunFiles(run.checkpoint).last
+    last = RunFiles(run.weights_path).last
     epoch = Checkpoint.load(last).epoch
     assert epoch
     path = states_folder(run) / f"{epoch:03d}.pth"
@@ -105,7 +106,7 @@ def store_state(run: Config) -> None:
 
 
 def states_folder(run: Config) -> Path:
-    return RunFiles(run.checkpoint).folder / "states"
+    return RunFiles(run.weights_path).folder / "states"
 
 
 # ---- Scores ----
@@ -113,14 +114,12 @@ def states_folder(run: Config) -> Path:
 
 def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Metrics]]:
     """Yield each pair (weights, score) with its metrics."""
-    device, files = use_device(run.device), RunFiles(run.checkpoint)
+    device, files = use_device(run.device), RunFiles(run.weights_path)
     model = load_model(files.best, run)
     clips = load_clips(run, model.classes, "train", run.windows("train"))
     train_clips, _ = clips.split(run.split_ratio, run.seed)
     test_clips = load_clips(run, model.classes, "test", run.windows("test"))
     recordings = test_clips.recordings
-    machines = list(recordings[MACHINE].itertuples(index=False, name=None))
-    machine_of_clip = [machines[number] for number in test_clips.recording]
     all_weights = {
         "best": model.checkpoint.weights,
         "last": Checkpoint.load(files.last).weights,
@@ -131,7 +130,7 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Metrics]]:
         bank = embed(model, train_clips, run, device)
         with_bank = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
         outputs = run_model(with_bank, test_clips, run, device)
-        for score, values in all_scores(with_bank, outputs, machine_of_clip):
+        for score, values in all_scores(with_bank, outputs, test_clips.machines):
             combined = over_windows(values.numpy(), test_clips.recording, run.over_windows)
             yield (name, score), measure(recordings.assign(score=combined))
 

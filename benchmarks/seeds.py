@@ -49,17 +49,18 @@ import scipy.stats
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import Checkpoint, Model, check_configuration
+from checkpoint import Checkpoint, check_configuration
 from classes import Classes
 from config import Config, make_config, parse_command_line
-from dataloader import ClipSet, load_clips
+from dataloader import ClipSet, check_clips, load_clips
 from evaluation.metrics import COVERAGE, SUMMARY_ROWS
 from evaluation.result import evaluate
 from evaluation.scores import KINDS
 from evaluation.tables import markdown_header, markdown_row
 from losses import MODES
 from recordings import find_classes
-from trainer import Trainer, check_clips
+from trained import Model
+from trainer import Trainer
 from utils import (
     OneLineParser,
     UserError,
@@ -175,21 +176,11 @@ def train_run(
     config: Config, classes: Classes, device: torch.device, clips: ClipSet
 ) -> "TrainerInMemory":
     """Train to the last epoch."""
-    train_clips, valid_clips = split(clips, config)
+    train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
     check_clips(config, classes, train_clips, valid_clips)
     trainer = TrainerInMemory(config, classes, device, train_clips, valid_clips)
     trainer.fit()
     return trainer
-
-
-def split(clips: ClipSet, config: Config) -> tuple[ClipSet, ClipSet]:
-    """Split clips as `ClipSet.split` does, into parts whose samples are in memory, too."""
-    parts = clips.split(config.split_ratio, config.seed)
-    assert clips.samples is not None
-    for part in parts:
-        numbers = np.flatnonzero(clips.paths.isin(part.paths))
-        part.samples = clips.samples[torch.from_numpy(numbers).to(clips.samples.device)]
-    return parts
 
 
 class TrainerInMemory(Trainer):
@@ -203,7 +194,7 @@ class TrainerInMemory(Trainer):
 
     def save(self, scores: np.ndarray, is_best: bool) -> None:
         if is_best:
-            self.best = copy.deepcopy(self.checkpoint(scores))
+            self.best = copy.deepcopy(self.make_checkpoint(scores))
 
     def report(self, is_best: bool, log: Any) -> None:
         pass

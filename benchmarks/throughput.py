@@ -31,14 +31,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import Checkpoint, Model, build_network
+from checkpoint import Checkpoint
 from config import Config, load_config
-from dataloader import ClipSet, batches
+from dataloader import ClipSet, cut_into_batches
 from inference import run_model
 from losses import Objective
 from model import LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR
 from recordings import MACHINE, find_classes
+from trained import Model, build_network
 from trainer import Averages, Trainer
 from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_up_numerics, versions
 
@@ -162,7 +163,7 @@ def project_stages(
     model = untrained_model(config)
 
     def front_end() -> None:
-        for samples in clips.read(batches(np.arange(len(clips)), setting.batch), device):
+        for samples in clips.read(cut_into_batches(np.arange(len(clips)), setting.batch), device):
             trainer.front_end(samples)
 
     return {
@@ -187,7 +188,7 @@ def plain_stages(
     rng = np.random.default_rng(0)
 
     def inputs(clips: ClipSet, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for samples, labels in clips.batches(batches(np.arange(len(clips)), size), device):
+        for samples, labels in clips.batches(cut_into_batches(np.arange(len(clips)), size), device):
             waveform = samples.float() / 32768.0
             rows = [10.0 * torch.log10(power(row) + POWER_FLOOR) for row in waveform]
             log_mel = torch.stack(rows)
@@ -233,7 +234,7 @@ def train_epochs(trainer: Trainer) -> Callable[[], float]:
     def train_epoch() -> float:
         epoch = next(epochs)
         trainer.set_learning_rate(epoch)
-        trainer.model.train()
+        trainer.parallel_loss.train()
         plan = trainer.sampler.plan(epoch)
         averages = Averages(plan.n_steps, first_step=1)
         for batch in plan.batches(trainer.train_clips, trainer.device):

@@ -36,7 +36,6 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import Windows
-from checkpoint import Model, load_model
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.bank import with_bank
@@ -47,6 +46,7 @@ from inference import run_model
 from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE, find_recordings
+from trained import Model, load_model
 from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,22 +3,23 @@
     # the paper's training and test recordings: development + additional
     python datasets/download.py
     python datasets/download.py --dry_run                 # only print names, sizes and folders
-    python datasets/download.py --types fan pump          # some machine types
+    python datasets/download.py --types fan pump          # only these machine types
     # the challenge's evaluation clips and their labels
     python datasets/download.py --parts evaluation
     python datasets/download.py --output /data/dcase2020  # to another folder
 
-Each part has one zip per machine type on Zenodo (addresses, sizes and md5: dcase2020_task2.yaml):
+Each part has one zip per machine type on Zenodo. dcase2020_task2.yaml lists addresses, sizes and
+md5 checksums.
 
     development  <type>/train/normal_id_XX_*.wav and <type>/test/{normal,anomaly}_id_XX_*.wav
     additional   <type>/train/normal_id_XX_*.wav of the other machine IDs, in the same folder
     evaluation   <type>/evaluation/id_XX_*.wav, unlabelled; the labels are in eval_data_list.csv
 
 After an error, Ctrl-C or a crash, run it again to continue. If nothing is missing, it does nothing
-and needs no network. <output>/.download/ holds a zip until it is unpacked, then <zip>.json with its
-md5 and its numbers of clips. The clips of a zip are moved to their final names, and replace files
-of those names, once all of them are unpacked. After an error that the user can fix, it prints one
-line, and the exit status is 2.
+and needs no network. <output>/.download/ contains a zip until it is unpacked, then <zip>.json with
+its md5 and the numbers of recordings. Once all recordings of a zip are unpacked, they are moved to
+their final names, and replace existing files with these names. After an error that the user can
+fix, it prints one line, and the exit status is 2.
 """
 
 import argparse
@@ -55,13 +56,13 @@ CLIPS_IN_ZIP = {
 # Folders that they are moved to, below the folder of the machine type.
 FOLDERS = {"development": "{train,test}", "additional": "train", "evaluation": "evaluation"}
 
-# Attempts of a request, and attempts in a row to resume a download that bring no new byte.
+# Attempts of a request, and successive attempts to resume a download that receive no new byte.
 TRIES = 6
 # Pause after a lost connection. Between the attempts of a request: none, then 4, 8, 16 and 32 s.
 PAUSE_SECONDS = 2.0
 MAX_PAUSE_SECONDS = 300  # limit to the pause that a busy server may ask for
 TIMEOUT_SECONDS = (10, 60)  # to connect, and to wait for the next byte
-CHUNK_BYTES = 1 << 14  # at most lost when a connection is lost
+CHUNK_BYTES = 1 << 14  # lost at most when a connection is lost
 TRY_AGAIN = (429, 500, 502, 503, 504)  # HTTP status codes
 
 
@@ -72,14 +73,14 @@ class Zip:
     part: str
     machine_type: str
     url: str
-    path: Path  # where it is until it is unpacked
+    path: Path  # of the file until it is unpacked
     md5: str
     size: int
     unpacked_size: int
 
     @property
     def marker(self) -> Path:
-        """File that exists once the zip is unpacked to the end."""
+        """File that exists once the zip is completely unpacked."""
         return self.path.with_suffix(".json")
 
     @property
@@ -89,7 +90,7 @@ class Zip:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Download what is missing of the chosen parts and machine types."""
+    """Download the missing zips of the chosen parts and machine types."""
     table = yaml.safe_load(TABLE.read_text())
     options = parse_options(table, arguments)
     output, labels = options.output, table["evaluation_labels"]
@@ -114,10 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
         for item in missing:
             fetch_zip(session, item, output)
     except requests.RequestException as error:
-        raise UserError(f"{error}; check --url, or start again later to continue") from None
+        raise UserError(f"{error}; check --url, or run this again later to continue") from None
     except OSError as error:  # such as a full disk, or a folder without write permission
         reason = error.strerror or error
-        raise UserError(f"{output}: {reason}; fix this and start again to continue") from None
+        raise UserError(f"{output}: {reason}; fix this, and run this again to continue") from None
     print(f"{output}: complete")
 
 
@@ -126,25 +127,30 @@ def parse_options(table: dict, arguments: list[str] | None) -> argparse.Namespac
     types, parts = list(table["clip_bytes"]), ["development", "additional"]
     parser = OneLineParser(description=__doc__)
     parser.add_argument(
-        "--output", type=Path, default=TABLE.parent, help="default: this script's folder"
+        "--output",
+        type=Path,
+        default=TABLE.parent,
+        help="folder to download to (default: this script's folder)",
     )
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=table["parts"],
         default=parts,
-        help=f"default: {' '.join(parts)}",
+        help=f"parts of the data set (default: {' '.join(parts)})",
     )
-    parser.add_argument("--types", nargs="+", choices=types, default=types, help="default: all")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print what would be downloaded, write nothing"
+        "--types", nargs="+", choices=types, default=types, help="machine types (default: all)"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print what would be downloaded, and write nothing"
     )
     parser.add_argument(
         "--url", default=table["url"], help=f"address of a mirror (default: {table['url']})"
     )
     options = parser.parse_args(arguments)
     if "{file}" not in options.url:
-        raise UserError(f"--url {options.url}: {{file}} is missing, as in {table['url']}")
+        raise UserError(f"--url {options.url} has no {{file}}; add it, as in {table['url']}")
     return options
 
 
@@ -196,11 +202,12 @@ def check_space(missing: list[Zip], output: Path) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         remedy = "free some space, or choose fewer --types or --parts or another --output"
-        raise UserError(f"{output}: {gigabytes(needed)} needed, {gigabytes(free)} free; {remedy}")
+        sizes = f"{gigabytes(needed)} needed, {gigabytes(free)} free"
+        raise UserError(f"{output}: the disk is too small ({sizes}); {remedy}")
 
 
 def is_complete(item: Zip, output: Path) -> bool:
-    """Return whether the zip was unpacked to the end and all its clips still exist."""
+    """Return whether the zip was completely unpacked and all its clips still exist."""
     try:
         marker = json.loads(item.marker.read_text())
         return marker["md5"] == item.md5 and has_clips(output, marker["clips"])
@@ -312,14 +319,14 @@ def fetch(
         print(f"{path}: not the published file", file=sys.stderr)
         path.unlink()
     raise UserError(
-        f"{url}: the server does not send the published file; try again later, or another --url"
+        f"{url}: the server does not send the published file; try again later, or use another --url"
     )
 
 
 def download(session: requests.Session, url: str, partial: Path) -> None:
-    """Download what is missing of a partial file, resuming whenever the connection is lost.
+    """Download the rest of a partial file, and resume whenever the connection is lost.
 
-    Raises `UserError` after too many attempts in a row without a new byte.
+    Raises `UserError` after too many successive attempts without a new byte.
     """
     idle_tries, largest_size = 0, 0
     while not receive(session, url, partial):
@@ -328,7 +335,7 @@ def download(session: requests.Session, url: str, partial: Path) -> None:
         largest_size = max(largest_size, size)
         if idle_tries == TRIES:
             raise UserError(
-                f"{url}: the connection is always lost at byte {size}; start again later"
+                f"{url}: the connection is lost at byte {size} every time; try again later"
             )
         message = f"{url}: the connection was lost at byte {size}; resuming from there"
         tqdm.write(message, file=sys.stderr)
@@ -336,7 +343,7 @@ def download(session: requests.Session, url: str, partial: Path) -> None:
 
 
 def receive(session: requests.Session, url: str, partial: Path) -> bool:
-    """Request what is missing of a partial file once, and append it.
+    """Request the rest of a partial file once, and append it.
 
     If the server ignores the requested range, the file is replaced. Returns whether the end was
     reached.

@@ -1,34 +1,35 @@
 """Synthesize a small set of machine sounds, in the layout of DCASE 2020 Task 2 or of 2023.
 
-    # 576 clips, 185 MB, in datasets/synthetic
+    # 576 recordings, 185 MB, in datasets/synthetic
     python datasets/synthesize.py
     # other recordings of the same machines instead
     python datasets/synthesize.py --seed 7 --overwrite
-    # more clips; the earlier ones stay the same
+    # more recordings; the earlier ones stay the same
     python datasets/synthesize.py --train 64 --overwrite
     # sections and domains, in datasets/synthetic_2023
     python datasets/synthesize.py --form 2023
 
-A clip is OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav: 10 s, 16 kHz, mono, 16-bit
-PCM. There are six machine types with three IDs each. Each ID has --train normal clips to train on,
-and --test normal and --test anomalous clips to test on. A clip depends only on the seed and its
-name. The set shows that the code works; it says nothing about real machines.
+A recording is a clip of 10 s (16 kHz, mono, 16-bit PCM) in the file
+OUTPUT/<type>/{train,test}/{normal,anomaly}_id_XX_NNNNNNNN.wav. There are six machine types with
+three IDs each. Each ID has --train normal recordings for training, and --test normal and --test
+anomalous recordings for testing. A recording depends only on the seed and its name. The set shows
+that the code works; it says nothing about real machines.
 
-In the form of 2023 a machine type has one section with two domains, and a clip is
+In the form of 2023, a machine type has one section with two domains, and a recording is
 OUTPUT/<type>/{train,test}/
 section_00_{source,target}_{train,test}_{normal,anomaly}_NNNN_spd_<speed>.wav. In the source domain
 the machine runs at two speeds; in the target domain it runs at a third speed, in a louder factory.
---train is the number of training clips of the source domain; the target domain has an eighth of it.
---test is the number of test clips of each label in each domain.
+--train is the number of training recordings of the source domain; the target domain has an eighth
+of it. --test is the number of test recordings of each label in each domain.
 
 The sound of a machine is the sum of the tones of its shaft, broadband noise, and knocks if it moves
 in strokes, filtered by the resonances of its housing. The noise of a factory is added. The IDs of a
-type differ in speed and resonances. Speed, resonances and levels vary a little between the normal
-clips of an ID. An anomalous clip has one of FAULTS.
+type differ in speed and resonances. Speed, resonances and levels vary slightly between the normal
+recordings of an ID. An anomalous recording has one of FAULTS.
 
-OUTPUT/synthetic.json describes the set; it is empty until the last clip is written. A folder that
-already holds the requested set is left as it is, and an interrupted set is made again. A folder
-without synthetic.json is used only if it is empty.
+OUTPUT/synthetic.json describes the set; it is empty until the last recording is written. A folder
+that already contains the requested set is not changed, and an interrupted set is written again. A
+folder without synthetic.json is used only if it is empty.
 """
 
 import argparse
@@ -262,18 +263,21 @@ def read_marker(output: Path) -> str | None:
 
 
 def check_output(output: Path, description: str, overwrite: bool) -> None:
-    """Raise `UserError` if a folder must not be written to: it holds other files or another set."""
+    """Raise `UserError` if a folder contains other files or another set."""
     existing = read_marker(output)
     if existing is None and output.is_dir() and any(output.iterdir()):
         raise UserError(
-            f"{output} holds files that were not made by this script: choose another --output"
+            f"{output} contains files that this script did not write; choose another --output"
         )
     if existing and existing != description and not overwrite:
-        raise UserError(f"{output} holds another set: choose another --output, or add --overwrite")
+        raise UserError(
+            f"{output} contains another set; choose another --output, or replace it with "
+            f"--overwrite"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make the set that the command line describes, unless the folder holds it already."""
+    """Write the set that the command line describes, unless the folder already contains it."""
     options = parse_options(arguments)
     output, seed = options.output, options.seed
     clips = list_clips(options.form, options.train, options.test)
@@ -292,9 +296,9 @@ def main(arguments: list[str] | None = None) -> None:
         remove_clips(output)
         write_clips(output, clips, seed)
         (output / MARKER).write_text(description)
-    state = ", complete already" if is_complete else ""
+    state = ", already complete" if is_complete else ""
     command = f"python train.py --data_root {shlex.quote(str(output))} --machines auto"
-    print(f"{output}: {len(clips)} clips{state}; next: {command}")
+    print(f"{output}: {len(clips)} recordings{state}; next: {command}")
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -303,17 +307,27 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, help="default: datasets/synthetic, or datasets/synthetic_2023"
+        "--output",
+        type=Path,
+        help="folder to write to (default: datasets/synthetic, or datasets/synthetic_2023)",
     )
     parser.add_argument(
-        "--train", type=int, default=16, help="training clips per ID (default: %(default)s)"
+        "--train", type=int, default=16, help="training recordings per ID (default: %(default)s)"
     )
     parser.add_argument(
-        "--test", type=int, default=8, help="test clips per ID and label (default: %(default)s)"
+        "--test",
+        type=int,
+        default=8,
+        help="test recordings per ID and label (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=2023, help="default: %(default)s")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the clips of an earlier run"
+        "--seed",
+        type=int,
+        default=2023,
+        help="random seed of the recordings (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the set of an earlier run"
     )
     options = parser.parse_args(arguments)
     if options.output is None:
@@ -323,9 +337,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     if min(options.train, options.test) < 1:
         raise UserError(f"{counts}: both must be at least 1")
     if options.form == "2023" and max(options.train, options.test) > 10_000:
-        raise UserError(f"{counts}: names of 2023 have numbers of four digits")
+        raise UserError(f"{counts}: file names of 2023 have four digits; use at most 10000")
     if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"{options.output} is not a folder: choose another --output")
+        raise UserError(f"{options.output} is not a folder; choose another --output")
     return options
 
 

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import load_model
 from config import EVALUATION_KEYS, Config, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import group_by_configuration
@@ -35,6 +34,7 @@ from evaluation.result import Result, evaluate
 from model import PUBLISHED_CHANNELS, FrontEnd
 from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
+from trained import load_model
 from utils import OneLineParser, UserError, run_script, use_device
 
 DOCS = Path(__file__).resolve().parent

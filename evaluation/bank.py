@@ -5,22 +5,24 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import HeldOut, Model
+from checkpoint import HeldOut
 from config import Config
-from dataloader import ClipSet, load_clips
+from dataloader import ClipSet, fingerprint_of, load_clips
 from evaluation.scores import KINDS, Embeddings
-from inference import run_in_precision
+from inference import run_model
+from trained import Model
 from utils import UserError, notice
 
 
 def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.device) -> Model:
-    """Return a model with the bank, if one of these kinds of score needs it.
+    """Return a model whose checkpoint has the bank and the embeddings of the held-out clips, if one
+    of these kinds of score needs them.
 
     A training that has ended has left it in the checkpoint. For other weights it is computed from
     the training clips in `data_root`, with the windows and the channel of the training.
 
     Raises:
-        UserError: If there are no training clips, or others than those of the run.
+        UserError: If there are no training clips, or if they are not those of the run.
     """
     if model.checkpoint.bank is not None or not any(KINDS[kind].uses_bank for kind in kinds):
         return model
@@ -33,11 +35,10 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
         checkpoint = replace(model.checkpoint, bank=embed(model, clips, config, device))
         return replace(model, checkpoint=checkpoint)
     train_clips, valid_clips = clips.split(model.config.split_ratio, model.config.seed)
-    fingerprint = f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
-    if fingerprint != model.checkpoint.fingerprint:
+    if fingerprint_of(train_clips, valid_clips) != model.checkpoint.fingerprint:
         raise UserError(
-            f"the clips under {config.data_root} are not those that {model.path} was trained on; "
-            f"give the folder of that run (--data_root), or take another score (--scoring)"
+            f"the recordings under {config.data_root} are not those that {model.path} was trained "
+            f"on; set --data_root to the folder of that run, or choose another --scoring"
         )
     bank = embed(model, train_clips, config, device)
     assert model.checkpoint.held_out
@@ -48,6 +49,5 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
 
 def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> Embeddings:
     """Compute the embeddings of clips, in float32."""
-    precision = torch.float32
-    outputs = run_in_precision(model, clips, config.batch_size, device, precision, "embeddings")
+    outputs = run_model(model, clips, config, device, "embeddings", precision="fp32")
     return Embeddings.from_outputs(outputs.embedding, clips.labels)

@@ -29,11 +29,11 @@ Configurations: mean ± standard deviation over the seeds.
 
 Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test
 clips. The variance is that of each mean over its seeds, which are taken as independent, plus that
-of the difference when the test clips are drawn anew (bootstrap within machine ID, condition and
+of the difference when the test clips are resampled (bootstrap within machine ID, condition and
 domain, the same clips on both sides); Student's t with the degrees of freedom of Welch and
-Satterthwaite. Where nothing differs, one interval in twenty does not contain 0. Scores of the same
-runs share their seeds, which makes their intervals wider than necessary. A configuration of a
-single run tells nothing of its seeds: then the interval allows for other test clips alone.
+Satterthwaite. If there is no true difference, one interval in twenty excludes 0. Scores of the same
+runs share their seeds, which makes their intervals wider than necessary. A single run says nothing
+about other seeds; the interval then allows only for other test clips.
 """
 
 Groups = dict[str, list[Result]]  # the runs of each configuration, which differ in their seeds
@@ -50,7 +50,7 @@ def group_by_configuration(results: Sequence[Result]) -> Groups:
     """
     for result in results:
         if result.metrics is None:
-            raise UserError("nothing to compare: the condition of the clips is not known")
+            raise UserError("nothing to compare: no recording is labelled normal or anomalous")
         if not result.recordings["path"].equals(results[0].recordings["path"]):
             raise UserError(
                 "the checkpoints were not trained on the same machines in the same order, so their "
@@ -62,7 +62,7 @@ def group_by_configuration(results: Sequence[Result]) -> Groups:
         for run in runs:
             if run.about["seed"] == result.about["seed"]:
                 raise UserError(
-                    f"{run.model.path} and {result.model.path} are of the same configuration and "
+                    f"{run.model.path} and {result.model.path} have the same configuration and "
                     f"seed; leave one out"
                 )
         runs.append(result)

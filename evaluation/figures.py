@@ -21,7 +21,6 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from checkpoint import read_history
-from config import name_id
 from dataloader import read_clip
 from evaluation.metrics import AVERAGE, MAX_FPR, POOLED
 from evaluation.result import Result
@@ -36,7 +35,7 @@ from model.tastgram import (
     SECONDS,
     temporal_gate,
 )
-from names import ANOMALOUS, NORMAL, UNLABELLED
+from names import ANOMALOUS, NORMAL, UNLABELLED, name_id
 from recordings import MACHINE
 from utils import replace_file
 
@@ -115,7 +114,7 @@ def read_samples(path: Path, start: float, channel: int) -> Tensor:
 
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Draw the figures that an evaluation allows into a folder, and return their files."""
-    history = read_history(result.model)
+    history = read_history(result.model.checkpoint)
     files = []
     if result.metrics is not None:
         title = f"{result.model.path.stem} ({result.model.config.mode})"

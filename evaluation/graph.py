@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import Model
 from config import Config
 from model import FrontEnd, fold_batch_norm
+from trained import Model
 
 
 class ScoringGraph(nn.Module):

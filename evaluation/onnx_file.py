@@ -18,15 +18,16 @@ import pandas as pd
 import torch
 from onnxscript import opset18 as op
 
-from checkpoint import Model
-from config import Config, choose_windows
+from audio import choose_windows
+from config import Config
 from dataloader import ClipSet
 from evaluation.graph import ScoringGraph
-from evaluation.scores import check_finite
+from evaluation.scores import check_scores
 from evaluation.thresholds import explain_thresholds, find_thresholds
-from inference import run_in_precision
+from inference import run_model
 from model import TASTgramMFN
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
+from trained import Model
 from utils import UserError, versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
@@ -158,10 +159,10 @@ def compare(content: bytes, model: Model, config: Config) -> float:
     clips = synthetic_clips()
     assert clips.samples is not None
     machines = model.classes.machines
-    outputs = run_in_precision(model, clips, len(clips), CPU, torch.float32, "eval.py")
+    outputs = run_model(model, clips, config, CPU, "eval.py", precision="fp32")
     scorer = model.scorer(config.scoring, config.neighbours)
     expected = scorer.against_machines(outputs, machines).numpy()
-    check_finite(expected.ravel(), machines * len(clips), config.scoring, model.path)
+    check_scores(expected.ravel(), machines * len(clips), config.scoring, model.path)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     samples = clips.samples.numpy().astype(np.float32) / 32768.0
     parts = (samples[:1], samples[1:])  # any number of clips is possible
@@ -176,8 +177,8 @@ def largest_difference(scores: np.ndarray, expected: np.ndarray) -> float:
     worst = np.unravel_index(excess.argmax(), excess.shape)  # a NaN counts as the highest
     if not excess[worst] <= 0:
         raise UserError(
-            f"no file is written: a score is {scores[worst]:.6g} with it, and "
-            f"{expected[worst]:.6g} with eval.py; check the packages (requirements-export.txt)"
+            f"the ONNX file was not written: it gives a score of {scores[worst]:.6g} where eval.py "
+            f"gives {expected[worst]:.6g}; check the packages (requirements-export.txt)"
         )
     return float(differences.max())
 

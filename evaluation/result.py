@@ -9,17 +9,17 @@ import pandas as pd
 import torch
 
 from audio import Windows
-from checkpoint import Model
 from config import Config
 from dataloader import ClipSet
 from evaluation.bank import with_bank
 from evaluation.metrics import Metrics, find_rule, measure
-from evaluation.scores import check_finite, find_worst, over_windows
+from evaluation.scores import KINDS, check_scores, find_worst, over_windows
 from evaluation.thresholds import decide, find_thresholds
 from inference import run_model
 from model import Outputs
 from names import ANOMALOUS, NORMAL, UNLABELLED
 from recordings import MACHINE, known_recordings
+from trained import Model
 from utils import versions
 
 HARDEST = 3  # recordings of each condition and machine
@@ -37,8 +37,8 @@ class Result:
         windows: Which windows of the recordings were scored.
         recordings: The table of recordings, with what scoring adds: the `score` in `score_dtype`,
             the `exact_score` (float64) that decisions rest on, the `angle` to the nearest centre of
-            its machine in degrees, the second `worst` at which the window with the highest score
-            starts, the `threshold`, and the `decision` (1 for anomalous, missing without a
+            its machine in degrees, `worst` (the start of the window with the highest score, in
+            seconds), the `threshold`, and the `decision` (1 for anomalous, missing without a
             threshold). Over several windows scores and angle are combined as `over_windows` says.
         embedding: The mean embedding of each recording `(recordings, E)`.
         thresholds: See `fit_thresholds`.
@@ -125,12 +125,11 @@ def add_scores(
         UserError: If a score is not finite.
     """
     recordings = clips.recordings.copy()
-    machines = list(recordings[MACHINE].itertuples(index=False, name=None))
-    of_clips = [machines[number] for number in clips.recording]
+    machines = clips.machines
 
     def score(kind: str, dtype: torch.dtype = torch.float64) -> np.ndarray:
         scorer = model.scorer(kind, config.neighbours, dtype)
-        return scorer.against_own_machine(outputs, of_clips).numpy()
+        return scorer.against_own_machine(outputs, machines).numpy()
 
     def combine(values: np.ndarray) -> np.ndarray:
         return over_windows(values, clips.recording, config.over_windows)
@@ -140,7 +139,7 @@ def add_scores(
     recordings["exact_score"] = combine(exact)
     recordings["angle"] = combine(score("angle"))
     recordings["worst"] = clips.start[find_worst(exact, clips.recording)]
-    check_finite(recordings["score"].to_numpy(), machines, kind, model.path)
+    check_scores(exact, machines, kind, model.path)
     return recordings
 
 
@@ -161,8 +160,8 @@ def describe(
         "mode": model.config.mode,
         "scoring": kind,
     }
-    if kind == "nearest":
-        about["neighbours"] = config.neighbours
+    for key in KINDS[kind].keys:
+        about[key] = getattr(config, key)
     if windows.hop is not None:
         about["windows"] = f"all, {windows.hop:g} s apart, {config.over_windows} of their scores"
     if model.config.classes == "attributes":

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from config import is_machine_id, name_id
 from evaluation.metrics import AVERAGE, find_rule, measure
 from evaluation.tables import show_metrics
-from ground_truth import Labels, read_csv, read_labels
-from names import TEST_FOLDERS, File, Form, find_form, parse_name
+from ground_truth import GroundTruth, read_lists
+from names import TEST_FOLDERS, File, Form, find_form, is_machine_id, name_id, parse_name
 from recordings import COLUMNS, known_recordings, make_row
-from utils import UserError, check_writable, notice, versions
+from utils import UserError, check_writable, notice, read_rows, versions
 
 FILE_NAME = re.compile(
     rf"anomaly_score_(?P<machine_type>(?!{AVERAGE}_).+)_"
@@ -46,9 +45,9 @@ def evaluate_score_files(folder: Path, data_root: Path) -> None:
         output / "metrics.csv",
         "the metrics are written beside the score files; copy these elsewhere",
     )
-    labels = read_labels(data_root, form, list(scores))
-    report_missing(scores, labels)
-    rows = [make_row(file, labels) for file in scores]
+    truth = read_lists(data_root, form, list(scores))
+    report_missing(scores, truth)
+    rows = [make_row(file, truth) for file in scores]
     recordings = pd.DataFrame(rows, columns=COLUMNS).assign(score=list(scores.values()))
     known = known_recordings(recordings)
     report_unlabelled(len(recordings) - len(known), len(recordings), form, data_root)
@@ -82,14 +81,14 @@ def read_score_files(folder: Path) -> Scores:
     scores: Scores = {}
     for path in paths:
         score_file = parse_file_name(path)
-        lines = read_csv(path)
+        lines = read_rows(path)
         if not lines:
             raise UserError(f"{path}: no scores in it; add them, or remove the file")
         for number, cells in lines:
             where = f"{path}, line {number}"
             file, score = parse_line(cells, score_file, where)
             if file in scores:
-                raise UserError(f"{where}: {file.path.name} is given twice")
+                raise UserError(f"{where}: {file.path.name} appears twice; remove one line")
             scores[file] = score
     return scores
 
@@ -98,7 +97,7 @@ def parse_file_name(path: Path) -> ScoreFile:
     """Parse the name of a score file. Raises `UserError` for other names."""
     match = FILE_NAME.fullmatch(path.name)
     if not match or (match["id"] and not is_machine_id(match["id"])):
-        raise UserError(f"{path}: not named {FILE_NAMES}, or named like a row of the table")
+        raise UserError(f"{path}: not a score file; rename it to {FILE_NAMES}, or remove it")
     machine_id = match["section"] or name_id(match["id"])
     return ScoreFile(path, match["machine_type"], machine_id, match["folder"] or "test")
 
@@ -107,14 +106,14 @@ def parse_line(cells: list[str], score_file: ScoreFile, where: str) -> tuple[Fil
     """Parse a line of a score file, which is at `where`. Raises `UserError` for other lines."""
     score = to_number(cells[1]) if len(cells) == 2 else math.nan
     if not math.isfinite(score):
-        raise UserError(f"{where}: not `<file name>,<score>`")
+        raise UserError(f"{where}: expected `<file name>,<score>`; correct or remove the line")
     path = Path(score_file.machine_type, score_file.folder, Path(cells[0]).name)
     try:
         name = parse_name(path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if name is None or name.machine_id != score_file.machine_id or path.name != cells[0]:
-        raise UserError(f"{where}: {cells[0]} is no clip of {score_file.machine_id}")
+        raise UserError(f"{where}: {cells[0]} is not a recording of {score_file.machine_id}")
     return File(path, score_file.machine_type, name), score
 
 
@@ -129,7 +128,7 @@ def to_number(text: str) -> float:
 # ---- What is missing ----
 
 
-def report_missing(scores: Scores, labels: Labels) -> None:
+def report_missing(scores: Scores, truth: GroundTruth) -> None:
     """Say how many clips in the lists have no score, of the machines that there are scores of."""
     machines, scored = set(), set()
     for file in scores:
@@ -137,21 +136,22 @@ def report_missing(scores: Scores, labels: Labels) -> None:
         machines.add((file.machine_type, file.name.machine_id))
         scored.add((file.machine_type, file.path.stem))
     missing = []
-    for machine_type, clip in labels:
+    for machine_type, clip in truth:
         machine_id = clip.split("_")[1]
         if (machine_type, machine_id) in machines and (machine_type, clip) not in scored:
             missing.append(f"{machine_type} {clip}")
     if missing:
         notice(
-            f"{len(missing)} clips of the lists have no score and count in no metric, such as "
+            f"{len(missing)} recordings in the lists have no score and are left out of the "
+            "metrics, such as "
             f"{missing[0]}"
         )
 
 
 def report_unlabelled(n_unlabelled: int, n_clips: int, form: Form, data_root: Path) -> None:
     """Say how many clips have no condition. Raises `UserError` if none has one."""
-    message = f"{n_unlabelled} of {n_clips} clips are not in {form.labels} under {data_root}"
+    message = f"{n_unlabelled} of {n_clips} recordings are not in {form.lists} under {data_root}"
     if n_unlabelled == n_clips:
-        raise UserError(f"{message}, so there is nothing to measure; {form.get_labels}")
+        raise UserError(f"{message}, so there is nothing to measure; {form.get_lists}")
     if n_unlabelled:
-        notice(f"{message} and count in no metric ({form.get_labels})")
+        notice(f"{message} and are left out of the metrics ({form.get_lists})")

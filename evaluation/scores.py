@@ -46,7 +46,7 @@ class Embeddings(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A kind of score, and what it compares clips with.
+    """A kind of score, and what it compares clips with. Embeddings of outputs are not normalised.
 
     Attributes:
         kind: A name in KINDS.
@@ -55,7 +55,7 @@ class Scorer:
         centres: The centres `(C, K, E)` of each class; for "angle".
         bank: The embeddings `(n, E)` of the training clips of each class; for "nearest".
         neighbours: The number of training clips that "nearest" takes the mean over.
-        dtype: The precision of "published". As published it is float32, in which very normal clips
+        dtype: The precision of the scores. It is float32 as published, in which very normal clips
             tie at exactly 0; float64 orders them.
     """
 
@@ -83,11 +83,12 @@ class Scorer:
     def against_own_machine(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
         """Score each clip against its machine `(n,)`; `machines` has the machine of each clip."""
         device = outputs.embedding.device
+        clips_of: dict[Machine, list[int]] = {}
+        for clip, machine in enumerate(machines):
+            clips_of.setdefault(machine, []).append(clip)
         scores = torch.empty(len(machines), dtype=self.dtype, device=device)
-        for machine in dict.fromkeys(machines):
-            rows = torch.tensor([i for i, name in enumerate(machines) if name == machine]).to(
-                device
-            )
+        for machine, clips in clips_of.items():
+            rows = torch.tensor(clips, device=device)
             chosen = Outputs(outputs.similarity[rows], outputs.embedding[rows])
             scores[rows] = self.against_machine(chosen, machine).to(self.dtype)
         return scores
@@ -97,8 +98,8 @@ class Scorer:
 
 
 def published(scorer: Scorer, outputs: Outputs, label: int) -> Tensor:
-    """Cross-entropy with the margin on the class. Its mean over clips and their own classes is the
-    validation loss.
+    """Cross-entropy with the margin on the class. Averaged over the held-out clips, each against
+    its own class, it is the validation loss.
     """
     similarity = outputs.similarity.to(scorer.dtype)
     labels = torch.full_like(similarity[:, 0], label, dtype=torch.int64)
@@ -136,26 +137,34 @@ class Kind:
     """A kind of score.
 
     Attributes:
-        score: Compute the scores `(n,)` of the outputs for n clips against the class of a number.
+        score: Compute the scores `(n,)` of the outputs for n clips against a class.
         unit: What the score measures, for the axes of figures.
         uses_bank: Whether it needs the embeddings of the training clips.
+        keys: The keys of the configuration that have an effect on this kind alone.
         is_logarithmic: Whether figures show it on a logarithmic axis.
     """
 
     score: Callable[[Scorer, Outputs, int], Tensor]
     unit: str
     uses_bank: bool = False
+    keys: tuple[str, ...] = ()
     is_logarithmic: bool = False
 
 
+# The published kind comes first: the others are compared with it.
 KINDS = {
     "published": Kind(published, "cross-entropy", is_logarithmic=True),
     "angle": Kind(angle, "degrees to own centre"),
-    "nearest": Kind(nearest, "cosine distance to the nearest training clips", uses_bank=True),
+    "nearest": Kind(
+        nearest,
+        "cosine distance to the nearest training clips",
+        uses_bank=True,
+        keys=("neighbours",),
+    ),
 }
 
 
-def check_finite(scores: np.ndarray, machines: Sequence[Machine], kind: str, path: Path) -> None:
+def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, path: Path) -> None:
     """Check the scores `(n,)` of recordings of these machines by the checkpoint at `path`.
 
     Raises:
@@ -168,7 +177,9 @@ def check_finite(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
     names = ", ".join(map(" ".join, bad_machines))
     if KINDS[kind].uses_bank and np.isposinf(scores[is_bad]).all():
         raise UserError(
-            f"{path}: it has no embeddings of training clips of {names}, so nothing is near them"
+            f"{path}: the checkpoint has no embeddings of training clips of {names}, so there is "
+            "no "
+            f"nearest clip; choose another --scoring"
         )
     raise UserError(
         f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names})"
@@ -183,7 +194,7 @@ def over_windows(values: np.ndarray, recording: np.ndarray, rule: str) -> np.nda
 
     `recording` `(n,)` is the number of the recording of each clip, in ascending order.
     """
-    first = np.flatnonzero(np.diff(recording, prepend=-1))
+    first = find_first_clips(recording)
     if rule == "max":
         return np.maximum.reduceat(values, first)
     counts = np.diff(first, append=len(values)).astype(values.dtype)
@@ -192,6 +203,10 @@ def over_windows(values: np.ndarray, recording: np.ndarray, rule: str) -> np.nda
 
 def find_worst(values: np.ndarray, recording: np.ndarray) -> np.ndarray:
     """Return the number of the clip with the highest value `(n,)` of each recording."""
-    order = np.lexsort((-values, recording))
-    first = np.flatnonzero(np.diff(recording, prepend=-1))
-    return order[first]
+    descending = np.lexsort((-values, recording))  # within each recording
+    return descending[find_first_clips(recording)]
+
+
+def find_first_clips(recording: np.ndarray) -> np.ndarray:
+    """Return the number of the first clip of each recording."""
+    return np.flatnonzero(np.diff(recording, prepend=-1))

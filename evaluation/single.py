@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from audio import Recording, Windows
-from checkpoint import Model
+from audio import CheckedRecording, Windows
 from classes import Machine
-from config import Config, name_id
+from config import Config
 from dataloader import ClipSet, check_recordings, cut_into_clips, usable
 from evaluation.bank import with_bank
-from evaluation.scores import check_finite, over_windows
+from evaluation.scores import check_scores, over_windows
 from evaluation.thresholds import explain_thresholds, find_thresholds
 from inference import run_model
-from names import ANOMALOUS, NORMAL
+from names import ANOMALOUS, NORMAL, name_id
+from trained import Model
 from utils import UserError
 
 
@@ -50,7 +50,7 @@ def find_candidates(model: Model, machine_type: str, machine_id: str | None) -> 
     if not candidates:
         asked = machine_type if machine_id is None else f"{machine_type} {machine_id}"
         raise UserError(
-            f"{model.path} knows no machine {asked}; it was trained on "
+            f"{model.path} was not trained on {asked}; choose one of its machines: "
             f"{model.classes.describe_machines()}"
         )
     return candidates
@@ -68,9 +68,9 @@ def score_recordings(
 
     Returns:
         For each recording, in plain values, `file`, and either `error` or: `machine_type`,
-        `machine_id`, `score`, `threshold`, `decision` (None without a threshold), the number
-        `n_windows` of its windows, how many of them are anomalous (`n_anomalous`), and of the
-        `worst` window and of all `windows` the `start` in seconds, `score` and `decision`.
+        `machine_id`, `score`, `threshold`, `decision` (None without a threshold), `n_windows` and
+        `n_anomalous` (numbers of windows), `windows` (for each its `start` in seconds, `score` and
+        `decision`), and `worst` (the entry of the window with the highest score).
     """
     model = with_bank(model, config, [config.scoring], device)
     checked = check_recordings(paths, windows, config.num_workers)
@@ -84,7 +84,7 @@ def score_recordings(
 
 def score_usable(
     model: Model,
-    recordings: Mapping[Path, Recording],
+    recordings: Mapping[Path, CheckedRecording],
     candidates: Sequence[Machine],
     config: Config,
     windows: Windows,
@@ -99,7 +99,7 @@ def score_usable(
     scores = over_windows(of_windows, clips.recording, config.over_windows)
     best = scores.argmin(axis=1)  # the candidate that each recording fits best
     machines = [candidates[column] for column in best]
-    check_finite(scores.min(axis=1), machines, config.scoring, model.path)
+    check_scores(scores.min(axis=1), machines, config.scoring, model.path)
     thresholds = find_thresholds(model, scorer, config)
     explain_thresholds(thresholds, candidates, model.path)
     by_machine = thresholds["threshold"].to_dict()
@@ -132,7 +132,7 @@ def describe_recording(
     are those of its windows.
     """
     windows = [
-        {"start": start, "score": value, "decision": decide(value, threshold)}
+        {"start": start, "score": value, "decision": name_decision(value, threshold)}
         for start, value in zip(starts, scores, strict=True)
     ]
     n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
@@ -142,7 +142,7 @@ def describe_recording(
         "machine_id": number_or_word(machine_id),
         "score": score,
         "threshold": threshold,
-        "decision": decide(score, threshold),
+        "decision": name_decision(score, threshold),
         "n_windows": len(windows),
         "n_anomalous": None if threshold is None else n_anomalous,
         "worst": windows[int(np.argmax(scores))],
@@ -155,7 +155,7 @@ def number_or_word(machine_id: str) -> int | str:
     return int(machine_id) if re.fullmatch("[0-9]{1,9}", machine_id) else machine_id
 
 
-def decide(score: float, threshold: float | None) -> str | None:
+def name_decision(score: float, threshold: float | None) -> str | None:
     """Return ANOMALOUS for a score above the threshold, else NORMAL; None without a threshold."""
     if threshold is None:
         return None

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from checkpoint import remove_files
 from evaluation.metrics import (
     AVERAGE,
     COVERAGE,
@@ -29,7 +28,7 @@ from evaluation.result import Result
 from evaluation.thresholds import count_decisions, explain_thresholds
 from model import PUBLISHED_CHANNELS
 from names import SOURCE, TARGET
-from utils import notice, write_csv, write_text
+from utils import notice, remove_files, write_csv, write_text
 
 # ---- The columns of tables for reading ----
 
@@ -336,7 +335,7 @@ def report_gaps(metrics: Metrics) -> None:
     is_missing = table["AUC"].isna()
     if is_missing.any():
         gaps = name_rows(table[is_missing])
-        notice(f"no AUC, and left out of the averages, {reason}: {gaps}")
+        notice(f"no AUC {reason}; left out of the averages: {gaps}")
     if not metrics.rule.official:
         return
     is_summary = table.index.isin(SUMMARY_ROWS, level="machine_id")
@@ -344,8 +343,8 @@ def report_gaps(metrics: Metrics) -> None:
         gaps = name_rows(table[~is_missing & ~is_summary & table[f"AUC_{domain}"].isna()])
         if gaps:
             notice(
-                f"no AUC of the {domain} domain, and so harmonic means and official score without "
-                f"it, {reason}: {gaps}"
+                f"no AUC of the {domain} domain {reason}; harmonic means and official score are "
+                f"computed without it: {gaps}"
             )
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from checkpoint import Model
 from classes import Machine
 from config import Config
 from evaluation.scores import Scorer
 from model import Outputs
 from names import ANOMALOUS
 from recordings import MACHINE, known_recordings
+from trained import Model
 from utils import notice
 
 LEAST_CLIPS = 20  # of a machine; with fewer the scores of its machine type are pooled
@@ -131,7 +131,7 @@ def decide(scores: pd.Series, thresholds: pd.Series) -> pd.Series:
 
 def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFrame:
     """Return the thresholds with precision, recall and F1 of the decisions about recordings whose
-    condition is known; missing where nothing was called, or is, anomalous.
+    condition is known. Values are missing where no recording is anomalous, or none was called so.
     """
     known = known_recordings(recordings[recordings["decision"].notna()])
     called = known["decision"].astype(int)

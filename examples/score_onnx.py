@@ -1,11 +1,11 @@
-"""Normal or anomalous? Score a recording with a file that export.py has written.
+"""Score a recording with a file from export.py, and decide whether it is anomalous.
 
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
-Needs onnxruntime, numpy and soundfile. Prints the line that `score.py` prints, but for the last
-digit of the scores: file, machine, score, threshold, decision, and the worst window of a longer
-recording. Without a machine ID, the ID of that type with the lowest score is used. Unlike score.py,
-it does not resample and does not notice a truncated WAV file.
+Requires onnxruntime, numpy and soundfile. Prints the same line as score.py, except for the last
+digit of the scores: file, machine, score, threshold, decision, and for a longer recording the
+window with the highest score. Without a machine ID, the ID with the lowest score is used. Unlike
+score.py, it does not resample and does not detect truncated WAV files.
 """
 
 import json
@@ -43,11 +43,13 @@ def check_properties(file: soundfile.SoundFile, rate: int, channel: int) -> None
     """Raise `ValueError` if the model cannot score the recording."""
     if file.samplerate != rate:
         raise ValueError(
-            f"its rate is {file.samplerate} Hz, not {rate}: sox IN.wav -r {rate} OUT.wav"
+            f"its sample rate is {file.samplerate} Hz, not {rate} Hz; "
+            f"convert it with sox IN.wav -r {rate} OUT.wav"
         )
     if file.frames == 0 or channel >= file.channels:
         raise ValueError(
-            f"it has {file.frames} samples of {file.channels} channels; channel {channel} is needed"
+            f"it has {file.frames} samples in {file.channels} channels, but channel {channel} is "
+            f"needed; use another recording"
         )
 
 
@@ -57,7 +59,7 @@ def convert(samples: np.ndarray, length: int) -> np.ndarray:
     Returns float32 `(1, length)`.
     """
     if not np.isfinite(samples).all():
-        raise ValueError("it holds NaN or infinite samples")
+        raise ValueError("it contains NaN or infinite samples; use another recording")
     rounded = np.clip(np.round(samples * 32768), -32768, 32767) / 32768
     return np.resize(rounded, (1, length)).astype(np.float32)
 
@@ -79,7 +81,7 @@ def describe_worst(starts: np.ndarray, scores: np.ndarray, threshold: float | No
 
 
 def main(model: str, recording: str, machine_type: str, machine_id: str = "") -> None:
-    """Print the line of a recording."""
+    """Score a recording, and print a line."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
@@ -91,7 +93,7 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
             columns.append(column)
     if not columns:
         known = ", ".join(" ".join(machine) for machine in machines)
-        raise ValueError(f"{model} knows no such machine; it knows {known}")
+        raise ValueError(f"{model} was not trained on this machine; use one of {known}")
 
     starts, window_scores = score_windows(session, about, recording)
     rule = np.max if about["over_windows"] == "max" else np.mean

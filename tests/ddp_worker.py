@@ -25,10 +25,10 @@ from distributed import (
     sum_over_ranks,
     world_size,
 )
-from losses import Mix, divide_mix
+from losses import Mix
 from model import FrontEnd
 from recordings import find_classes
-from sampling import Batch
+from sampling import Batch, divide_mix
 from trainer import Averages, Trainer
 from utils import OneLineParser
 
@@ -51,7 +51,7 @@ def steps_on_reference(trainer: Trainer) -> list[float]:
     """Return the losses of the reference steps; the last batch has three clips."""
     samples, labels, losses = reference.samples(), reference.labels(), []
     trainer.network.load_state_dict(reference.parameters())
-    trainer.model.train()
+    trainer.parallel_loss.train()
     for number, (lam, partner) in enumerate(reference.mixing()):
         partner = partner if number < 7 else torch.tensor([2, 0, 1])
         whole = Mix(torch.tensor(lam, dtype=torch.float32), partner)
@@ -65,7 +65,7 @@ def train_epochs(trainer: Trainer) -> list[float]:
     """Return the mean losses of four epochs."""
     losses = []
     for epoch in range(4):
-        trainer.model.train()
+        trainer.parallel_loss.train()
         plan = trainer.sampler.plan(epoch)
         averages = Averages(plan.n_steps, first_step=1)
         trainer.set_learning_rate(epoch)
@@ -99,7 +99,7 @@ else:
         results["scores"] = trainer.validate(clips)[0]
 if is_main():
     values = {name: torch.from_numpy(np.asarray(value)) for name, value in results.items()}
-    torch.save(values | {"state": trainer.network.state_dict()}, config.checkpoint)
+    torch.save(values | {"state": trainer.network.state_dict()}, config.weights_path)
 barrier()
 if is_started_by_torchrun():
     leave()

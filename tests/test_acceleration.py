@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import distributed
-from acceleration import BREAK_EVEN, OPTIONS, compile_module, find_reason, is_to_compile
+from acceleration import BREAK_EVEN, OPTIONS, compile_module, find_reason, should_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_what_is_compiled():
-    assert is_to_compile(True, CPU, 1)
-    assert not is_to_compile(False, CPU, 1)
-    assert not is_to_compile("auto", CPU, 1)
-    assert is_to_compile("auto", GPU, 1)
-    assert is_to_compile("auto", CPU, BREAK_EVEN)
-    assert not is_to_compile(False, GPU, BREAK_EVEN)
+    assert should_compile(True, CPU, 1)
+    assert not should_compile(False, CPU, 1)
+    assert not should_compile("auto", CPU, 1)
+    assert should_compile("auto", GPU, 1)
+    assert should_compile("auto", CPU, BREAK_EVEN)
+    assert not should_compile(False, GPU, BREAK_EVEN)
 
 
 # ---- A compiler that fails ----
@@ -123,7 +123,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, capfd):
     module = compiled_square()
     assert [run(module, X) for _ in range(3)] == [EXPECTED] * 3
     said = capfd.readouterr().err
-    assert said.startswith("notice: compile: it fails on ")
+    assert said.startswith("notice: compile: compiling fails on ")
     assert said.endswith(": no kernel image; the steps run uncompiled, which is slower\n")
     assert said.count("notice") == 1
 
@@ -162,12 +162,13 @@ def test_where_another_process_fails_this_one_runs_uncompiled_too(monkeypatch, c
     )
     assert run(compiled_square(), X) == EXPECTED
     assert len(compiled) == 1
-    assert "notice: compile: it fails on other: nvcc: no space; the steps" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "notice: compile: compiling fails on other: nvcc: no space; the steps" in said
 
 
 def test_what_has_to_be_compiled_is_an_error_that_names_the_key(monkeypatch, fails):
     monkeypatch.setattr("torch._inductor.compile", fail)
-    match = r"^error: compile: true, but it fails on \S+: no kernel image; set it to auto or false$"
+    match = r"^error: compile: true, but compiling fails on \S+: no kernel image; set it to auto"
     fails(lambda: run(compiled_square(is_required=True), X), match=match)
 
 

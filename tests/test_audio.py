@@ -51,7 +51,7 @@ def test_the_first_of_several_channels_is_used(tmp_path):
     mono, _ = read(write_clip(tmp_path / "mono.wav", left))
     decoded, changes = read(write_clip(tmp_path / "a.wav", np.stack([left, right], axis=1)))
     assert np.array_equal(decoded, mono)
-    assert changes == ["have several channels: channel 0 is used"]
+    assert changes == ["have several channels, of which channel 0 is used"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_missing_channel_is_an_error(tmp_path):
         check_recording(write_clip(tmp_path / "a.wav", tone(0, 1.0)), Windows(channel=1))
     path = write_clip(tmp_path / "b.wav", np.zeros((100, 2)))
     changes = check_recording(path, Windows(channel=1)).changes
-    assert changes[0] == "have several channels: channel 1 is used"
+    assert changes[0] == "have several channels, of which channel 1 is used"
     with pytest.raises(UserError, match="no channel 2: it has 2 channels, counted from 0"):
         check_recording(path, Windows(channel=2))
 
@@ -214,7 +214,8 @@ def test_a_notice_says_if_the_first_window_leaves_out_more_than_two_seconds(tmp_
     )
     assert check_recording(published).changes == []
     assert check_recording(longer).changes == [
-        "are longer than 12 s, and only their first 10 s count (--window all uses the rest as well)"
+        "are longer than 12 s, and only their first 10 s are used; to use the rest as well, add "
+        "--window all"
     ]
     assert check_recording(longer, Windows(hop=10)).changes == []
 
@@ -243,7 +244,7 @@ def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):
     decoded, changes = read(tmp_path / "a.flac")
     assert np.array_equal(decoded, samples[:N_SAMPLES])
     assert changes == []
-    with pytest.raises(UserError, match="its header does not give its length; encode it again"):
+    with pytest.raises(UserError, match="its header does not contain its length; encode it again"):
         check_recording(tmp_path / "a.flac", Windows(hop=10))
 
 

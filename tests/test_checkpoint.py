@@ -12,19 +12,11 @@ from conftest import CLASSES, MACHINES, arguments, change_checkpoint
 
 import train
 from audio import Windows
-from checkpoint import (
-    Checkpoint,
-    RunFiles,
-    build_network,
-    clear_run,
-    find_checkpoint,
-    load_model,
-    load_newest,
-    lock_run,
-    take_weights,
-)
+from checkpoint import Checkpoint, find_checkpoint, load_newest
 from config import load_config
 from evaluation.tables import clear_results
+from run_files import RunFiles, clear_run, lock_run
+from trained import build_network, load_model, take_weights
 from utils import UserError
 
 # ---- Writing ----
@@ -145,7 +137,7 @@ def test_machines_on_the_command_line_must_be_those_of_the_checkpoint(trained):
     load("auto")
     load(MACHINES)
     for machines in ({"fan": [0, 1]}, {"valve": [1], "fan": [0, 2]}):
-        message = "command line: machines .* is not the checkpoint's, 'fan 00, 02; valve 01'"
+        message = "command line: machines is .*, but the checkpoint .* has 'fan 00, 02; valve 01'"
         with pytest.raises(UserError, match=message):
             load(machines)
 
@@ -155,7 +147,7 @@ def test_loading_looks_at_no_recordings(trained, tmp_path):
     config = load_config(machines="auto", data_root=str(tmp_path / "nowhere"))
     assert load_model(trained / "run.pth", config).classes == CLASSES
     torch.save(Checkpoint.load(trained / "run.pth").weights, tmp_path / "bare.pth")
-    message = "bare.pth is a bare state dict, which does not say its classes: give machines as a"
+    message = "bare.pth is a bare state dict, which does not contain its classes; set machines to"
     for keys in ({"machines": "auto"}, {"machines": MACHINES, "classes": "attributes"}):
         with pytest.raises(UserError, match=message):
             load_model(tmp_path / "bare.pth", load_config(**keys))
@@ -173,8 +165,8 @@ def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, caps
         expected = initial if name in centres else published.weights
         assert torch.equal(tensor, expected[name]), name
     notice = (
-        f"notice: init_from: the weights of {published.path} are taken, "
-        "but for the class centres (arcface.weight, "
+        f"notice: init_from: starting from the weights of {published.path}, "
+        "except for the class centres (arcface.weight, "
     )
     assert notice in capsys.readouterr().err
     network = build_network(load_config(input="sgram"), CLASSES)
@@ -222,7 +214,7 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
         files.last.write_bytes(whole)
     assert fallen_back > 8
     notice = (
-        f"{files.last}: not a readable checkpoint (it is something else, or damaged); "
+        f"{files.last}: not a readable checkpoint (another kind of file, or damaged); "
         "continuing from the best weights, of epoch 1"
     )
     assert capsys.readouterr().err.count(notice) == fallen_back
@@ -241,9 +233,9 @@ def test_what_resume_and_overwrite_find(trained_copy, tmp_path):
     assert find_checkpoint(existing, resume=False, overwrite=True) is None
     found = find_checkpoint(existing, resume=True, overwrite=False)
     assert (found.path, found.epoch) == (trained_copy / "run.last.pth", 1)
-    with pytest.raises(UserError, match=r"run.last.pth exists: --resume continues that run"):
+    with pytest.raises(UserError, match=r"run.last.pth already exists; continue the run with"):
         find_checkpoint(existing, resume=False, overwrite=False)
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="use only one of them"):
         find_checkpoint(missing, resume=True, overwrite=True)
 
 

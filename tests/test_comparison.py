@@ -125,7 +125,7 @@ def test_each_file_without_configuration_is_a_group(recordings):
 
 def test_what_cannot_be_compared(result):
     with pytest.raises(
-        UserError, match="nothing to compare: the condition of the clips is not known"
+        UserError, match="nothing to compare: no recording is labelled normal or anomalous"
     ):
         group_by_configuration([result, replace(result, metrics=None)])
     with pytest.raises(
@@ -134,7 +134,7 @@ def test_what_cannot_be_compared(result):
         group_by_configuration([result, replace(result, recordings=result.recordings[1:])])
     with pytest.raises(
         UserError,
-        match=r"run.pth and run.last.pth are of the same configuration and seed; leave one out",
+        match=r"run.pth and run.last.pth have the same configuration and seed; leave one out",
     ):
         group_by_configuration([result, at_path(result, "run.last.pth")])
 

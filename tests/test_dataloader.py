@@ -15,7 +15,7 @@ from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_re
 
 import dataloader
 import train
-from dataloader import ClipSet, batches, keep_on_gpu, shuffled_batches
+from dataloader import ClipSet, cut_into_batches, keep_on_gpu, shuffled_batches
 from model.tastgram import N_SAMPLES
 from recordings import COLUMNS, MACHINE, NAMES_SHOWN
 from utils import UserError, one_line
@@ -62,7 +62,7 @@ def test_all_broken_recordings_are_named_before_training(tmp_path, fails):
     ]
     for kind, path in zip(BROKEN, paths, strict=True):
         broken(kind, path)
-    message = f"{len(BROKEN)} of {12 + len(BROKEN)} recordings cannot be used, replace"
+    message = f"{len(BROKEN)} of {12 + len(BROKEN)} recordings cannot be used; replace"
     errors = fails(train.main, *arguments(tmp_path, root), match=message)
     assert all(f"{path} (" in errors for path in paths)
     assert not (tmp_path / "run.pth").exists()
@@ -144,7 +144,7 @@ def test_recordings_that_vanished_are_one_error_that_names_a_file(tmp_path):
     gone = clips.paths.tolist()[4:6]
     for path in gone:
         path.unlink()
-    iterator = clips.batches(batches(np.arange(12), 3), CPU)
+    iterator = clips.batches(cut_into_batches(np.arange(12), 3), CPU)
     assert len(next(iterator)[1]) == 3
     with pytest.raises(UserError, match=f"^{re.escape(str(gone[0]))}: unreadable"):
         next(iterator)
@@ -153,7 +153,7 @@ def test_recordings_that_vanished_are_one_error_that_names_a_file(tmp_path):
 
 
 def test_an_abandoned_iterator_leaves_no_thread_behind(data_root):
-    clips, plan = train_clips(data_root), batches(np.arange(12), 3)
+    clips, plan = train_clips(data_root), cut_into_batches(np.arange(12), 3)
     before = set(threading.enumerate())
 
     def interrupted():
@@ -201,8 +201,8 @@ def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monke
     assert capsys.readouterr().err == ""
     assert samples_after("auto", gpu, needed + others - 1) == none
     notice = (
-        "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training takes "
-        "about 0.0: the recordings are read from their files in every epoch, by num_workers threads"
+        "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training needs "
+        "about 0.0 GB, so the recordings are read from their files in every epoch; num_workers"
     )
     assert capsys.readouterr().err.startswith(notice)
     assert samples_after("cuda", gpu, needed) == both
@@ -273,7 +273,7 @@ def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
     assert clips_of(tmp_path, **LONG, hop=5).start[:4].tolist() == [0, 5, 10, 15]
     first = clips_of(tmp_path, machines=LONG["machines"])
     assert first.start.tolist() == [0] * 8
-    notice = "4 of 8 recordings are longer than 12 s, and only their first 10 s count"
+    notice = "4 of 8 recordings are longer than 12 s, and only their first 10 s are used"
     assert notice in capsys.readouterr().err
 
 
@@ -342,4 +342,4 @@ def test_each_epoch_has_every_clip_once_in_another_order():
     ],
 )  # fmt: skip
 def test_a_last_batch_that_is_too_small_joins_the_one_before(count, size, least, sizes):
-    assert [len(batch) for batch in batches(np.arange(count), size, least)] == sizes
+    assert [len(batch) for batch in cut_into_batches(np.arange(count), size, least)] == sizes

@@ -51,7 +51,7 @@ def test_a_restart_may_not_overwrite(fails, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_MAX_RESTARTS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("utils.distributed.end_process", sys.exit)
-    message = "--overwrite would begin anew after every restart: remove the old run"
+    message = "--overwrite would replace the run after every restart; remove the old run"
     fails(train_ddp.main, "--overwrite", match=message)
 
 
@@ -222,12 +222,12 @@ def test_where_one_process_cannot_compile(switch, tmp_path, data_root):
     assert len(lines) == 1, result.stderr
     if switch == "auto":
         assert result.returncode == 0, result.stderr
-        assert lines[0].startswith("notice: compile: it fails on ")
+        assert lines[0].startswith("notice: compile: compiling fails on ")
         assert epochs(tmp_path) == ["1"]
     else:
         assert result.returncode == 1
         assert errors(result) == lines
-        assert lines[0].startswith("error: compile: true, but it fails on ")
+        assert lines[0].startswith("error: compile: true, but compiling fails on ")
         assert not (tmp_path / "run.pth").exists()
 
 
@@ -310,7 +310,10 @@ def test_an_error_is_said_once(tmp_path):
 def test_too_few_clips_for_the_processes(tmp_path, data_root):
     result = torchrun(4, *arguments(tmp_path, data_root, batch_size=3))
     assert len(errors(result)) == 1
-    assert "error: batch_size: 3 clips a step: 4 processes need one each" in errors(result)[0]
+    assert (
+        "error: batch_size: 3 clips per step are too few: 4 processes need one each"
+        in errors(result)[0]
+    )
 
 
 # One process ends itself at the end of an epoch, the first time only.
@@ -351,7 +354,7 @@ def test_a_process_that_dies_ends_the_job(rank, tmp_path, data_root, dying):
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(errors(result)) <= 1
     ended = "another process of the job has ended"
-    stopped = f"process {1 - int(rank)} was stopped, by a user or because another one has died"
+    stopped = f"process {1 - int(rank)} was stopped by a user or because another process has died"
     assert all(ended in line or stopped in line for line in errors(result))
     saved_epoch = Checkpoint.load(tmp_path / "run.last.pth").epoch
     assert saved_epoch == (2 if rank == "1" else 1), "rank 0 writes"

@@ -436,7 +436,7 @@ def test_connection_cut_at_the_same_place_for_ever_is_given_up(world):
 
     world.site.fault = cut_from_start
     world.fail(
-        r"dev_data_fan\.zip.*: the connection is always lost at byte 1000; start again later"
+        r"dev_data_fan\.zip.*: the connection is lost at byte 1000 every time; try again later"
     )
     assert len(world.site.requests) == 1 + download.TRIES
     world.run_to_completion()
@@ -463,7 +463,7 @@ def test_lasting_trouble_ends_with_one_line_and_status_2(world, capfd):
     assert world.run_apart() == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith("error: 503 Server Error: Service Unavailable for url: http://127.0.0.1")
-    assert last.endswith("check --url, or start again later to continue")
+    assert last.endswith("check --url, or run this again later to continue")
     assert len(world.site.requests) == download.TRIES
     world.fail("Connection refused", "--url", "http://127.0.0.1:9/{file}")
     world.run_to_completion()
@@ -509,7 +509,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(world, set_free_spa
     clips = sum(map(len, world.expected().values()))
     largest = max(len(world.site.files[file.format(t)]) for file in list(CLIPS)[:2] for t in TYPES)
     set_free_space(clips + largest - 1)
-    world.fail(r"needed, .* free; free some space")
+    world.fail(r"needed, .* free\); free some space")
     assert world.site.requests == []
     set_free_space(clips + largest)
     world.run_to_completion()
@@ -524,7 +524,7 @@ def test_full_disk_in_the_middle(world, monkeypatch):
     try:
         with monkeypatch.context() as patch:
             patch.setattr(download.shutil, "disk_usage", lambda _: Usage(1e9))
-            world.fail("data: No space left on device; fix this and start again")
+            world.fail("data: No space left on device; fix this, and run this again")
         world.fail(r"needed, .* free")
         subprocess.run(["mount", "-o", "remount,size=1m", world.output], check=True)
         world.run()
@@ -598,7 +598,7 @@ def test_kill_9_while_bytes_arrive(world, length):
         (["--types", "fans"], "argument --types: invalid choice: 'fans'"),
         (["--parts", "train"], "argument --parts: invalid choice: 'train'"),
         (["--type", "fan"], "unrecognized arguments: --type fan"),
-        (["--url", "http://127.0.0.1/x.zip"], r"x\.zip: {file} is missing, as in http"),
+        (["--url", "http://127.0.0.1/x.zip"], r"x\.zip has no {file}; add it, as in http"),
     ],
 )
 def test_wrong_options_are_one_line(world, arguments, message):

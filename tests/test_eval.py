@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 import eval as eval_script
 import score as score_script
 import train as train_script
-from checkpoint import Checkpoint, build_network, load_model
+from checkpoint import Checkpoint
 from classes import Classes
 from config import load_config
 from dataloader import load_clips
@@ -37,6 +37,7 @@ from evaluation.scores import Embeddings
 from inference import run_model
 from losses import Objective
 from model import TASTgramMFN
+from trained import build_network, load_model
 
 
 def evaluate(call, folder: Path, data_root: Path, *words: str):
@@ -137,14 +138,14 @@ def test_evaluation_clips_with_and_without_labels(
     label_list.write_text("\n".join(["fan", *lines["fan"][1:]]) + "\n")
     status, output, errors = evaluate(call, lively, root, "--split", "evaluation")
     assert status == 0
-    assert "3 of 6 clips are not in eval_data_list.csv and count in no metric" in errors
+    assert "3 of 6 recordings are not listed in eval_data_list.csv and are left out" in errors
     assert "valve" not in output
     assert len(read_csv(folder / "anomaly_score_valve_id_01.csv")) == 2
 
     label_list.unlink()
     status, output, errors = evaluate(call, lively, root, "--split", "evaluation")
     assert status == 0
-    assert "6 of 6 clips are not in eval_data_list.csv and count in no metric" in errors
+    assert "6 of 6 recordings are not listed in eval_data_list.csv and are left out" in errors
     assert "AUC" not in output
     assert f"6 scores: {folder}" in output
     assert {path.name for path in folder.iterdir()} == names, "old metrics are removed"
@@ -202,7 +203,7 @@ def test_editing_the_configuration_cannot_change_the_model(lively, data_root, tm
 )  # fmt: skip
 def test_contradicting_the_checkpoint_is_an_error(trained, data_root, fails, option, value):
     words = [trained / "run.pth", "--data_root", data_root, f"--{option}", value]
-    message = rf"command line: {option} .* is not the checkpoint's, .*run.pth"
+    message = rf"command line: {option} is .*, but the checkpoint .*run.pth has"
     fails(eval_script.main, *words, match=message)
 
 
@@ -318,7 +319,7 @@ def test_weights_without_embeddings_get_them_from_the_training_clips(
     words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest", "--data_root")
     fails(eval_script.main, *words, root, match=r"no folder .*fan/train")
     others = write_set(tmp_path / "others", train_clips=5)
-    message = "the clips under .*others are not those that .* was trained on"
+    message = "the recordings under .*others are not those that .* was trained on"
     fails(eval_script.main, *words, others, match=message)
 
 
@@ -340,7 +341,9 @@ def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, 
     bank = Embeddings(bank.embedding[is_other], bank.labels[is_other])
     change_checkpoint(trained_copy / "run.pth", bank=bank)
     words = ("--data_root", data_root, "--device", "cpu", "--scoring", "nearest")
-    message = "run.pth: it has no embeddings of training clips of fan 02, so nothing is near them"
+    message = (
+        "run.pth: the checkpoint has no embeddings of training clips of fan 02, so there is no"
+    )
     fails(eval_script.main, trained_copy / "run.pth", *words, match=message)
 
 
@@ -430,7 +433,7 @@ def test_the_checkpoint_keeps_the_classes(sections, call, fails):
     root = sections / "data"
     assert evaluate(call, sections, root, "--classes", "attributes", "--machines", "auto")[0] == 0
     words = (sections / "run.pth", "--data_root", root, "--classes", "section")
-    message = "command line: classes 'section' is not the checkpoint's"
+    message = "command line: classes is 'section', but the checkpoint .* has 'attributes'"
     fails(eval_script.main, *words, match=message)
     words = arguments(sections, root, machines="auto", classes="attributes", split_ratio=0.7)
     status, output, _ = call(train_script.main, *words, "--resume")
@@ -467,12 +470,12 @@ def test_names_that_lie_are_one_line(sections, tmp_path, fails):
     words = arguments(tmp_path, root, machines="auto")
     message = (
         "bearing/train/section_00_source_train_normal_0000_vel_1.wav and "
-        ".*fan/train/normal_id_00_0000.wav are named"
+        ".*fan/train/normal_id_00_0000.wav follow the"
     )
     fails(train_script.main, *words, match=message)
     fails(eval_script.main, sections / "run.pth", "--data_root", root, match=message)
     clip.rename(folder / "section_00_source_train_normal_0000_vel.wav")
-    message = "its attributes are 2 words and those of .*0000_vel.wav 1, which cannot be"
+    message = "has 2 attribute words and .*0000_vel.wav has 1, so they cannot both consist of pairs"
     fails(train_script.main, *words, match=message)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pth"] == []
 
@@ -506,7 +509,7 @@ def test_evaluation_clips_of_later_years(sections, tmp_path, call):
     assert (status, "AUC" in output) == (0, False)
     notice = (
         "12 of 12 clips are not in ground_truth_data and ground_truth_domain "
-        "and count in no metric (copy"
+        "and are left out of the metrics (copy"
     )
     assert notice in errors
 
@@ -582,11 +585,11 @@ def test_two_checkpoints_of_one_folder_are_refused(trained_copy, data_root, fail
             ("--neighbours", "3", "--scoring", "angle"),
             "command line: neighbours has no effect with scoring: angle",
         ),
-        (("--output", "here"), "--output is for comparisons"),
+        (("--output", "here"), "--output has no effect without a comparison"),
         (("--lr", "1"), "unknown option --lr"),
         (
             ("--score_files", "here"),
-            "checkpoint has no effect with --score_files, which takes --data_root alone",
+            "checkpoint has no effect with --score_files, which uses only --data_root",
         ),
     ],
 )
@@ -595,7 +598,7 @@ def test_options_without_effect_are_errors(words, match, trained, fails):
 
 
 def test_missing_and_damaged_checkpoints(tmp_path, fails):
-    message = r"weights: its results go to a folder .*weights.pth"
+    message = r"weights: the file name has no extension, .*weights.pth"
     fails(eval_script.main, tmp_path / "weights", match=message)
     message = "none.pth: no such checkpoint; train one with"
     fails(eval_script.main, tmp_path / "none.pth", match=message)

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import export as export_script
 import score as score_script
-from checkpoint import Checkpoint, Model, build_network, load_model
+from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import Config, load_config
 from dataloader import ClipSet
@@ -32,6 +32,7 @@ from evaluation.onnx_file import CPU, compare, largest_difference, make_file, sy
 from evaluation.scores import Embeddings
 from inference import run_model
 from model import CHANNELS, EMBEDDING_SIZE
+from trained import Model, build_network, load_model
 from utils import UserError
 
 ROOT = Path(export_script.__file__).parent
@@ -324,15 +325,15 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
             tone(1, 1.0, rate=8000),
             8000,
             ["fan"],
-            r"its rate is 8000 Hz, not 16000: sox IN.wav -r 16000 OUT.wav",
+            r"its sample rate is 8000 Hz, not 16000 Hz; convert it with sox IN.wav -r 16000",
         ),
-        (np.zeros(0), 16000, ["fan"], "it has 0 samples of 1 channels; channel 0 is needed"),
+        (np.zeros(0), 16000, ["fan"], "it has 0 samples in 1 channels, but channel 0 is needed"),
         (np.full(9, np.nan), 16000, ["fan"], "it holds NaN or infinite samples"),
         (
             tone(1, 1.0),
             16000,
             ["fan", "7"],
-            "knows no such machine; it knows fan 00, fan 02, valve 01",
+            "was not trained on this machine; use one of fan 00, fan 02, valve 01",
         ),
     ],
     ids=["8 kHz", "empty", "NaN", "machine"],
@@ -366,8 +367,8 @@ def test_files_that_the_example_cannot_read(exported, tmp_path):
 @pytest.mark.parametrize(
     ("score", "match"),
     [
-        (1001.1, "a score is 1001.1 with it, and 1000 with eval.py; check the packages"),
-        (np.nan, "a score is nan with it, and 1000 with"),
+        (1001.1, "it gives a score of 1001.1 where eval.py gives 1000; check the packages"),
+        (np.nan, "it gives a score of nan where eval.py gives 1000"),
     ],
 )
 def test_the_bound_is_the_larger_of_a_share_and_a_number(score, match):
@@ -376,13 +377,13 @@ def test_the_bound_is_the_larger_of_a_share_and_a_number(score, match):
     assert largest_difference(close, expected) == pytest.approx(0.9)
     with pytest.raises(UserError, match=match):
         largest_difference(np.array([[0.01, 1000.0], [0.01, score]]), expected)
-    with pytest.raises(UserError, match=r"a score is 0.01011 with it, and 0.01 with"):
+    with pytest.raises(UserError, match=r"it gives a score of 0.01011 where eval.py gives 0.01;"):
         largest_difference(expected + np.array([[0.00011, 0]]), expected)
 
 
 def test_a_difference_above_the_bound_leaves_no_file(without_tracing, trained_copy, fails):
     before = sorted(trained_copy.iterdir())  # its checkpoint has other weights than the graph
-    match = "no file is written: a score is .* with it, and .* with eval.py"
+    match = "the ONNX file was not written: it gives a score of .* where eval.py gives"
     fails(export_script.main, trained_copy / "run.pth", "--device", "cpu", match=match)
     assert sorted(trained_copy.iterdir()) == before
 
@@ -407,12 +408,12 @@ def test_a_full_disk(without_tracing, exported_copy, fails, monkeypatch):
         (("nowhere/run.pth",), "nowhere/run.pth: no such checkpoint"),
         (
             ("run.pth", "--output", "run.pth"),
-            "run.pth: --output names a file that ends in .onnx and is not the checkpoint",
+            "run.pth is a folder, the checkpoint, or does not end in .onnx; choose another",
         ),
-        (("copy.onnx",), "copy.onnx: --output names a file that .* is not the checkpoint"),
-        (("run.pth", "--output", "folder.onnx"), "folder.onnx: --output names a file"),
+        (("copy.onnx",), "copy.onnx is a folder, the checkpoint, or does not"),
+        (("run.pth", "--output", "folder.onnx"), "folder.onnx is a folder"),
         (("run.pth", "--output", "text.pth/run.onnx"), "text.pth/run.onnx cannot be written"),
-        (("run.pth", "--mode", "arcface"), "command line: mode 'arcface' is not the checkpoint's"),
+        (("run.pth", "--mode", "arcface"), "command line: mode is 'arcface', but the checkpoint"),
         ((), "noisy_arcmix.pth: no such checkpoint"),
         (
             ("run.pth", "--neighbours", "3"),
@@ -435,7 +436,7 @@ def test_mistakes(words, match, trained_copy, fails, monkeypatch):
 def test_a_missing_package(package, trained_copy, fails, monkeypatch):
     monkeypatch.delitem(sys.modules, "evaluation.onnx_file")
     monkeypatch.setitem(sys.modules, package, None)
-    match = f"export.py needs other packages .*{package}.*: pip install -r requirements-export.txt"
+    match = f"export.py needs more packages .*{package}.*; run pip install -r requirements-export"
     fails(export_script.main, trained_copy / "run.pth", match=match)
 
 

@@ -15,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from audio import Windows, check_recording
-from checkpoint import RunFiles, load_model, read_history
+from checkpoint import read_history
 from config import load_config
 from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_samples
 from evaluation.result import Result, evaluate
 from model import LogMel
 from recordings import MACHINE
+from run_files import RunFiles
+from trained import load_model
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -161,13 +163,13 @@ def test_the_history_is_drawn(result, axes):
 def test_a_damaged_history_is_named_and_a_missing_one_is_in_the_checkpoint(trained_copy):
     model = load_model(trained_copy / "run.pth", load_config())
     file = trained_copy / "run" / "history.csv"
-    history = read_history(model)
+    history = read_history(model.checkpoint)
     for content in ("epoch,lr\n1,fast\n", "a,b\n1,2\n", ""):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"history.csv: not the history of a training"):
-            read_history(model)
+        with pytest.raises(UserError, match=r"history.csv: not a readable training history"):
+            read_history(model.checkpoint)
     file.unlink()
-    pd.testing.assert_frame_equal(read_history(model), history, check_dtype=False)
+    pd.testing.assert_frame_equal(read_history(model.checkpoint), history, check_dtype=False)
 
 
 def test_a_panel_has_the_runs_of_a_configuration(result, tmp_path, monkeypatch):

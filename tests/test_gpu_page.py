@@ -17,7 +17,7 @@ from benchmarks import gpu
 ROOT = Path(__file__).parent.parent
 
 
-def page_of(folder: Path) -> list[dict]:
+def read_rows(folder: Path) -> list[dict]:
     return json.loads((folder / "gpu.json").read_text())["rows"]
 
 
@@ -40,7 +40,7 @@ STUB = """
 import subprocess, sys, time
 print('dots...', end='')
 print('\\nROW {"name": "one", "ms": 3.14159}', flush=True)
-print('notice: compile: it fails on a machine', file=sys.stderr, flush=True)
+print('notice: compile: compiling fails on a computer', file=sys.stderr, flush=True)
 child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
 print('ROW {"name": "child", "pid": %d}' % child.pid, flush=True)
 {ending}
@@ -64,16 +64,16 @@ def test_a_measurement_that_is_stopped_leaves_its_rows_and_no_process(
     monkeypatch.setattr(gpu, "__file__", str(stub))
     page = gpu.Page(tmp_path)
     gpu.run_measurement("stub", 5, page, [])
-    one, *others = rows = page_of(tmp_path)
+    one, *others = rows = read_rows(tmp_path)
     assert (one["measurement"], one["name"], one["ms"]) == ("stub", "one", 3.14159)
     notices = [row["notice"] for row in others if "notice" in row]
-    assert notices == ["compile: it fails on a machine"]
+    assert notices == ["compile: compiling fails on a computer"]
     assert [row["problem"] for row in rows if "problem" in row] == ([problem] if problem else [])
     child = next(row["pid"] for row in rows if row["name"] == "child")
     wait_until(lambda: not is_running(child), 10)
     text = (tmp_path / "gpu.md").read_text()
     assert "| stub | one | ms 3.142 |" in text
-    assert "- Notice: stub, notice: compile: it fails on a machine" in text
+    assert "- Notice: stub, notice: compile: compiling fails on a computer" in text
     assert (f"- Problem: stub, not finished: {problem}" in text) == bool(problem)
     assert "dots..." in (tmp_path / "gpu.log").read_text()
 
@@ -91,7 +91,7 @@ def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     process.send_signal(number)
     assert process.wait(20) == (-9 if number == signal.SIGKILL else 143)
     wait_until(lambda: not is_running(int(children[0])), 20)
-    (row,) = page_of(tmp_path)
+    (row,) = read_rows(tmp_path)
     assert (row["measurement"], row["name"]) == ("machine", "versions")
 
 
@@ -102,13 +102,13 @@ def test_what_does_not_work_is_a_row(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: not everything went well; ")
-    (row,) = page_of(tmp_path)
+    (row,) = read_rows(tmp_path)
     assert re.match("device: cuda:77 ", row["problem"])
 
 
 def test_measurements_that_there_is_no_time_for(tmp_path, fails):
     fails(gpu.main, "--minutes", "0.1", "--output", tmp_path, match="not everything went well")
-    rows = page_of(tmp_path)
+    rows = read_rows(tmp_path)
     assert len(rows) == len(gpu.MEASUREMENTS)
     assert {row["problem"] for row in rows} == {"no time left of 0.1 minutes"}
 

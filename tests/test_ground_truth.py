@@ -33,7 +33,7 @@ def test_published_label_list():
 )
 def test_a_label_list_with_something_else_in_it(tmp_path, line):
     (tmp_path / LABEL_LIST).write_text(f"fan\n{line}\n")
-    with pytest.raises(UserError, match=r"eval_data_list.csv, line 2: not `<file name>,"):
+    with pytest.raises(UserError, match=r"eval_data_list.csv, line 2: expected `<file name>,"):
         read_label_list(tmp_path / LABEL_LIST)
     (tmp_path / LABEL_LIST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"eval_data_list.csv: not a list of labels"):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from conftest import CLASSES
 
 from evaluation.scores import Scorer
-from losses import MODES, Mix, Objective, divide_mix, margin_logits
+from losses import MODES, Mix, Objective, margin_logits
 from model import Outputs
+from sampling import divide_mix
 
 M, S = 0.7, 30.0
 N_CLASSES = len(CLASSES)

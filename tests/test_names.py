@@ -45,43 +45,53 @@ def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
     [
         (
             "train/section_0_source_train_normal_0009_pat_00.wav",
-            "begins as that of a section and is not section_XX_",
+            "starts with section_ but does not have the form section_XX_",
         ),
-        ("train/section_0a_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
-        ("train/section_000_source_train_normal_0009_pat_00.wav", "begins as that of a section"),
-        ("train/section_00_train_normal_0009_pat_00.wav", "begins as that of a section"),
-        ("train/section_00_source_train_normal_9_pat_00.wav", "begins as that of a section"),
-        ("train/section_00_source_train_normal_0009_pat__00.wav", "begins as that of a section"),
+        ("train/section_0a_source_train_normal_0009_pat_00.wav", "starts with section_ but"),
+        ("train/section_000_source_train_normal_0009_pat_00.wav", "starts with section_ but"),
+        ("train/section_00_train_normal_0009_pat_00.wav", "starts with section_ but"),
+        ("train/section_00_source_train_normal_9_pat_00.wav", "starts with section_ but"),
+        ("train/section_00_source_train_normal_0009_pat__00.wav", "starts with section_ but"),
         (
             "train/section_00_source_target_train_normal_0009_pat_00.wav",
-            "begins as that of a section",
+            "starts with section_ but",
         ),
-        ("train/section_00_source_train_normal_0009_target_00.wav", "speak of two domains"),
+        (
+            "train/section_00_source_train_normal_0009_target_00.wav",
+            "contain both source and target",
+        ),
         (
             "train/section_00_source_test_normal_0009_pat_00.wav",
-            "named as a clip of test, and in the folder train",
+            "its name says test, but it is in the folder train",
         ),
         (
             "train/section_00_source_train_normal_0009_pat.wav",
-            "its attributes are 1 words and those of .* 2, which cannot be pairs",
+            "has 1 attribute words and .* has 2, so they cannot both consist of pairs",
         ),
         (
             "train/section_00_source_train_normal_0000_pat_00_x.wav",
-            "its attributes are 2 words and those of .* 3, which cannot be pairs",
+            "has 2 attribute words and .* has 3, so they cannot both consist of pairs",
         ),
-        ("train/normal_id_00_00000000.wav", "are named as in different years of the challenge"),
+        (
+            "train/normal_id_00_00000000.wav",
+            "follow the naming of different years",
+        ),
         (
             "test/section_00_source_train_normal_0009_pat_00.wav",
-            "named as a clip of train, and in the folder test",
+            "its name says train, but it is in the folder test",
         ),
         (
             "source_test/section_00_target_test_normal_0009.wav",
-            "name and folder speak of two domains",
+            "contain both source and target",
         ),
-        ("test/anomaly_id_00_00000000.wav", "are named as in different years of the challenge"),
+        (
+            "test/anomaly_id_00_00000000.wav",
+            "follow the naming of different years",
+        ),
         (
             "evaluation/section_00_0000.wav",
-            "with such a name are kept in train, test, source_test, target_test; move it",
+            "named like this must be in one of the folders train, test, source_test, target_test; "
+            "move",
         ),
         (
             "source_test/section_00_source_test_normal_0001_pat_01.wav",
@@ -109,7 +119,7 @@ def test_names_that_lie(tmp_path, liar, message):
         with pytest.raises(UserError, match=message):
             list_files(tmp_path, ["fan", "valve"], other_split)
         assert f"{tmp_path}/fan/{split}/{honest[0]}" in str(error.value)
-    elif "its attributes" in message:
+    elif "attribute words" in message:
         assert honest[0] in str(error.value)
 
 

@@ -41,8 +41,9 @@ def test_find_clips(tmp_path, capsys):
     for notice in (
         "skipped 2 files not named normal_id_XX_*.wav or .flac: "
         "._normal_id_00_00000000.wav, notes.txt\n",
-        "skipped 1 file of IDs outside the table of machines: normal_id_07_00000000.wav",
-        "skipped 1 file named anomaly: training takes normal ones only: anomaly_id_00_00000000.wav",
+        "skipped 1 file whose machine ID is not in machines: normal_id_07_00000000.wav",
+        "skipped 1 file named anomaly (training uses normal recordings only): "
+        "anomaly_id_00_00000000.wav",
     ):
         assert notice in errors
     clips = listed(root, MACHINES, "test")
@@ -76,10 +77,10 @@ def test_missing_folders(data_root, capsys):
     assert "no test folder for pump" in capsys.readouterr().err
     with pytest.raises(UserError, match="no folder"):
         listed(data_root, {"pump": [0]}, "test")
-    message = r"no clips found: looked for .*normal_id_XX.*datasets/download.py"
+    message = r"no recordings found: looked for .*normal_id_XX.*datasets/download.py"
     with pytest.raises(UserError, match=message):
         listed(data_root, {"fan": [5]}, "train")
-    with pytest.raises(UserError, match="training clips of one class only"):
+    with pytest.raises(UserError, match="all training recordings are of one class"):
         listed(data_root, {"fan": [0, 5]}, "train")
     message = r"no folder \S*nowhere \(looked for .*datasets/download.py"
     with pytest.raises(UserError, match=message):
@@ -120,7 +121,7 @@ def test_folders_without_machines(tmp_path):
     with pytest.raises(UserError, match=message):
         listed(tmp_path / "nowhere", "auto", "train")
     touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
-    message = "training clips of one class only, and the method learns by"
+    message = "all training recordings are of one class, but the method learns by"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
     touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
@@ -138,7 +139,7 @@ def test_ids_may_be_words(tmp_path, capsys):
     clips = listed(tmp_path, {"press": ["line-4", "line-3"]}, "train")
     assert clips["machine_id"].tolist() == ["line-3", "line-4"]
     assert clips["label"].tolist() == [1, 0]
-    notice = "skipped 1 file of IDs outside the table of machines: normal_id_3_1.wav"
+    notice = "skipped 1 file whose machine ID is not in machines: normal_id_3_1.wav"
     assert notice in capsys.readouterr().err
 
 
@@ -158,7 +159,7 @@ def test_evaluation_clips_take_their_condition_from_the_list(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "skipped 1 file not named id_XX_*.wav or .flac: normal_id_00_00000000.wav" in errors
     assert "no evaluation folder for valve" in errors
-    assert "3 of 3 clips are not in eval_data_list.csv and count in no metric (`python" in errors
+    assert "3 of 3 recordings are not listed in eval_data_list.csv and are left out" in errors
     (tmp_path / LABEL_LIST).write_text(
         "valve\nid_00_00000000.wav,anomaly_id_00_00000000.wav,1\n"
         "fan\r\nid_00_00000000.wav,normal_id_00_00000007.wav,0\r\n"
@@ -224,10 +225,16 @@ def test_evaluation_clips_of_later_years_have_their_labels_in_lists(tmp_path):
     assert clips["condition"].tolist() == [NORMAL, ANOMALOUS, ANOMALOUS, UNLABELLED, UNLABELLED]
     assert clips["domain"].tolist() == ["target", "source", "target", "", ""]
     for lines, message in (
-        ("section_01_0000.wav,1", "line 1: section_01_0000.wav is no clip of section_00_test"),
-        ("section_00_0000.wav,2", "line 1: not `<file name>,<0 or 1>`"),
-        ("section_00_0000.wav,1\nsection_00_0000.wav,0", "line 2: .* is given twice"),
-        ("section_00_0000.wav", "line 1: not `<file name>,<0 or 1>`"),
+        (
+            "section_01_0000.wav,1",
+            "line 1: section_01_0000.wav is not a recording of section_00",
+        ),
+        ("section_00_0000.wav,2", "line 1: expected `<file name>,<0 or 1>`"),
+        (
+            "section_00_0000.wav,1\nsection_00_0000.wav,0",
+            "line 2: .* appears twice",
+        ),
+        ("section_00_0000.wav", "line 1: expected `<file name>,<0 or 1>`"),
     ):
         lists[1].write_text(f"{lines}\n")
         file = "ground_truth_domain/ground_truth_ToyTank_section_00_test.csv"
@@ -242,10 +249,12 @@ def test_no_clips_of_a_section(tmp_path, capsys):
     )
     listed(tmp_path, {"fan": [0], "pump": [0]}, "test")
     assert "no test folder for pump" in capsys.readouterr().err
-    message = r"looked for .*/test/section_XX_.*; what is there is for --split evaluation"
+    message = r"looked for .*/test/section_XX_.*; the recordings in .* are for --split evaluation"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, {"fan": [1]}, "test")
-    message = r"looked for .*/test/section_XX_XXXX.wav .*; what is there is for --split test"
+    message = (
+        r"looked for .*/test/section_XX_XXXX.wav .*; the recordings in .* are for --split test"
+    )
     with pytest.raises(UserError, match=message):
         listed(tmp_path, {"fan": [0]}, "evaluation")
     message = r"looked for .*; docs/years.md names the data of each year"
@@ -255,7 +264,7 @@ def test_no_clips_of_a_section(tmp_path, capsys):
         tmp_path / "fan/train/section_00_source_train_0000.wav",
         tmp_path / "fan/train/section_00_0000.wav",
     )
-    message = r"no clips found: looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX"
+    message = r"looked for .*/train/section_XX_\{source,target\}_train_normal_XXXX"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, {"fan": [0]}, "train")
 
@@ -288,14 +297,14 @@ def test_the_attributes_of_an_id_make_its_classes(tmp_path, capsys):
     assert test["attributes"].tolist() == ["pat_07"], "a test clip may have other attributes"
     touch(tmp_path / "valve/train/section_00_source_train_normal_0003_pat_02.wav")
     assert len(find_recordings(config, classes, "train")) == 6
-    notice = "skipped 1 file with attributes outside the classes: section_00_source"
+    notice = "skipped 1 file whose attributes belong to no class: section_00_source"
     assert notice in capsys.readouterr().err
 
 
 def test_attributes_of_one_id_are_classes_enough(tmp_path):
     for pattern in ("pat_00", "pat_01"):
         touch(tmp_path / f"valve/train/section_00_source_train_normal_0000_{pattern}.wav")
-    with pytest.raises(UserError, match="training clips of one class only"):
+    with pytest.raises(UserError, match="all training recordings are of one class"):
         listed(tmp_path, {"valve": [0]}, "train")
     clips = listed(tmp_path, {"valve": [0]}, "train", classes="attributes")
     assert clips["label"].tolist() == [0, 1]

@@ -32,12 +32,12 @@ def test_all_modes_and_inputs_are_planned_for_each_seed():
     expected = [(seed, mode) for seed in (3, 1) for mode in MODES]
     assert [(run.seed, run.mode) for run in runs] == expected
     assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
-    assert str(runs[0].checkpoint) == "out/noisy_arcmix_3.pth"
+    assert str(runs[0].weights_path) == "out/noisy_arcmix_3.pth"
     others = planned(Path("out"), [1], "all")[len(MODES) :]
     assert {run.mode for run in others} == {"noisy_arcmix"}
     inputs = {tuple(run.input) for run in [*runs, *others]}
     assert len(inputs) == 7, "every combination of three channels"
-    assert len({run.checkpoint for run in [*runs, *others]}) == len(runs) + 6
+    assert len({run.weights_path for run in [*runs, *others]}) == len(runs) + 6
 
 
 def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(
@@ -78,7 +78,7 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
         trained.append(config)
     expected = [(run.mode, run.input, 7) for run in planned(tmp_path, [7], "all")]
     assert [(run.mode, run.input, run.seed) for run in trained] == expected
-    assert calls[-1][1:11] == tuple(str(run.checkpoint) for run in trained)
+    assert calls[-1][1:11] == tuple(str(run.weights_path) for run in trained)
     assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
 
 
@@ -96,7 +96,7 @@ def test_a_script_that_fails_or_is_killed(monkeypatch, tmp_path):
     (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(SystemExit, match="2"):
         reproduce.call("fails.py")
-    message = r"dies.py was killed \(signal 9\); start the same command again"
+    message = r"dies.py was killed \(signal 9\); run the same command again"
     with pytest.raises(reproduce.UserError, match=message):
         reproduce.call("dies.py")
 
@@ -128,14 +128,14 @@ def test_a_stop_reaches_the_script(tmp_path):
 
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
-    message = "command line: mode: all are trained"
+    message = "command line: mode: all modes are trained"
     fails(reproduce.main, *options, "--mode", "arcface", match=message)
     fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(reproduce.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
     message = (
         r"arcmix_1.pth: the run to resume had another configuration: mode .* "
-        r"--output names another folder"
+        r"choose another folder with --output"
     )
     fails(reproduce.main, *options, match=message)
     (tmp_path / "arcmix_1.pth").unlink()

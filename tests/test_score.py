@@ -69,10 +69,10 @@ def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_pa
     assert lines[0].startswith(f"{tmp_path / 'folder' / 'a.wav'}\terror: unreadable")
     assert lines[1].split("\t")[:2] == [str(good), "fan 02"]
     assert lines[2] == f"{tmp_path / 'nowhere.wav'}\terror: unreadable: not a file"
-    message = "error: 2 of 3 recordings could not be scored; their lines say why"
+    message = "error: 2 of 3 recordings could not be scored; see the reasons above"
     assert errors.splitlines()[-1] == message
     words = (lively / "run.pth", good, "--machine_type", "fan", "--machine_id", "7")
-    message = r"run.pth knows no machine fan 7; it was trained on fan 00, 02; valve 01"
+    message = r"run.pth was not trained on fan 7; choose one of its machines: fan 00, 02; valve 01"
     fails(score_script.main, *words, match=message)
     fails(score_script.main, lively / "run.pth", good, match="required: --machine_type")
     (tmp_path / "empty").mkdir()
@@ -158,8 +158,8 @@ def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, cal
 def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
     path = write_clip(tmp_path / "a.wav", np.stack([tone(1, 15.0)] * 2, axis=1))
     _, _, errors = score(call, lively, path, *FAN, "--window", "first")
-    assert "notice: 1 of 1 recordings have several channels: channel 0 is used\n" in errors
-    notice = "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s count"
+    assert "notice: 1 of 1 recordings have several channels, of which channel 0 is used\n" in errors
+    notice = "notice: 1 of 1 recordings are longer than 12 s, and only their first 10 s are used"
     assert notice in errors
     _, output, errors = score(call, lively, path, *FAN, "--timeline", "--hop", "0.5")
     assert "longer" not in errors
@@ -229,7 +229,7 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     status, output, errors = call(train_script.main, *words)
     assert status == 0
     assert f"{root}: 2 machine IDs: press line-3, line-4\n" in errors
-    assert "8 clips to train on, 4 to validate" in output, "two windows of each"
+    assert "8 training and 4 validation clips" in output, "two windows of each"
     classes = Checkpoint.load(tmp_path / "run.pth").classes
     assert classes.machines == [("press", "line-3"), ("press", "line-4")]
     assert evaluate(call, tmp_path, root)[0] == 0
@@ -242,7 +242,7 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     assert result["machine_id"] == "line-3"
     assert result["score"] == pytest.approx(float(row[1]), rel=1e-4)
     assert "press line-3\t" in score(call, tmp_path, folder, *machine, "line-3")[1]
-    message = "knows no machine press line-5; it was trained on press line-3, line-4"
+    message = "was not trained on press line-5; choose one of its machines: press line-3, line-4"
     words = (tmp_path / "run.pth", folder, *machine, "line-5")
     fails(score_script.main, *words, match=message)
     message = (

@@ -203,9 +203,9 @@ def test_an_empty_domain_and_one_condition_only_are_left_out_and_named(measured)
     pump = next(line for line in output.splitlines() if line.startswith("pump"))
     assert pump.replace("|", " ").split()[1:] == ["-"] * 9
     reason = "because normal or anomalous clips are missing"
-    assert f"no AUC, and left out of the averages, {reason}: pump 00, pump " in errors
-    effect = "harmonic means and official score without it"
-    assert f"no AUC of the target domain, and so {effect}, {reason}: fan 00\n" in errors
+    assert f"no AUC {reason}; left out of the averages: pump 00, pump " in errors
+    effect = "harmonic means and official score are computed without it"
+    assert f"no AUC of the target domain {reason}; {effect}: fan 00\n" in errors
 
 
 def test_a_score_that_is_always_wrong_makes_the_official_score_almost_zero(measured):
@@ -261,7 +261,7 @@ def test_evaluation_clips_have_their_labels_in_the_lists_of_the_organisers(tmp_p
     fails(
         eval_script.main,
         *words,
-        match="12 of 12 clips are not in ground_truth_data and ground_truth_domain under .*"
+        match="12 of 12 recordings are not in ground_truth_data and ground_truth_domain under .*"
         "copy these folders of the organisers' evaluator",
     )
     write_truth(tmp_path / "data", "data", "ToyTank_section_00_test", is_anomalous)
@@ -303,56 +303,64 @@ def test_score_files_of_2020(tmp_path, call):
         (
             "fan_00.csv",
             "",
-            r"anomaly_score_fan_00.csv: not named anomaly_score_<type>_id_<XX>.csv or",
+            r"anomaly_score_fan_00.csv: not a score file; rename it to anomaly_score_<type>_id_",
         ),
         (
             "average_id_00.csv",
             "normal_id_00_0.wav,1",
-            "not named .* or named like a row of the table",
+            "not a score file; rename it to anomaly_score_<type>",
         ),
         (
             "fan_id_mean.csv",
             "normal_id_mean_0.wav,1",
-            "not named .* or named like a row of the table",
+            "not a score file; rename it to anomaly_score_<type>",
         ),
         ("fan_section_00_test.csv", "", "no scores in it; add them"),
-        ("fan_section_00_test.csv", "section_00_0000.wav", "line 1: not `<file name>,<score>`"),
+        (
+            "fan_section_00_test.csv",
+            "section_00_0000.wav",
+            "expected `<file name>,<score>`",
+        ),
         (
             "fan_section_00_test.csv",
             "section_00_0000.wav,high",
-            "line 1: not `<file name>,<score>`",
+            "expected `<file name>,<score>`",
         ),
-        ("fan_section_00_test.csv", "section_00_0000.wav,nan", "line 1: not `<file name>,<score>`"),
+        (
+            "fan_section_00_test.csv",
+            "section_00_0000.wav,nan",
+            "expected `<file name>,<score>`",
+        ),
         (
             "fan_section_00_test.csv",
             "section_01_0000.wav,1",
-            "line 1: section_01_0000.wav is no clip of 00",
+            "line 1: section_01_0000.wav is not a recording of 00",
         ),
-        ("fan_section_00_test.csv", "clip.wav,1", "line 1: clip.wav is no clip of 00"),
+        ("fan_section_00_test.csv", "clip.wav,1", "line 1: clip.wav is not a recording of 00"),
         (
             "fan_section_00_test.csv",
             "a/section_00_0000.wav,1",
-            "line 1: a/section_00_0000.wav is no clip of 00",
+            "line 1: a/section_00_0000.wav is not a recording of 00",
         ),
         (
             "fan_section_00_test.csv",
             "section_00_x.wav,1",
-            "fan_section_00_test.csv, line 1: .*begins as that of a section",
+            "fan_section_00_test.csv, line 1: .*starts with section_ but",
         ),
         (
             "fan_section_00_test.csv",
             "section_00_0000.wav,1\nsection_00_0000.wav,2",
-            "line 2: .* given twice",
+            "line 2: .* appears twice",
         ),
         (
             "fan_section_00_test.csv",
             "section_00_source_train_normal_0000.wav,1",
-            "line 1: .*clip of train",
+            "line 1: .*its name says train",
         ),
         (
             "fan_section_00_source_test.csv",
             "section_00_target_test_normal_0000.wav,1",
-            "two domains",
+            "contain both source and target",
         ),
         (
             "fan_section_00_test.csv",
@@ -377,7 +385,7 @@ def test_the_same_clips_in_two_files(tmp_path, fails):
         eval_script.main,
         "--score_files",
         tmp_path,
-        match="fan_id_00.csv, line 1: normal_id_00_0.wav is given twice",
+        match="fan_id_00.csv, line 1: normal_id_00_0.wav appears twice",
     )
 
 
@@ -405,14 +413,14 @@ def test_the_domain_in_the_name_of_an_evaluation_clip_counts(tmp_path, call, fai
     expected = {"AUC_source": Fraction(1), "AUC_target": Fraction(1, 2)}
     check(read_metrics(tmp_path)["fan", "03"], expected)
     write_truth(tmp_path, "domain", "fan_section_03_test", dict.fromkeys(names, 1))
-    message = "section_03_source_test_0000 is of the target domain, and its name or folder says"
+    message = "section_03_source_test_0000 is listed as target domain, but its name or folder says"
     fails(eval_script.main, *words, match=message)
 
 
 def test_a_clip_of_an_unknown_domain(tmp_path, fails):
     write_scores(tmp_path, "fan_section_03_test", {"section_03_0000.wav": 1.0})
     write_truth(tmp_path, "data", "fan_section_03_test", {"section_03_0000.wav": 1})
-    message = "ground_truth_domain/ground_truth_fan_section_03_test.csv does not tell the domain"
+    message = "ground_truth_domain/ground_truth_fan_section_03_test.csv does not give the domain"
     words = ("--score_files", tmp_path, "--data_root", tmp_path)
     fails(eval_script.main, *words, match=message)
 
@@ -425,8 +433,8 @@ def test_clips_without_a_score_are_named(tmp_path, call):
     write_truth(tmp_path, "domain", "fan_section_03_test", values)
     status, _, errors = call(eval_script.main, "--score_files", tmp_path, "--data_root", tmp_path)
     assert status == 0
-    message = "2 clips of the lists have no score and count in no metric, such as fan section_03_"
-    assert f"{message}0002" in errors
+    message = "2 recordings in the lists have no score and are left out of the metrics, such as"
+    assert f"{message} fan section_03_0002" in errors
 
 
 def test_score_files_stand_alone(tmp_path, fails):

@@ -77,4 +77,4 @@ def test_the_study(tmp_path, data_root, call, fails):
     assert stored.exists()
     stored.with_name("002.pth").write_bytes(stored.read_bytes())
     fails(scores.main, *options, match="2 states, not the 1 of the last third; remove the run")
-    fails(scores.main, *options, "--mode", "arcmix", match="mode: all are trained")
+    fails(scores.main, *options, "--mode", "arcmix", match="mode: all modes are trained")

@@ -11,7 +11,7 @@ import torch
 from conftest import CLASSES, change_checkpoint, clips_of, make_lively
 from evaluated import make_recordings, make_result
 
-from checkpoint import Checkpoint, Model, build_network, load_model
+from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import load_config, make_config
 from dataloader import ClipSet
@@ -22,6 +22,7 @@ from evaluation.thresholds import score_held_out
 from inference import run_model
 from model import EMBEDDING_SIZE, Outputs
 from recordings import MACHINE
+from trained import Model, build_network, load_model
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

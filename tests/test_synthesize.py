@@ -121,13 +121,11 @@ def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
     assert len(made) == 1 + 18 + 16
     synthesize.main([*options])
     assert contents(tmp_path / "set") == made
-    with pytest.raises(UserError, match="holds another set"):
+    with pytest.raises(UserError, match="contains another set"):
         make(tmp_path / "set")
     make(tmp_path / "set", "--overwrite")
     assert not list((tmp_path / "set").rglob("section_*"))
-    with pytest.raises(
-        UserError, match=r"--train 10001 .*: names of 2023 have numbers of four digits"
-    ):
+    with pytest.raises(UserError, match=r"--train 10001 .*: file names of 2023 have four digits"):
         synthesize.main([*options, "--train", "10001"])
 
 
@@ -185,7 +183,7 @@ def test_prints_the_command_to_train(whole_set, capsys):
     before = contents(whole_set)
     assert make(whole_set) == before
     line, command = capsys.readouterr().out.splitlines()[0].split("; next: ")
-    assert line == f"{whole_set}: 54 clips, complete already"
+    assert line == f"{whole_set}: 54 recordings, already complete"
     assert shlex.split(command) == [
         "python",
         "train.py",
@@ -234,7 +232,7 @@ def test_an_interrupted_set_is_made_again(tmp_path, monkeypatch, capsys):
         with pytest.raises(OSError, match="no space left"):
             make(tmp_path)
     assert len(make(tmp_path, "--seed", "7")) == 1 + 2 * 3
-    assert "complete already" not in capsys.readouterr().out
+    assert "already complete" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
@@ -242,7 +240,7 @@ def test_an_interrupted_set_is_made_again(tmp_path, monkeypatch, capsys):
 def test_a_folder_of_something_else_is_never_touched(tmp_path, name, options):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(b"real")
-    with pytest.raises(UserError, match="not made by this script"):
+    with pytest.raises(UserError, match="that this script did not write"):
         make(tmp_path, *options)
     assert contents(tmp_path) == {name: b"real"}
 
@@ -265,5 +263,5 @@ def test_a_user_sees_one_line(tmp_path, fails):
         synthesize.main,
         "--output",
         tmp_path / "file",
-        match="file is not a folder: choose another --output$",
+        match="file is not a folder; choose another --output$",
     )

@@ -169,7 +169,7 @@ def test_machines_with_one_condition_are_named(tmp_path, capsys):
     write_result(make_result(recordings, np.arange(8.0)), tmp_path)
     reason = "because normal or anomalous clips are missing"
     names = "fan 02, pump 00, pump pooled, pump mean, pump min"
-    assert f"left out of the averages, {reason}: {names}\n" in capsys.readouterr().err
+    assert f"no AUC {reason}; left out of the averages: {names}\n" in capsys.readouterr().err
     rows = {(row[0], row[1]): row[2:] for row in read_csv(tmp_path / "metrics.csv")}
     assert rows["fan", "02"] == ["", "", "2", "0", "", "", "", ""]
     assert rows["fan", "mean"][:2] == rows["fan", "00"][:2] == ["1.0", "1.0"]

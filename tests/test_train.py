@@ -23,8 +23,10 @@ from conftest import (
 )
 
 import train
-from checkpoint import Checkpoint, RunFiles, build_network, load_newest, lock_run
+from checkpoint import Checkpoint, load_newest
 from config import load_config
+from run_files import RunFiles, lock_run
+from trained import build_network
 
 ROOT = Path(__file__).parent.parent
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
@@ -56,7 +58,9 @@ def test_what_a_run_leaves(trained):
 def test_an_existing_run_is_not_overwritten_by_accident(trained_copy, data_root, fails, call):
     options = arguments(trained_copy, data_root)
     before = (trained_copy / "run.pth").read_bytes()
-    message = r"run.last.pth exists: --resume continues .*, --overwrite replaces it, --save_path"
+    message = (
+        r"run.last.pth already exists; continue the run with --resume, replace it with --overwrite"
+    )
     fails(train.main, *options, match=message)
     assert (trained_copy / "run.pth").read_bytes() == before
     status, output, _ = call(train.main, *options, "--resume")  # nothing left to do
@@ -78,7 +82,7 @@ def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     assert errors.splitlines()[-1] == "notice: stopped; --resume continues after epoch 1"
     status, output, _ = call(train.main, *options, "--resume")
     assert status == 0
-    assert f"embeddings of the clips: {trained_copy / 'run.pth'}" in output
+    assert f"added the embeddings of the clips to {trained_copy / 'run.pth'}" in output
     again = Checkpoint.load(trained_copy / "run.pth")
     for one, other in zip(again.bank, whole.bank, strict=True):
         assert torch.equal(one, other)
@@ -95,7 +99,7 @@ def test_a_resumed_run_must_have_the_same_configuration(trained, data_root, fail
 def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
     other = write_set(tmp_path / "data", train_clips=5)
     options = arguments(trained, other)
-    message = "the clips under .* are not those the run began with"
+    message = "the recordings under .* are not those that the run started with"
     fails(train.main, *options, "--resume", match=message)
 
 
@@ -127,12 +131,12 @@ def test_classes_of_which_every_recording_is_held_out_are_named(tmp_path, call):
     """Two of four classes with one recording each are held out, one class of each machine."""
     root = write_sections(tmp_path / "data", train_clips=1)
     clips = clips_of(root, machines={"bearing": [0], "fan": [0]})
-    seed = next(seed for seed in range(99) if len(clips.split(0.5, seed)[0].machines) == 2)
+    seed = next(seed for seed in range(99) if len(clips.split(0.5, seed)[0].machine_names) == 2)
     keys = {"machines": "auto", "classes": "attributes", "split_ratio": 0.5, "seed": seed}
     status, _, errors = call(train.main, *arguments(tmp_path, root, **keys))
     assert status == 0
     notice = (
-        "all recordings of 2 classes are held out for validation, so these are not learned "
+        "all recordings of 2 classes are held out for validation, so these classes are not trained "
         "(attributes of bearing 00, "
     )
     assert notice in errors
@@ -166,14 +170,14 @@ def test_a_failing_start_leaves_the_old_run(trained_copy, tmp_path, fails):
     fails(train.main, *options, "--overwrite", match=r"no folder \S*nowhere \(looked for")
     one_clip = write_set(tmp_path / "one", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(trained_copy, one_clip, machines="{fan: [0, 1]}")
-    fails(train.main, *options, "--overwrite", match="1 clips to train on")
+    fails(train.main, *options, "--overwrite", match="too few training clips .1.")
     assert (trained_copy / "run.pth").read_bytes() == before
 
 
 def test_too_few_clips_to_train_on(tmp_path, fails):
     root = write_set(tmp_path / "data", {"fan": [0, 1]}, train_clips=1, test_clips=0)
     options = arguments(tmp_path, root, machines="{fan: [0, 1]}")
-    fails(train.main, *options, match="1 clips to train on: batch norm needs two")
+    fails(train.main, *options, match="too few training clips .1.: batch norm needs two")
 
 
 @pytest.mark.slow
@@ -338,7 +342,7 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
     assert status == 0
     notice = (
-        "run.last.pth: not a readable checkpoint (it is something else, or damaged); "
+        "run.last.pth: not a readable checkpoint (another kind of file, or damaged); "
         "continuing from the"
     )
     assert notice in errors
@@ -375,14 +379,25 @@ def test_resuming_without_the_best_weights_is_an_error(trained_copy, data_root, 
     fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
 
 
-@pytest.mark.parametrize("name", ["run.pth", "run.last.pth"])
-def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails, name):
-    """The error names the file that was read."""
-    if name == "run.pth":
-        (trained_copy / "run.last.pth").unlink()
-    torch.save(Checkpoint.load(trained_copy / name).weights, trained_copy / name)
-    message = f"{name}: only weights, no run to resume; give the same, or start again with"
+def test_weights_alone_cannot_be_resumed(trained_copy, data_root, fails):
+    (trained_copy / "run.last.pth").unlink()
+    path = trained_copy / "run.pth"
+    torch.save(Checkpoint.load(path).weights, path)
+    message = "run.pth contains only weights, so there is no run to resume; use the same"
     fails(train.main, *arguments(trained_copy, data_root), "--resume", match=message)
+
+
+def test_the_later_state_is_resumed(trained_copy, data_root, call):
+    """A run stopped between writing best weights and last state repeats no epoch."""
+    best = trained_copy / "run.pth"
+    later = Checkpoint.load(best)
+    later.history.append(later.history[0]._replace(epoch=2))
+    change_checkpoint(best, keys={"epoch": 2}, history=later.history)
+    change_checkpoint(trained_copy / "run.last.pth", keys={"epoch": 2})
+    options = arguments(trained_copy, data_root, epoch=2)
+    status, output, _ = call(train.main, *options, "--resume")
+    assert status == 0
+    assert "epoch 2/2" not in output
 
 
 def test_a_resumed_run_must_number_the_classes_alike(trained, data_root, fails):
@@ -394,7 +409,7 @@ def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, f
     for name in ("run.pth", "run.last.pth"):
         (trained_copy / name).unlink()
     options = arguments(trained_copy, data_root)
-    fails(train.main, *options, match="history.csv exists")
+    fails(train.main, *options, match="history.csv already exists")
     fails(train.main, *options, "--resume", match="run.pth, the best weights .* is missing")
     assert (trained_copy / "run" / "history.csv").exists()
 
@@ -402,13 +417,13 @@ def test_a_history_without_weights_is_not_overwritten(trained_copy, data_root, f
 def test_a_state_that_does_not_fit_is_refused(trained_copy, data_root, fails):
     change_checkpoint(trained_copy / "run.last.pth", optimizer={})
     options = arguments(trained_copy, data_root)
-    fails(train.main, *options, "--resume", match="run.last.pth: .* do not fit")
+    fails(train.main, *options, "--resume", match="run.last.pth: .* do not match this model")
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, data_root, fails):
     (tmp_path / "file").touch()
     options = arguments(tmp_path, data_root, save_path=tmp_path / "file" / "run.pth")
-    message = r"file/run.pth cannot be written \((Not a directory|File exists)\); --save_path"
+    message = r"file/run.pth cannot be written \((Not a directory|File exists)\); choose another"
     fails(train.main, *options, match=message)
 
 

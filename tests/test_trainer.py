@@ -73,7 +73,7 @@ def mixes(mode: str) -> list[Mix | None]:
 def test_eight_steps_match_the_reference(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
     parameters = dict(trainer.network.named_parameters())
-    trainer.model.train()
+    trainer.parallel_loss.train()
     losses = []
     for number, mix in enumerate(mixes(mode)):
         losses.append(take_step(trainer, samples, labels, mix)[0].item())
@@ -85,7 +85,7 @@ def test_eight_steps_match_the_reference(mode):
                 if gradient is not None:
                     assert abs(gradient.norm().item() - expected) <= 3e-2 * expected + 1e-4, name
     assert losses == pytest.approx(VALUES[f"{mode}_losses"].tolist(), rel=1e-2)
-    trainer.model.eval()
+    trainer.parallel_loss.eval()
     with torch.no_grad():
         outputs = trainer.network(**trainer.front_end(samples))
     score = published_score(trainer, outputs, labels)
@@ -104,7 +104,7 @@ def test_score_before_training_matches_the_reference():
 def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
     trainer = reference_trainer("cross_entropy")
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
-    trainer.model.train()
+    trainer.parallel_loss.train()
     take_step(trainer, reference.samples(), reference.labels(), None)
     after = trainer.network.state_dict()
     linear = "mobilefacenet.fc_out.weight"
@@ -116,7 +116,7 @@ def test_cross_entropy_trains_the_linear_head_and_leaves_the_centres():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_the_reference(precision):
     trainer, mix = reference_trainer("noisy_arcmix", precision=precision), mixes("noisy_arcmix")[0]
-    trainer.model.train()
+    trainer.parallel_loss.train()
     loss = take_step(trainer, reference.samples(), reference.labels(), mix)[0].item()
     assert loss == pytest.approx(VALUES["noisy_arcmix_losses"][0], rel=0.05)
     assert trainer.scaler.is_enabled() == (precision == "fp16")
@@ -136,7 +136,7 @@ def test_half_precision_stays_near_the_reference(precision):
 def test_eight_compiled_steps_match_the_reference(mode, capfd):
     trainer = reference_trainer(mode, compile=True, batch_size=4)
     samples, labels = reference.samples(), reference.labels()
-    trainer.model.train()
+    trainer.parallel_loss.train()
     losses = [take_step(trainer, samples, labels, mix)[0].item() for mix in mixes(mode)]
     assert "notice" not in capfd.readouterr().err
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
@@ -156,7 +156,7 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     results = []
     for switch in ("auto", False):
         trainer = reference_trainer("noisy_arcmix", compile=switch, batch_size=4)
-        trainer.model.train()
+        trainer.parallel_loss.train()
         steps = [
             take_step(trainer, reference.samples(), reference.labels(), mix).tolist()
             for mix in mixes("noisy_arcmix")[:2]
@@ -165,7 +165,7 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     reason = r"No working C\+\+ compiler found in .*no-compiler-of"
-    assert re.search(rf"^notice: compile: it fails on .*: {reason}", lines[0])
+    assert re.search(rf"^notice: compile: compiling fails on .*: {reason}", lines[0])
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
@@ -175,7 +175,7 @@ def test_the_step_is_one_graph_for_all_steps(mode):
     """Nothing breaks the graph of the compiler, and no lambda or partner causes a recompilation."""
     torch._dynamo.reset()
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
-    trainer.model.train()
+    trainer.parallel_loss.train()
     inputs = trainer.front_end(samples)
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="eager")
     rngs = [np.random.default_rng(seed) for seed in range(3)]
@@ -234,9 +234,9 @@ def test_a_state_is_continued_as_this_run_computes(tmp_path):
     path = tmp_path / "run.pth"
     one = reference_trainer("arcface", save_path=str(path))
     other = reference_trainer("arcface", save_path=str(path), lr=1e-2, weight_decay=0.5)
-    one.model.train()
+    one.parallel_loss.train()
     take_step(one, reference.samples(), reference.labels(), None)
-    checkpoint = one.checkpoint(np.zeros(4))
+    checkpoint = one.make_checkpoint(np.zeros(4))
     checkpoint.optimizer["param_groups"][0] |= {"foreach": True, "lr": 3.0}
     other.load(checkpoint)
     group = other.optimizer.param_groups[0]
@@ -259,7 +259,7 @@ def test_a_step_on_the_gpu_does_not_wait_for_it(is_compiled, data_root):
     keep_on_gpu([clips], "cuda", device, 0)
     config = load_config(batch_size=4, compile=is_compiled)
     trainer = Trainer(config, CLASSES, device, clips, clips)
-    trainer.model.train()
+    trainer.parallel_loss.train()
     plans = [trainer.sampler.draw(epoch) for epoch in range(3)]  # of three steps each
     number = 0
     try:
@@ -287,7 +287,7 @@ def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, boun
     trainer = Trainer(config, Classes.from_machines(config.machines), device, clips, clips)
     trainer.network.load_state_dict(reference.parameters())
     trainer.scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=precision == "fp16")
-    trainer.model.train()
+    trainer.parallel_loss.train()
     samples, labels = reference.samples().to(device), reference.labels().to(device)
     shorter = Mix(torch.tensor(0.5, device=device), torch.tensor([2, 0, 1], device=device))
     losses = []
@@ -402,7 +402,7 @@ def test_an_epoch_depends_on_seed_and_number_alone(data_root):
 
     def losses(epoch: int) -> list[float]:
         trainer = Trainer(config, CLASSES, CPU, clips, clips)
-        trainer.model.train()
+        trainer.parallel_loss.train()
         batches = trainer.sampler.plan(epoch).batches(clips, CPU)
         return [trainer.step(batch)[0].item() for batch in batches]
 

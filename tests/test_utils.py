@@ -12,23 +12,23 @@ def test_a_gpu_out_of_memory_is_one_line(fails):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...\nmore")
 
-    fails(main, match="GPU is out of memory: lower batch_size, or .* data_device: cpu")
+    fails(main, match="GPU is out of memory; lower batch_size, or .* data_device: cpu")
 
 
 def test_a_host_out_of_memory_is_one_line(fails):
     def main():
         torch.empty(2**60)
 
-    fails(main, match="error: out of memory: lower batch_size")
+    fails(main, match="error: out of memory; lower batch_size")
 
 
 def test_cuda_is_refused_where_there_is_none(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fails(lambda: use_device("cuda:1"), match="device: cuda:1 asks for a GPU")
+    fails(lambda: use_device("cuda:1"), match="device: cuda:1 needs a GPU")
     assert use_device("auto") == use_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fails(lambda: use_device("cuda:1"), match="device: there is no cuda:1; PyTorch finds")
+    fails(lambda: use_device("cuda:1"), match="device: there is no cuda:1; use one of cuda:0")
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert use_device("auto") == use_device("cuda:0") == torch.device("cuda", 0)
