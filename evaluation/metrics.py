@@ -56,11 +56,15 @@ def partial_area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: a column of the table.
+    """A metric: a column of metrics.csv, metrics.json and the report.
 
-    `compute` maps false and true positive rates `(draws, points)` to values `(draws,)`. `normal`
-    and `anomalous` restrict the recordings of these conditions to a domain; "" takes all of them.
-    `summaries` are the summary rows in which tables for reading show the metric.
+    Attributes:
+        name: The name of the column.
+        compute: Map false and true positive rates `(draws, points)` to values `(draws,)`.
+        normal: The domain of the normal recordings that are used; "" for all of them.
+        anomalous: The domain of the anomalous recordings that are used; "" for all of them.
+        summaries: The summary rows of which the terminal, results.md and comparison.md show it.
+        text: What results.md says about it, as in "pAUC: ...".
     """
 
     name: str
@@ -68,6 +72,7 @@ class Metric:
     normal: str = ""
     anomalous: str = ""
     summaries: tuple[str, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class Rule:
     metrics: tuple[Metric, ...]
     official: tuple[str, ...] = ()
     text: str = ""
+
+    def __post_init__(self) -> None:
+        assert len(set(self.names)) == len(self.names), self.names
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +113,12 @@ class Rule:
 
 ALL_RECORDINGS = (
     Metric("AUC", area, summaries=(POOLED, MEAN, MIN)),
-    Metric("pAUC", partial_area, summaries=(POOLED, MEAN)),
+    Metric(
+        "pAUC",
+        partial_area,
+        summaries=(POOLED, MEAN),
+        text="false positive rates up to 0.1, standardised",
+    ),
 )
 NO_DOMAINS = Rule(ALL_RECORDINGS)
 RULE_2021 = Rule(

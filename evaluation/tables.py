@@ -356,13 +356,13 @@ def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
     """Return the content of results.md."""
     rule = metrics.rule
     strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
-    paragraphs = [
-        f"# {title}",
-        markdown_table(metrics),
+    texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
+    explanation = (
         f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips "
         f"within {strata}). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC "
-        f"of an ID. pAUC: false positive rates up to 0.1, standardised.",
-    ]
+        f"of an ID."
+    )
+    paragraphs = [f"# {title}", markdown_table(metrics), " ".join([explanation, *texts])]
     if rule.text:
         paragraphs.append(
             f"Harmonic means over IDs, of the average over the IDs of all types; {rule.text}."

@@ -139,8 +139,8 @@ def test_the_rule_of_the_year():
     assert find_rule(in_folders) is RULE_2021
 
 
-def equal_error_rate(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Compute the error rate where false alarms are as frequent as misses, `(draws,)`."""
+def balanced_error(false: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Compute the lowest value of the larger of the two error rates, `(draws,)`."""
     return np.min(np.maximum(false, 1 - true), axis=1)
 
 
@@ -155,16 +155,16 @@ def test_a_metric_needs_one_entry():
     )
     is_anomaly, rng = recordings["condition"] == "anomalous", np.random.default_rng(0)
     recordings["score"] = rng.normal(size=len(recordings)) + is_anomaly
-    entry = Metric("EER_source", equal_error_rate, normal="source", summaries=("mean",))
+    entry = Metric("balance_source", balanced_error, normal="source", summaries=("mean",))
     rule = replace(RULE_2022, metrics=(*RULE_2022.metrics, entry))
     metrics = measure(recordings, rule, draws=20)
-    assert rule.shown_in("mean") == ["AUC", "pAUC", "EER_source"]
+    assert rule.shown_in("mean") == ["AUC", "pAUC", "balance_source"]
     chosen = recordings[is_anomaly | (recordings["domain"] == "source")]
-    alone = Rule((*ALL_RECORDINGS, Metric("EER", equal_error_rate)))
-    expected = measure(chosen, alone, draws=20).table["EER"]
+    alone = Rule((*ALL_RECORDINGS, Metric("balance", balanced_error)))
+    expected = measure(chosen, alone, draws=20).table["balance"]
     for row in ("00", "01", "pooled", "mean", "min"):
-        assert metrics.table.loc[("fan", row), "EER_source"] == expected["fan", row]
-    low, high = metrics.table.loc[("fan", "mean"), ["EER_source_low", "EER_source_high"]]
+        assert metrics.table.loc[("fan", row), "balance_source"] == expected["fan", row]
+    low, high = metrics.table.loc[("fan", "mean"), ["balance_source_low", "balance_source_high"]]
     assert 0 < low < high < 1
     before = measure(recordings, RULE_2022, draws=20).table
     pd.testing.assert_frame_equal(metrics.table[before.columns], before)
