@@ -37,20 +37,14 @@ def read_lists(root: Path, form: Form, files: Sequence[File]) -> GroundTruth:
     if form is ID_FORM:
         conditions = read_label_list(root / LABEL_LIST)
         return {clip: (condition, "") for clip, condition in conditions.items()}
-    unlabelled = [file for file in files if file.name and file.name.condition == UNLABELLED]
+    parts = set()
+    for file in files:
+        if file.name and file.name.condition == UNLABELLED:
+            parts.add((file.machine_type, file.name.part))
     truth: GroundTruth = {}
-    for machine_type, part in sorted({(file.machine_type, file.part) for file in unlabelled}):
+    for machine_type, part in sorted(parts):
         truth |= read_part(root, form, files, machine_type, part)
     return truth
-
-
-def find_condition(file: File, truth: GroundTruth) -> tuple[str, str]:
-    """Return condition and domain of a recording, from its name or else from the lists."""
-    assert file.name
-    condition, domain = truth.get((file.machine_type, file.path.stem), (UNLABELLED, ""))
-    if file.name.condition != UNLABELLED:
-        condition = file.name.condition
-    return condition, file.name.domain or domain
 
 
 def read_part(

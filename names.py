@@ -129,16 +129,23 @@ FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for folder in form.all_fo
 # ---- One name ----
 
 
-class ClipName(NamedTuple):
+class RecordingName(NamedTuple):
     """What the name of a recording says.
 
-    `condition` is NORMAL, ANOMALOUS or UNLABELLED; `domain` is SOURCE, TARGET or, where it is not
-    known, ""; `attributes` are the words after the number, as in "vel_12_loc_G".
+    Attributes:
+        form: The form of the name.
+        machine_id: The machine ID, as in "02".
+        condition: NORMAL, ANOMALOUS or UNLABELLED.
+        part: The group of the recording in the names of score files: "id_02" in 2020, later
+            "section_00_test", "section_00_source_test" or "section_00_target_test".
+        domain: SOURCE, TARGET or, where it is unknown, "".
+        attributes: The words after the number, as in "vel_12_loc_G".
     """
 
     form: Form
     machine_id: str
     condition: str
+    part: str
     domain: str = ""
     attributes: str = ""
 
@@ -148,24 +155,14 @@ class File(NamedTuple):
 
     path: Path
     machine_type: str
-    name: ClipName | None
+    name: RecordingName | None
 
     @property
     def folder(self) -> str:
         return self.path.parent.name
 
-    @property
-    def part(self) -> str:
-        """The group of the recording in the names of score files: "id_02" in 2020, later
-        "section_00_test", "section_00_source_test" or "section_00_target_test".
-        """
-        assert self.name
-        if self.name.form is ID_FORM:
-            return f"id_{self.name.machine_id}"
-        return f"section_{self.name.machine_id}_{self.folder}"
 
-
-def parse_name(path: Path) -> ClipName | None:
+def parse_name(path: Path) -> RecordingName | None:
     """Parse the name of a recording; None for other files.
 
     Raises:
@@ -174,7 +171,8 @@ def parse_name(path: Path) -> ClipName | None:
     """
     match = ID_NAME.fullmatch(path.name)
     if match:
-        return ClipName(ID_FORM, name_id(match["machine_id"]), parse_condition(match))
+        machine_id = name_id(match["machine_id"])
+        return RecordingName(ID_FORM, machine_id, parse_condition(match), f"id_{machine_id}")
     if not re.fullmatch(r"section_.*\.(wav|flac)", path.name, re.IGNORECASE):
         return None
     match = SECTION_NAME.fullmatch(path.name)
@@ -187,7 +185,9 @@ def parse_name(path: Path) -> ClipName | None:
     check_split(path, match)
     attributes = match["attributes"].removeprefix("_")
     domain = find_domain(path, match, attributes)
-    return ClipName(SECTION_FORM, match["machine_id"], parse_condition(match), domain, attributes)
+    machine_id, condition = match["machine_id"], parse_condition(match)
+    part = f"section_{machine_id}_{path.parent.name}"
+    return RecordingName(SECTION_FORM, machine_id, condition, part, domain, attributes)
 
 
 def parse_condition(match: re.Match[str]) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from classes import Classes, MachineClass
 from config import Config
-from ground_truth import GroundTruth, find_condition, read_lists
+from ground_truth import GroundTruth, read_lists
 from names import (
     ANOMALOUS,
     FORMS,
@@ -142,10 +142,9 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
     (normal and anomalous ones), or "evaluation" (whose conditions come from published lists).
 
     Returns:
-        A row for each recording, by machine type, folder and file name: `path`, `machine_type`,
-        `machine_id`, `attributes`, `domain` (SOURCE, TARGET or ""), `condition` (NORMAL, ANOMALOUS
-        or UNLABELLED), `part` (see `File.part`), and for "train" `label`, the number of the class.
-        Notices say what is skipped and what is missing.
+        A row for each recording, by machine type, folder and file name: `path`, `machine_type`, and
+        `machine_id`, `attributes`, `domain`, `condition` and `part` as in `RecordingName`; for
+        "train" also `label`, the number of the class. Notices say what is skipped or missing.
 
     Raises:
         UserError: If there are no recordings; for "train" also if the folder of a machine type is
@@ -178,11 +177,14 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
 
 
 def make_row(file: File, truth: GroundTruth) -> tuple:
-    """Return the columns COLUMNS of a recording."""
+    """Return the columns COLUMNS of a recording, from its name or else from the lists."""
     assert file.name
-    machine_id, attributes = file.name.machine_id, file.name.attributes
-    condition, domain = find_condition(file, truth)
-    return file.path, file.machine_type, machine_id, attributes, domain, condition, file.part
+    _, machine_id, condition, part, domain, attributes = file.name
+    listed = truth.get((file.machine_type, file.path.stem), (UNLABELLED, ""))
+    if condition == UNLABELLED:
+        condition = listed[0]
+    domain = domain or listed[1]
+    return file.path, file.machine_type, machine_id, attributes, domain, condition, part
 
 
 def reason_to_skip(file: File, form: Form, split: str, classes: Classes) -> str | None:

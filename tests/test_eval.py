@@ -573,7 +573,7 @@ def test_figures_of_several_checkpoints(trained, tmp_path, data_root, call):
 def test_two_checkpoints_of_one_folder_are_refused(trained_copy, data_root, fails):
     shutil.copy(trained_copy / "run.pth", trained_copy / "run.pt")
     words = [trained_copy / "run.pth", trained_copy / "run.pt", "--data_root", data_root]
-    fails(eval_script.main, *words, match="have the same folder of results; rename one")
+    fails(eval_script.main, *words, match="and so the same folder of results; rename one")
 
 
 @pytest.mark.parametrize(

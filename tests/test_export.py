@@ -328,7 +328,7 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
             r"its sample rate is 8000 Hz, not 16000 Hz; convert it with sox IN.wav -r 16000",
         ),
         (np.zeros(0), 16000, ["fan"], "it has 0 samples in 1 channels, but channel 0 is needed"),
-        (np.full(9, np.nan), 16000, ["fan"], "it holds NaN or infinite samples"),
+        (np.full(9, np.nan), 16000, ["fan"], "it contains NaN or infinite samples"),
         (
             tone(1, 1.0),
             16000,

@@ -37,7 +37,9 @@ from utils import UserError
     ],
 )  # fmt: skip
 def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
-    assert parse_name(Path(path)) == (SECTION_FORM, machine_id, condition, domain, attributes)
+    name = parse_name(Path(path))
+    assert name._replace(part="") == (SECTION_FORM, machine_id, condition, "", domain, attributes)
+    assert name.part == f"section_{machine_id}_{Path(path).parent.name}"
 
 
 @pytest.mark.parametrize(

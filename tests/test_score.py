@@ -229,7 +229,7 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     status, output, errors = call(train_script.main, *words)
     assert status == 0
     assert f"{root}: 2 machine IDs: press line-3, line-4\n" in errors
-    assert "8 training and 4 validation clips" in output, "two windows of each"
+    assert "8 clips to train on, 4 to validate" in output, "two windows of each"
     classes = Checkpoint.load(tmp_path / "run.pth").classes
     assert classes.machines == [("press", "line-3"), ("press", "line-4")]
     assert evaluate(call, tmp_path, root)[0] == 0
