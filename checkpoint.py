@@ -34,8 +34,9 @@ class EpochResult(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Normal clips that were held out of the training: class `(n,)`, published score `(n,)` in
-    float64, and, once the training has ended, embedding `(n, E)` of length 1 in float16.
+    """Normal clips that were held out of the training: class `(n,)`, published score against the
+    machine `(n,)` in float64 and, once the training has ended, embedding `(n, E)` of length 1 in
+    float16.
     """
 
     labels: Tensor
@@ -57,9 +58,10 @@ class Checkpoint:
         classes: The classes of the network.
         history: The finished epochs.
         n_training: The number of clips to train on.
-        held_out: The clips that were held out, under these weights.
-        bank: The clips to train on, under these weights; only once the training has ended.
-        fingerprint: Which clips are trained on and held out, as a hash.
+        held_out: Scores and embeddings of the held-out clips, computed with these weights.
+        bank: Embeddings of the training clips, computed with these weights; only once the training
+            has ended.
+        fingerprint: A hash of the names and classes of all clips.
         optimizer: The state of the optimiser.
         scaler: The state of the gradient scaler; empty but for precision fp16.
         versions: What the training was computed with.

@@ -81,7 +81,7 @@ GET_2020 = "`python datasets/download.py{}` fetches {} DCASE 2020 Task 2"
 GET_DATA = (
     f"{GET_2020.format('', 'the recordings of')}, `python datasets/synthesize.py` makes a small set"
 )
-GET_LATER = "docs/years.md names the data of each year"
+GET_LATER = "docs/years.md lists the data of each year"
 
 ID_NAME = re.compile(
     r"(?:(?P<condition>normal|anomaly)_)?id_(?P<machine_id>[^_]+)_.*\.(?:wav|flac)", re.IGNORECASE

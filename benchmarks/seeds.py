@@ -104,7 +104,7 @@ def main() -> None:
         if (mode, seed) in finished:
             continue
         if time.monotonic() > end:
-            print(f"{options.minutes:g} minutes are over; start the same command again, it goes on")
+            print(f"{options.minutes:g} minutes are over; run the same command again to continue")
             break
         chosen = {"mode": mode, "seed": seed, "tensorboard": False}
         run = config.model_copy(update=chosen)
@@ -132,7 +132,7 @@ def find_rows(folder: Path, config: Config, clips: dict[str, Any]) -> list[dict[
     Raises `UserError` if they had other clips or another configuration.
     """
     about, table = folder / "seeds.json", folder / "seeds.csv"
-    check_writable(about, "--output names another folder")
+    check_writable(about, "choose another folder with --output")
     if not table.exists():
         write_text(about, json.dumps({"config": config.model_dump(), "clips": clips}))
         return []
@@ -142,9 +142,9 @@ def find_rows(folder: Path, config: Config, clips: dict[str, Any]) -> list[dict[
         message = f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
         raise UserError(message) from None
     checkpoint = Checkpoint(about, {}, make_config((str(about), before["config"])))
-    check_configuration(config, checkpoint, "give the same, or --output names another folder")
+    check_configuration(config, checkpoint, "use the same, or choose another folder with --output")
     if before["clips"] != clips:
-        message = f"{about}: the finished runs had other clips; --output names another folder"
+        message = f"{about}: the finished runs had other clips; choose another folder with --output"
         raise UserError(message)
     return rows
 

@@ -117,7 +117,7 @@ def test_folders_without_machines(tmp_path):
     message = r"no machines found: looked for .*/<machine type>/train/normal_id_XX_\*.wav"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
-    message = r"no folder \S*/nowhere: looked for .*docs/years.md names the data"
+    message = r"no folder \S*/nowhere: looked for .*docs/years.md lists the data"
     with pytest.raises(UserError, match=message):
         listed(tmp_path / "nowhere", "auto", "train")
     touch(tmp_path / "fan" / "train" / "normal_id_00_1.wav")
@@ -257,7 +257,7 @@ def test_no_clips_of_a_section(tmp_path, capsys):
     )
     with pytest.raises(UserError, match=message):
         listed(tmp_path, {"fan": [0]}, "evaluation")
-    message = r"looked for .*; docs/years.md names the data of each year"
+    message = r"looked for .*; docs/years.md lists the data of each year"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, {"fan": [7]}, "test")
     touch(
