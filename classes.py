@@ -30,10 +30,10 @@ class Classes:
 
     @classmethod
     def from_machines(cls, machines: Mapping[str, Sequence[str]]) -> "Classes":
-        """One class for each machine ID of a table, in its order."""
-        entries = [
-            MachineClass(name, machine_id) for name, ids in machines.items() for machine_id in ids
-        ]
+        """Make one class for each machine ID of a table, in its order."""
+        entries: list[MachineClass] = []
+        for machine_type, ids in machines.items():
+            entries += [MachineClass(machine_type, machine_id) for machine_id in ids]
         return cls(tuple(entries))
 
     def __len__(self) -> int:
@@ -64,11 +64,12 @@ class Classes:
 
     def describe_machines(self) -> str:
         """Return the IDs of each machine type, as in "fan 00, 02; press line-3"."""
-        parts = []
-        for machine_type in self.machine_types:
-            ids = [machine_id for name, machine_id in self.machines if name == machine_type]
-            parts.append(f"{machine_type} {', '.join(ids)}")
-        return "; ".join(parts)
+        ids: dict[str, list[str]] = {}
+        for machine_type, machine_id in self.machines:
+            ids.setdefault(machine_type, []).append(machine_id)
+        return "; ".join(
+            f"{machine_type} {', '.join(names)}" for machine_type, names in ids.items()
+        )
 
     def describe_counts(self) -> str:
         """Return how many classes each machine has, as in "fan 00 (2), fan 02 (1)"."""

@@ -120,7 +120,7 @@ def divide_mix(mix: Mix, share: int, n_shares: int) -> tuple[np.ndarray, Mix]:
     rows = clips
     if n_shares > 1:
         lacking = np.setdiff1d(partner[clips], clips)
-        rows = np.concatenate([clips, np.resize(lacking, 2)])
+        rows = np.concatenate([clips, np.resize(lacking, 2)])  # repeats one, or takes row 0
     position = np.empty(len(partner), dtype=np.int64)  # of each clip of the batch among the rows
     position[rows[::-1]] = np.arange(len(rows))[::-1]  # of a repeated row, the first counts
     return rows, Mix(mix.lam, torch.from_numpy(position[partner[clips]]))

@@ -78,7 +78,7 @@ class Scorer:
 
     def against_machines(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
         """Score clips against each of several machines `(n, machines)`."""
-        return torch.stack([self.against_machine(outputs, name) for name in machines], dim=1)
+        return torch.stack([self.against_machine(outputs, machine) for machine in machines], dim=1)
 
     def against_own_machine(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
         """Score each clip against its machine `(n,)`; `machines` has the machine of each clip."""
