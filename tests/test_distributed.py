@@ -318,7 +318,7 @@ def test_too_few_clips_for_the_processes(tmp_path, data_root):
 
 # One process ends itself at the end of an epoch, the first time only.
 DYING = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 import trainer, train_ddp, utils
 
 way, rank, epoch = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
@@ -329,6 +329,8 @@ def validate_and_die(self, clips):
     is_now = len(self.history) + 1 == epoch
     if is_now and os.environ["RANK"] == rank and not died.exists():
         died.touch()
+        if rank != "0":
+            time.sleep(2)  # the main process writes the files of the epoch
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise utils.UserError("this process has had enough")
