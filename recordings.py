@@ -300,7 +300,6 @@ def report_unlabelled(table: pd.DataFrame, form: Form) -> None:
     unlabelled = len(table) - len(known_recordings(table))
     if unlabelled:
         notice(
-            f"{unlabelled} of {len(table)} recordings are not listed in {form.lists} and are "
-            "left out of the "
-            f"metrics ({form.get_lists})"
+            f"{unlabelled} of {len(table)} recordings are not listed in {form.lists} and are left "
+            f"out of the metrics ({form.get_lists})"
         )

@@ -508,7 +508,7 @@ def test_evaluation_clips_of_later_years(sections, tmp_path, call):
     status, output, errors = evaluate(call, folder, root, "--split", "evaluation")
     assert (status, "AUC" in output) == (0, False)
     notice = (
-        "12 of 12 clips are not in ground_truth_data and ground_truth_domain "
+        "12 of 12 recordings are not listed in ground_truth_data and ground_truth_domain "
         "and are left out of the metrics (copy"
     )
     assert notice in errors
