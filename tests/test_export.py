@@ -91,6 +91,11 @@ def run(file: Path | bytes, samples: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"samples": samples})
 
 
+def name_parameter(value: dict | Classes) -> str:
+    """Name a parameter of a test: the keys, or the number of classes."""
+    return f"{len(value)} classes" if isinstance(value, Classes) else str(value)
+
+
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory) -> Path:
     """A folder with a checkpoint that tells clips apart, `run.pth`, and its export, `run.onnx`.
@@ -136,7 +141,7 @@ def without_tracing(exported, monkeypatch):
         ({"scoring": "nearest"}, BY_ATTRIBUTES),
         ({"scoring": "nearest", "neighbours": 1}, TWO_FANS),
     ],
-    ids=str,
+    ids=name_parameter,
 )
 def test_the_graph_gives_the_scores_of_eval(keys, classes):
     config = load_config(**keys)
@@ -238,7 +243,7 @@ def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
         ({"scoring": "angle"}, BY_ATTRIBUTES),
         ({"scoring": "nearest"}, ONE_FAN),
     ],
-    ids=str,
+    ids=name_parameter,
 )
 def test_every_kind_of_model_passes_the_comparison(keys, classes):
     config = load_config(**keys)
