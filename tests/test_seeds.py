@@ -79,7 +79,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, data_root, call, fails, monke
     assert "| arcmix (n = 3) | 75.00 ± 10.00 |" in output
     assert "| arcmix minus arcface | +5.00 (+5.00 to +5.00) |" in output
     assert (tmp_path / "seeds.md").read_text() in output
-    message = "another configuration: epoch .was 300, is 7.; give the same"
+    message = "another configuration: epoch .was 300, is 7.; use the same"
     fails(seeds.main, *options, "--epoch", 7, match=message)
     message = "command line: seed: --modes, --seeds and --output choose"
     fails(seeds.main, *options, "--seed", 1, match=message)
