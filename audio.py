@@ -185,8 +185,8 @@ def check_properties(file: soundfile.SoundFile, windows: Windows) -> None:
         raise UserError(f"no channel {windows.channel}: it has {count}")
     if windows.hop is not None and file.frames == UNKNOWN_LENGTH:
         raise UserError(
-            "unreadable: its header does not contain its length; "
-            "encode it again (flac --decode, then flac)"
+            "unreadable: its header does not contain its length; encode it again (flac --decode, "
+            "then flac)"
         )
 
 
@@ -198,8 +198,8 @@ def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
         changes.append(f"have several channels, of which channel {windows.channel} is used")
     if rate != SAMPLE_RATE:
         changes.append(
-            f"are resampled to {SAMPLE_RATE} Hz each time they are read; "
-            f"to do it only once, use `sox IN.wav -r {SAMPLE_RATE} OUT.wav`"
+            f"are resampled to {SAMPLE_RATE} Hz each time they are read; to do it only once, use "
+            f"`sox IN.wav -r {SAMPLE_RATE} OUT.wav`"
         )
     if file.subtype != "PCM_16":
         changes.append("are rounded to 16 bits")
@@ -208,8 +208,8 @@ def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
     longest = SECONDS + TOLERATED_SECONDS
     if windows.hop is None and longest * rate < frames < UNKNOWN_LENGTH:
         changes.append(
-            f"are longer than {longest} s, and only their first {SECONDS} s are used; "
-            "to use the rest as well, add --window all"
+            f"are longer than {longest} s, and only their first {SECONDS} s are used; to use the "
+            "rest as well, add --window all"
         )
     return changes
 
@@ -258,8 +258,8 @@ def seek_window(file: soundfile.SoundFile, start: float) -> None:
         return
     if first + SECONDS * file.samplerate > file.frames:
         raise UserError(
-            f"truncated: it ends before second {start + SECONDS:g}; "
-            "it was longer when it was checked"
+            f"truncated: it ends before second {start + SECONDS:g}; it was longer when it was "
+            "checked"
         )
     file.seek(first)
 

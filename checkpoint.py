@@ -1,21 +1,87 @@
-"""Checkpoints of a training: saved, loaded, and found again to resume from."""
+"""The files of a run: their names, the lock, and the checkpoints to score with or to resume."""
 
+import contextlib
 import io
 import warnings
 import zipfile
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
+from distributed import from_main
 from evaluation.scores import Embeddings
-from run_files import RunFiles
-from utils import UserError, notice, replace_file
+from utils import UserError, check_writable, notice, remove_files, replace_file
+
+RESTART = "start again with --overwrite"
+
+# ---- The files ----
+
+
+class RunFiles:
+    """The files of a run. `best` is `save_path`, the others derive from it."""
+
+    def __init__(self, best: Path) -> None:
+        if not best.suffix:
+            raise UserError(
+                f"{best}: the file name has no extension, but results go to a folder with the same "
+                f"name without it; rename the file to {best}.pth"
+            )
+        self.best = best
+        self.last = best.with_name(f"{best.stem}.last.pth")  # after the last epoch, for resuming
+        self.lock = best.with_name(f".{best.stem}.lock")
+        self.folder = best.with_suffix("")
+        self.history = self.folder / "history.csv"
+        self.tensorboard = self.folder / "tensorboard"
+        self.timelines = self.folder / "timelines"  # pictures of recordings that score.py draws
+
+    def results(self, split: str) -> Path:
+        """Return the folder of what eval.py writes for a split, "test" or "evaluation"."""
+        return self.folder / split
+
+
+@contextlib.contextmanager
+def lock_run(files: RunFiles) -> Iterator[None]:
+    """Keep other processes from training under the same `save_path`.
+
+    Raises:
+        UserError: If another process does, or if the files cannot be written.
+    """
+    lock = filelock.FileLock(files.lock, timeout=0)
+
+    def acquire() -> None:
+        check_writable(files.best, "choose another file with --save_path")
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{files.best}: another process is training this run; wait until it ends, or "
+                "choose another file with --save_path"
+            ) from None
+
+    from_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()  # does nothing in a process that does not hold it
+
+
+def clear_run(files: RunFiles) -> None:
+    """Remove what an earlier training under this name has written, and pictures of its scores."""
+    for file in (files.best, files.last, files.history):
+        file.unlink(missing_ok=True)
+    remove_files(files.tensorboard, ["events.out.tfevents.*"])
+    remove_files(files.timelines, ["*.png"])
+
+
+# ---- Checkpoints ----
 
 
 class EpochResult(NamedTuple):
@@ -119,6 +185,44 @@ class Checkpoint:
                 f"{path}: neither a checkpoint of this version nor a state dict of weights"
             ) from None
 
+    def fill(self, network: nn.Module, omitted: Collection[str] = ()) -> None:
+        """Load the weights into a network, except for the omitted ones.
+
+        Raises:
+            UserError: If they do not have the names and shapes of those of the network.
+        """
+        weights = network.state_dict()
+        keys = "input" if omitted else "machines, classes, input, sub_centers"
+        for name in sorted((weights.keys() | self.weights.keys()) - set(omitted)):
+            in_file, in_network = shape_of(self.weights, name), shape_of(weights, name)
+            if in_file != in_network:
+                raise UserError(
+                    f"{self.path} does not fit the configuration ({keys}): {name} is {in_file} in "
+                    f"the file and {in_network} in the model"
+                )
+            weights[name] = self.weights[name]
+        network.load_state_dict(weights)
+
+    def differences(self, config: Config, keys: Iterable[str]) -> list[str]:
+        """Return the keys that have other values in `config` than in the configuration of the run.
+        For the machines it suffices that they are those of the classes.
+        """
+        different = []
+        for key in keys:
+            value = getattr(config, key)
+            is_same = value == getattr(self.config, key)
+            if key == "machines":
+                is_same = self.has_machines(value)
+            if not is_same:
+                different.append(key)
+        return different
+
+    def has_machines(self, machines: str | dict[str, list[str]]) -> bool:
+        """Return whether the key `machines` means those of the classes, in their order."""
+        if isinstance(machines, str):  # auto
+            return True
+        return Classes.from_machines(machines).machines == self.classes.machines
+
     def _to_plain(self) -> dict[str, Any]:
         """Return tensors and plain values, which can be read without running code."""
         assert self.config
@@ -178,19 +282,22 @@ def is_state_dict(value: Any) -> bool:
     return all(isinstance(name, str) and isinstance(x, Tensor) for name, x in value.items())
 
 
+def shape_of(weights: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(weights[name].shape) if name in weights else "absent"
+
+
 # ---- The checkpoint to resume from ----
 
-RESTART = "start again with --overwrite"
 
-
-def find_checkpoint(config: Config, resume: bool, overwrite: bool) -> Checkpoint | None:
+def find_checkpoint(
+    files: RunFiles, config: Config, resume: bool, overwrite: bool
+) -> Checkpoint | None:
     """Return the checkpoint to resume from; None where the run starts from the beginning.
 
     Raises:
         UserError: If that would replace a run without `overwrite`, if the best weights of the run
             are missing or damaged, or if it had another configuration.
     """
-    files = RunFiles(config.weights_path)
     if resume and overwrite:
         raise UserError(
             "--resume continues a run and --overwrite replaces it; use only one of them"
@@ -206,7 +313,7 @@ def find_checkpoint(config: Config, resume: bool, overwrite: bool) -> Checkpoint
     if existing and not overwrite:
         raise UserError(
             f"{existing[0]} already exists; continue the run with --resume, replace it with "
-            f"--overwrite, or choose another file with --save_path"
+            "--overwrite, or choose another file with --save_path"
         )
     return None
 
@@ -245,10 +352,8 @@ def check_configuration(config: Config, checkpoint: Checkpoint, remedy: str) -> 
             f"{checkpoint.path} contains only weights, so there is no run to resume; {remedy}"
         )
     keys = [key for key in KEYS if key not in (*COMPUTATION_KEYS, "init_from")]
-    if has_machines(config, checkpoint.classes):
-        keys.remove("machines")
     changes = []
-    for key in config.differences(checkpoint.config, keys):
+    for key in checkpoint.differences(config, keys):
         before, now = getattr(checkpoint.config, key), getattr(config, key)
         changes.append(f"{key} (was {before!r}, is {now!r})")
     if changes:
@@ -256,13 +361,6 @@ def check_configuration(config: Config, checkpoint: Checkpoint, remedy: str) -> 
             f"{checkpoint.path}: the run to resume had another configuration: "
             f"{'; '.join(changes)}; {remedy}"
         )
-
-
-def has_machines(config: Config, classes: Classes) -> bool:
-    """Whether the key `machines` means the machines of these classes; auto means any."""
-    if config.machines == "auto":
-        return True
-    return Classes.from_machines(config.machines).machines == classes.machines
 
 
 def read_history(checkpoint: Checkpoint) -> pd.DataFrame:
@@ -284,6 +382,5 @@ def read_history(checkpoint: Checkpoint) -> pd.DataFrame:
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{path}: not a readable training history; remove it, and the history in the "
-            "checkpoint "
-            f"is plotted instead"
+            "checkpoint is plotted instead"
         ) from None

@@ -6,7 +6,6 @@ types and ranges.
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -167,14 +166,6 @@ class Config(BaseModel):
     def windows(self, split: str) -> Windows:
         """Return which windows of the recordings of a split are used."""
         return choose_windows(self.window, self.hop, self.channel, split)
-
-    def differences(self, other: "Config", keys: Sequence[str]) -> list[str]:
-        """Return the keys that have other values in another configuration; the order of the
-        machines counts.
-        """
-        return [
-            key for key in keys if json.dumps(getattr(self, key)) != json.dumps(getattr(other, key))
-        ]
 
 
 KEYS = tuple(Config.model_fields)

@@ -24,7 +24,7 @@ from config import Config
 from distributed import from_main, world_size
 from model.tastgram import N_SAMPLES
 from recordings import find_recordings
-from utils import ORDER, SPLIT, UserError, notice, random_stream
+from utils import SPLIT, UserError, notice, random_stream
 
 
 class ClipSet:
@@ -233,8 +233,8 @@ def keep_on_gpu(
     if data_device == "auto" and needed + reserved > free:
         notice(
             f"{sizes}, of which training needs about {reserved / 1e9:.1f} GB, so the recordings "
-            f"are read from their files in every epoch; num_workers threads have to keep up with "
-            f"the GPU; a lower batch_size leaves more room"
+            "are read from their files in every epoch; num_workers threads have to keep up with "
+            "the GPU; a lower batch_size leaves more room"
         )
         return
     for part in parts:
@@ -317,7 +317,7 @@ def check_clips(
     if len(train_clips) < least:
         raise UserError(
             f"too few training clips ({len(train_clips)}): {reason}; add recordings or raise "
-            f"split_ratio"
+            "split_ratio"
         )
     if config.batch_size < least:
         raise UserError(
@@ -326,15 +326,15 @@ def check_clips(
     unseen = [name for name in valid_clips.machine_names if name not in train_clips.machine_names]
     if unseen:
         raise UserError(
-            f"all recordings of {', '.join(unseen)} are held out for validation: add more (a "
-            f"long one can be cut into several), or raise split_ratio"
+            f"all recordings of {', '.join(unseen)} are held out for validation: add more (a long "
+            "one can be cut into several), or raise split_ratio"
         )
     report_unlearned(classes, train_clips, valid_clips)
     fingerprint = fingerprint_of(train_clips, valid_clips)
     if from_main(lambda: fingerprint) != fingerprint:
         raise UserError(
             f"{config.data_root} on {platform.node()}: the recordings differ from those of the "
-            f"first process; give every computer the same recordings"
+            "first process; give every computer the same recordings"
         )
 
 
@@ -351,25 +351,11 @@ def report_unlearned(classes: Classes, train_clips: ClipSet, valid_clips: ClipSe
         notice(
             f"all recordings of {len(unlearned)} classes are held out for validation, so these "
             f"classes are not trained (attributes of {', '.join(map(' '.join, machines))}); a "
-            "higher "
-            f"split_ratio or another seed may keep them"
+            "higher split_ratio or another seed may keep them"
         )
 
 
 # ---- Batches ----
-
-
-def shuffled_batches(
-    count: int, batch_size: int, seed: int, epoch: int, least: int = 2
-) -> list[np.ndarray]:
-    """Return the batches of an epoch: the numbers of all clips, in an order that depends on seed
-    and epoch.
-
-    A last batch of fewer than `least` clips, which cannot be batch-normalised, joins the one
-    before.
-    """
-    order = random_stream(seed, ORDER, epoch).permutation(count)
-    return cut_into_batches(order, batch_size, least)
 
 
 def cut_into_batches(order: np.ndarray, batch_size: int, least: int = 1) -> list[np.ndarray]:

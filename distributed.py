@@ -6,13 +6,16 @@ In a single process the collectives do nothing.
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 # How long a collective waits before the job fails: one process may read or write files while the
@@ -164,6 +167,28 @@ def from_all(value: T) -> list[T]:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def average_gradients(module: nn.Module) -> nn.Module:
+    """Wrap a module so that its gradients are averaged over all processes; with one, return it."""
+    if world_size() == 1:
+        return module
+    # PyTorch warns of strides that differ where the size is 1, which changes nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # The only buffers are batch norm statistics, which are the same in all processes.
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def select_share(count: int) -> np.ndarray:
+    """Return which of `count` rows this process computes, where every row is computed once."""
+    return np.arange(count)[rank() :: world_size()]
+
+
+def gather_rows(share: Tensor, count: int) -> Tensor:
+    """Return all rows `(count, ...)`, from the shares that `select_share` gives the processes."""
+    rows = share.new_zeros(count, *share.shape[1:])
+    rows[rank() :: world_size()] = share
+    return sum_over_ranks(rows)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

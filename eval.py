@@ -39,6 +39,7 @@ To score single recordings, use score.py.
 from argparse import Namespace
 from pathlib import Path
 
+from checkpoint import RunFiles
 from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import compare, group_by_configuration
@@ -46,8 +47,7 @@ from evaluation.result import Result, evaluate
 from evaluation.score_files import evaluate_score_files
 from evaluation.scores import KINDS
 from evaluation.tables import write_result
-from run_files import RunFiles
-from trained import load_model
+from inference import load_model
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
@@ -153,8 +153,8 @@ def check_alone(config: Config, options: Namespace) -> None:
     names += sorted(config.given - {"data_root"})
     if names:
         raise UserError(
-            f"{names[0]} has no effect with --score_files, which uses only --data_root; "
-            f"leave it out"
+            f"{names[0]} has no effect with --score_files, which uses only --data_root; leave it "
+            "out"
         )
 
 

@@ -29,8 +29,7 @@ from pathlib import Path
 
 from audio import choose_windows
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
-from evaluation.bank import with_bank
-from trained import load_model
+from inference import load_model, with_bank
 from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
 
 
@@ -64,7 +63,7 @@ def check_output(output: Path, checkpoint: Path) -> None:
     if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
         raise UserError(
             f"{output} is a folder, the checkpoint, or does not end in .onnx; choose another file "
-            f"with --output"
+            "with --output"
         )
     check_writable(output, "choose another file with --output")
 

@@ -119,7 +119,7 @@ def read_label_list(path: Path) -> dict[tuple[str, str], str]:
             conditions[machine_type, Path(cells[0]).stem] = condition
         else:
             raise UserError(
-                f"{path}, line {number}: expected `<file name>,<name with the condition>,"
-                f"<0 or 1>`; correct or remove the line"
+                f"{path}, line {number}: expected `<file name>,<name with the condition>,<0 or "
+                "1>`; correct or remove the line"
             )
     return conditions

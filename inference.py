@@ -1,4 +1,9 @@
-"""Run a trained network on clips, in evaluation mode: for validation and for scoring."""
+"""Trained networks: loaded from checkpoints, and run on clips for validation and for scoring."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,13 +11,156 @@ from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
-from config import Config
-from dataloader import ClipSet, cut_into_batches
+from audio import Windows, choose_windows
+from checkpoint import Checkpoint, HeldOut
+from classes import Classes
+from config import MODEL_KEYS, RECORDING_KEYS, Config
+from dataloader import ClipSet, cut_into_batches, fingerprint_of, load_clips
+from evaluation.scores import KINDS, Embeddings, Scorer
+from losses import MODES, Objective
 from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, Outputs, TASTgramMFN, fold_batch_norm
-from trained import Model
-from utils import autocast, choose_precision, keep_freed_memory, set_up_numerics
+from utils import UserError, autocast, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
+
+# ---- Models ----
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network, in evaluation mode. It is loaded onto the CPU; scoring moves it.
+
+    Attributes:
+        network: The network with the weights of the checkpoint.
+        config: The configuration it was trained with.
+        classes: What it tells apart.
+        checkpoint: The checkpoint it comes from.
+    """
+
+    network: TASTgramMFN
+    config: Config
+    classes: Classes
+    checkpoint: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    def windows(self, config: Config, split: str, window: str = "") -> Windows:
+        """Return which windows of recordings to score. `window` and `channel` are those of the
+        training, unless they stood on the command line; the argument `window` takes precedence.
+        """
+        values = self.config.model_dump(include=set(RECORDING_KEYS))
+        for key in config.given.intersection(RECORDING_KEYS):
+            values[key] = getattr(config, key)
+        return choose_windows(window or values["window"], config.hop, values["channel"], split)
+
+    def scorer(self, kind: str, neighbours: int = 1, dtype: torch.dtype = torch.float64) -> Scorer:
+        """Return the scorer of a kind. Where it uses the bank, the checkpoint has to have it."""
+        bank = self.checkpoint.bank if KINDS[kind].uses_bank else None
+        return Scorer(
+            kind=kind,
+            classes=self.classes,
+            objective=Objective(self.config.mode, self.config.m, self.config.s),
+            centres=self.network.centres().cpu(),
+            bank=None if bank is None else bank.by_class(len(self.classes)),
+            neighbours=neighbours,
+            dtype=dtype,
+        )
+
+
+def load_model(path: Path, config: Config) -> Model:
+    """Load the model of a checkpoint. For a bare state dict `config` says how it was trained.
+
+    Raises:
+        UserError: If a key of the command line contradicts the checkpoint, or the weights do not
+            fit the configuration.
+    """
+    checkpoint = Checkpoint.load(path)
+    if checkpoint.config is None:
+        notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of config.yaml")
+        classes = classes_of_weights(path, config)
+    else:
+        check_agreement(config, checkpoint)
+        config, classes = checkpoint.config, checkpoint.classes
+    network = build_network(config, classes)
+    checkpoint.fill(network)
+    return Model(network.eval(), config, classes, checkpoint)
+
+
+def classes_of_weights(path: Path, config: Config) -> Classes:
+    """Return the classes of a bare state dict. Raises `UserError` where only folders have them."""
+    if isinstance(config.machines, str) or config.classes == "attributes":
+        raise UserError(
+            f"{path} is a bare state dict, which does not contain its classes; set machines to a "
+            "table and classes to section"
+        )
+    return Classes.from_machines(config.machines)
+
+
+def check_agreement(config: Config, checkpoint: Checkpoint) -> None:
+    """Raise `UserError` where a key of the command line contradicts the model of a checkpoint."""
+    keys = [key for key in MODEL_KEYS if key in config.given]
+    for key in checkpoint.differences(config, keys):
+        value: Any = getattr(checkpoint.config, key)
+        if key == "machines":
+            value = checkpoint.classes.describe_machines()
+        raise UserError(
+            f"command line: {key} is {getattr(config, key)!r}, but the checkpoint "
+            f"{checkpoint.path} has {value!r}; leave it out"
+        )
+
+
+def build_network(config: Config, classes: Classes) -> TASTgramMFN:
+    """Build the network of a configuration; its initial weights depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    head = MODES[config.mode].head
+    return TASTgramMFN(len(classes), config.input, head, config.sub_centers)
+
+
+# ---- The bank: the embeddings of the training clips ----
+
+
+def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.device) -> Model:
+    """Return a model whose checkpoint has the bank and the embeddings of the held-out clips, if one
+    of these kinds of score needs them.
+
+    A training that has ended has left it in the checkpoint. For other weights it is computed from
+    the training clips in `data_root`, with the windows and the channel of the training.
+
+    Raises:
+        UserError: If there are no training clips, or if they are not those of the run.
+    """
+    if model.checkpoint.bank is not None or not any(KINDS[kind].uses_bank for kind in kinds):
+        return model
+    notice(
+        f"{model.path} holds no embeddings of its training clips; they are computed from "
+        f"{config.data_root}"
+    )
+    clips = load_clips(config, model.classes, "train", model.config.windows("train"))
+    if model.checkpoint.config is None:  # a bare state dict, which does not say what was held out
+        checkpoint = replace(model.checkpoint, bank=embed(model, clips, config, device))
+        return replace(model, checkpoint=checkpoint)
+    train_clips, valid_clips = clips.split(model.config.split_ratio, model.config.seed)
+    if fingerprint_of(train_clips, valid_clips) != model.checkpoint.fingerprint:
+        raise UserError(
+            f"the recordings under {config.data_root} are not those that {model.path} was trained "
+            "on; set --data_root to the folder of that run, or choose another --scoring"
+        )
+    bank = embed(model, train_clips, config, device)
+    assert model.checkpoint.held_out
+    embedding = embed(model, valid_clips, config, device).embedding
+    held_out = HeldOut(valid_clips.labels, model.checkpoint.held_out.scores, embedding)
+    return replace(model, checkpoint=replace(model.checkpoint, bank=bank, held_out=held_out))
+
+
+def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> Embeddings:
+    """Compute the embeddings of clips, in float32."""
+    outputs = run_model(model, clips, config, device, "embeddings", precision="fp32")
+    return Embeddings.from_outputs(outputs.embedding, clips.labels)
+
+
+# ---- Outputs for clips ----
 
 
 def run_model(

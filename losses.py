@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,16 +93,6 @@ class Objective:
 
     def __init__(self, mode: str, m: float, s: float) -> None:
         self.mode, self.m, self.s = MODES[mode], m, s
-
-    def draw_mix(self, alpha: float, stream: np.random.Generator, size: int) -> Mix | None:
-        """Draw the mixup of a batch of `size` clips, on the CPU: lambda ~ Beta(alpha, alpha), and
-        partners. Return None if the mode does not mix.
-        """
-        if not self.mode.mixes:
-            return None
-        lam = torch.tensor(stream.beta(alpha, alpha), dtype=torch.float32)
-        partner = torch.from_numpy(stream.permutation(size))
-        return Mix(lam, partner)
 
     def logits(self, similarity: Tensor, margin_labels: Tensor) -> Tensor:
         """Return logits `(B, C)`; of the cosine head, with the margin on `margin_labels` `(B,)`."""

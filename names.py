@@ -213,8 +213,8 @@ def check_split(path: Path, match: re.Match[str]) -> None:
     expected = "test" if folder in TEST_FOLDERS else folder
     if match["split"] and match["split"].lower() != expected:
         raise UserError(
-            f"{path}: its name says {match['split']}, but it is in the folder {folder}; "
-            f"move or remove it"
+            f"{path}: its name says {match['split']}, but it is in the folder {folder}; move or "
+            "remove it"
         )
 
 
@@ -257,8 +257,8 @@ def find_form(files: Sequence[File]) -> Form:
     if len(examples) > 1:
         one, other = sorted(examples.values())
         raise UserError(
-            f"{one} and {other} follow the naming of different years of the challenge; "
-            f"keep each year in a separate folder"
+            f"{one} and {other} follow the naming of different years of the challenge; keep each "
+            "year in a separate folder"
         )
     return next(iter(examples), ID_FORM)
 
@@ -274,8 +274,8 @@ def check_folders(files: Sequence[File], form: Form) -> None:
         if file.folder not in form.all_folders:
             folders = ", ".join(form.all_folders)
             raise UserError(
-                f"{file.path}: recordings named like this must be in one of the folders "
-                f"{folders}; move it"
+                f"{file.path}: recordings named like this must be in one of the folders {folders}; "
+                "move it"
             )
         if file.folder in TEST_FOLDERS:
             first = test_paths.setdefault((file.machine_type, file.path.name), file.path)
@@ -299,8 +299,8 @@ def check_attributes(files: Sequence[File]) -> None:
         if count != other_count and not (has_pairs(file) and has_pairs(other)):
             raise UserError(
                 f"{file.path} has {count} attribute words and {other.path.name} has {other_count}, "
-                f"so they cannot both consist of pairs of name and value; rename or remove the "
-                f"wrong one"
+                "so they cannot both consist of pairs of name and value; rename or remove the "
+                "wrong one"
             )
 
 

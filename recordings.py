@@ -30,8 +30,8 @@ from utils import UserError, notice
 MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
 COLUMNS = ["path", *MACHINE, "attributes", "domain", "condition", "part"]
 ONE_CLASS = (
-    "all training recordings are of one class, but the method learns by telling classes apart; "
-    "add recordings of more machines or, if file names have attributes, use --classes attributes"
+    "all training recordings are of one class, but the method learns by telling classes apart; add "
+    "recordings of more machines or, if file names have attributes, use --classes attributes"
 )
 NAMES_SHOWN = 5  # of files that are skipped
 
@@ -115,7 +115,7 @@ def check_names(root: Path, machine_type: str, ids: Sequence[str]) -> None:
         if not is_machine_id(machine_id):
             raise UserError(
                 f"{root}/{machine_type}/train: a machine ID cannot be named {machine_id}; rename "
-                f"its recordings"
+                "its recordings"
             )
 
 
@@ -248,8 +248,8 @@ def find_absent_types(root: Path, classes: Classes, form: Form, split: str) -> l
         others = ", or choose other machine types with --machines (auto: those in the folders)"
         raise UserError(
             f"no folder {place} (looked for {describe_place(root, form, split)}); "
-            f"{form.get[split]}; --data_root names another folder"
-            f"{others if split == 'train' else ''}"
+            f"{form.get[split]}; --data_root names another "
+            f"folder{others if split == 'train' else ''}"
         )
     return absent
 

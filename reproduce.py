@@ -35,7 +35,7 @@ from typing import Any
 
 import pandas as pd
 
-from checkpoint import check_configuration, load_newest
+from checkpoint import RunFiles, check_configuration, load_newest
 from classes import Classes
 from config import (
     EVALUATION_KEYS,
@@ -48,7 +48,6 @@ from config import (
 from losses import MODES
 from model import PUBLISHED_CHANNELS
 from recordings import find_classes, find_recordings
-from run_files import RunFiles
 from utils import OneLineParser, UserError, check_writable, run_script
 
 ROOT = Path(__file__).resolve().parent
@@ -150,7 +149,7 @@ def check_runs(runs: Sequence[Config], output: Path) -> None:
     if free < needed:
         raise UserError(
             f"{output}: the disk is too small ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB "
-            f"free); free some space, or choose another folder with --output"
+            "free); free some space, or choose another folder with --output"
         )
 
 

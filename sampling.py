@@ -6,7 +6,6 @@ the whole batches, and takes its share of each; partners come from the whole bat
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from config import Config
-from dataloader import ClipSet, shuffled_batches
+from dataloader import ClipSet, cut_into_batches
 from distributed import rank, world_size
-from losses import Mix, Objective
-from utils import MIXING, random_stream
+from losses import MODES, Mix
+from utils import MIXING, ORDER, random_stream
 
 
 class Batch(NamedTuple):
@@ -42,9 +41,8 @@ class Batch(NamedTuple):
         return len(self.labels if self.mix is None else self.mix.partner)
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """The batches of an epoch.
+class EpochPlan(NamedTuple):
+    """What was drawn for an epoch.
 
     Attributes:
         shares: The numbers of the clips that this process reads for each batch.
@@ -56,54 +54,62 @@ class EpochPlan:
     mixes: Sequence[Mix | None]
     sizes: list[int]
 
-    @property
-    def n_steps(self) -> int:
-        return len(self.sizes)
-
-    def batches(self, clips: ClipSet, device: torch.device) -> Iterator[Batch]:
-        """Yield the batches on the device; each is valid until the next one is asked for."""
-        data = clips.batches(self.shares, device)
-        for (samples, labels), mix, size in zip(data, self.mixes, self.sizes, strict=True):
-            yield Batch(samples, labels, mix, size)
-
 
 class Sampler:
-    """Draws the plans of epochs over `n_clips` clips. While an epoch is trained, a thread draws the
-    plan of the next one.
+    """The batches of epochs over some clips. While an epoch is trained, a thread draws the plan of
+    the next one.
+
+    Attributes:
+        n_steps: The number of batches of an epoch.
     """
 
-    def __init__(self, config: Config, objective: Objective, n_clips: int, device: torch.device):
-        self.config, self.objective = config, objective
-        self.n_clips, self.device = n_clips, device
+    def __init__(self, config: Config, clips: ClipSet, device: torch.device) -> None:
+        self.config, self.clips, self.device = config, clips, device
+        self.n_steps = len(self.shuffle(epoch=0))
         self.thread = ThreadPoolExecutor(1)
         self.plans: dict[int, Future[EpochPlan]] = {}
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch, counted from 0, and begin to draw that of the next one."""
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch, counted from 0, on the device; each is valid until the
+        next one is asked for.
+        """
         plan = self.plans.pop(epoch, None) or self.thread.submit(self.draw, epoch)
         self.plans = {epoch + 1: self.thread.submit(self.draw, epoch + 1)}
-        return plan.result()
+        shares, mixes, sizes = plan.result()
+        data = self.clips.batches(shares, self.device)
+        for (samples, labels), mix, size in zip(data, mixes, sizes, strict=True):
+            yield Batch(samples, labels, mix, size)
 
     def draw(self, epoch: int) -> EpochPlan:
         """Draw the plan of an epoch."""
-        seed, n_processes = self.config.seed, world_size()
-        least = max(2, n_processes)
-        batches = shuffled_batches(self.n_clips, self.config.batch_size, seed, epoch, least)
+        batches = self.shuffle(epoch)
         sizes = [len(batch) for batch in batches]
-        shares: list[np.ndarray] = []
-        mixes: list[Mix] = []
-        for step, batch in enumerate(batches, start=epoch * len(batches)):
-            stream = random_stream(seed, MIXING, step)
-            mix = self.objective.draw_mix(self.config.alpha, stream, len(batch))
-            if mix is None:
-                shares.append(np.array_split(batch, n_processes)[rank()])
-            else:
-                rows, mix = divide_mix(mix, rank(), n_processes)
-                shares.append(batch[rows])
-                mixes.append(mix)
-        if not mixes:
+        if not MODES[self.config.mode].mixes:
+            shares = [np.array_split(batch, world_size())[rank()] for batch in batches]
             return EpochPlan(shares, [None] * len(batches), sizes)
+        shares, mixes = [], []
+        for step, batch in enumerate(batches, start=epoch * len(batches)):
+            stream = random_stream(self.config.seed, MIXING, step)
+            whole = draw_mix(self.config.alpha, stream, len(batch))
+            rows, mix = divide_mix(whole, rank(), world_size())
+            shares.append(batch[rows])
+            mixes.append(mix)
         return EpochPlan(shares, move_to_device(mixes, self.device), sizes)
+
+    def shuffle(self, epoch: int) -> list[np.ndarray]:
+        """Return the numbers of the clips of each batch of an epoch, in random order. A last batch
+        that cannot be batch-normalised, or divided among the processes, joins the one before.
+        """
+        order = random_stream(self.config.seed, ORDER, epoch).permutation(len(self.clips))
+        return cut_into_batches(order, self.config.batch_size, least=max(2, world_size()))
+
+
+def draw_mix(alpha: float, stream: np.random.Generator, size: int) -> Mix:
+    """Draw the mixup of a batch of `size` clips, on the CPU: lambda ~ Beta(alpha, alpha), and the
+    partners.
+    """
+    lam = torch.tensor(stream.beta(alpha, alpha), dtype=torch.float32)
+    return Mix(lam, torch.from_numpy(stream.permutation(size)))
 
 
 def divide_mix(mix: Mix, share: int, n_shares: int) -> tuple[np.ndarray, Mix]:

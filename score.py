@@ -24,6 +24,7 @@ of score and the threshold are those of the configuration, as in eval.py.
 from argparse import Namespace
 from pathlib import Path
 
+from checkpoint import RunFiles
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from evaluation.single import (
     find_candidates,
@@ -33,8 +34,7 @@ from evaluation.single import (
     print_scores,
     score_recordings,
 )
-from run_files import RunFiles
-from trained import load_model
+from inference import load_model
 from utils import OneLineParser, UserError, check_writable, run_script, use_device
 
 

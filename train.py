@@ -14,14 +14,12 @@ weights with `python eval.py`. For several GPUs, see train_ddp.py.
 
 from pathlib import Path
 
-from checkpoint import Checkpoint, find_checkpoint
+from checkpoint import Checkpoint, RunFiles, clear_run, find_checkpoint, lock_run
 from config import TRAINING_KEYS, Config, check_effect, parse_command_line
 from dataloader import check_clips, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
 from evaluation.tables import clear_results
 from recordings import find_classes
-from run_files import RunFiles, clear_run, lock_run
-from trained import take_weights
 from trainer import Trainer
 from utils import OneLineParser, UserError, run_script, use_device
 
@@ -30,12 +28,20 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
     """Train as configured, from the start or, with `resume`, from the last finished epoch."""
     files = RunFiles(config.weights_path)
     with lock_run(files):
-        checkpoint = from_main(lambda: find_checkpoint(config, resume, overwrite))
-        trainer = prepare(config, checkpoint)
+        device = use_device(config.device)
+        start = from_main(lambda: find_start(config, files, resume, overwrite))
+        clips = load_clips(config, start.classes, "train", config.windows("train"))
+        train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
+        check_clips(config, start.classes, train_clips, valid_clips)
+        trainer = Trainer(config, start.classes, device, train_clips, valid_clips)
+        if start.history:
+            trainer.resume(start)
+        elif start.weights:
+            trainer.start_from(start)
         with trainer.announce_stop():
             if len(trainer.history) < config.epoch:
                 trainer.keep_clips_on_gpu()
-                if is_main() and not checkpoint:
+                if is_main() and not start.history:
                     clear(files)
                 barrier()
                 trainer.fit()
@@ -44,24 +50,17 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
             print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
 
 
-def prepare(config: Config, checkpoint: Checkpoint | None) -> Trainer:
-    """Find the classes and the clips, and return the trainer of a new run or, with a checkpoint, of
-    the run to resume.
+def find_start(config: Config, files: RunFiles, resume: bool, overwrite: bool) -> Checkpoint:
+    """Return the checkpoint to start from: that of the run to resume or, for a new run, one without
+    epochs, which has the classes and, with `init_from`, weights.
     """
-    initial = None
-    if config.init_from and not checkpoint:
-        initial = from_main(lambda: Checkpoint.load(Path(config.init_from)))
-    device = use_device(config.device)
-    classes = checkpoint.classes if checkpoint else from_main(lambda: find_classes(config))
-    clips = load_clips(config, classes, "train", config.windows("train"))
-    train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-    check_clips(config, classes, train_clips, valid_clips)
-    trainer = Trainer(config, classes, device, train_clips, valid_clips)
+    checkpoint = find_checkpoint(files, config, resume, overwrite)
     if checkpoint:
-        trainer.load(checkpoint)
-    elif initial:
-        take_weights(trainer.network, initial)
-    return trainer
+        return checkpoint
+    initial = Checkpoint(files.last, weights={})
+    if config.init_from:
+        initial = Checkpoint.load(Path(config.init_from))
+    return Checkpoint(initial.path, initial.weights, classes=find_classes(config))
 
 
 def clear(files: RunFiles) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,23 +12,29 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
 from acceleration import compile_module, should_compile
-from checkpoint import RESTART, Checkpoint, EpochResult, HeldOut
+from checkpoint import RESTART, Checkpoint, EpochResult, HeldOut, RunFiles
 from classes import Classes
 from config import Config
 from dataloader import ClipSet, fingerprint_of, keep_on_gpu
-from distributed import barrier, from_main, is_main, rank, sum_over_ranks, world_size
+from distributed import (
+    average_gradients,
+    barrier,
+    from_main,
+    gather_rows,
+    is_main,
+    select_share,
+    sum_over_ranks,
+    world_size,
+)
 from evaluation.scores import Embeddings, Scorer
-from inference import run_network
+from inference import build_network, run_network
 from losses import Mix, Objective
-from model import FrontEnd, Outputs, TASTgramMFN
-from run_files import RunFiles
-from sampling import Batch, EpochPlan, Sampler
-from trained import build_network
+from model import CENTRES, FrontEnd, Outputs, TASTgramMFN
+from sampling import Batch, Sampler
 from utils import UserError, notice
 
 READ_EVERY = 20  # steps: reading their losses waits for the device
@@ -40,8 +45,8 @@ OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, we
 class Trainer:
     """A training on one device, with a checkpoint after each epoch.
 
-    Under torchrun each process has a trainer, and computes its share of each batch. `load` sets the
-    state to continue from.
+    Under torchrun each process has a trainer, and computes its share of each batch. A new run
+    starts from random weights, or from those that `start_from` is given; `resume` continues one.
     """
 
     def __init__(
@@ -57,20 +62,20 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # choose the fastest kernels: the shapes stay
         self.config, self.classes, self.device = config, classes, device
         self.train_clips, self.valid_clips = train_clips, valid_clips
+        self.sampler = Sampler(config, train_clips, device)
         self.fingerprint = fingerprint_of(train_clips, valid_clips)
         self.files = RunFiles(config.weights_path)
         self.history: list[EpochResult] = []
         self.n_saved = 0  # epochs whose files are written
-        self.objective = Objective(config.mode, config.m, config.s)
-        self.scorer = Scorer("published", classes, self.objective)
-        self.sampler = Sampler(config, self.objective, len(train_clips), device)
-        self.precision = utils.choose_precision(config.precision, device)
         self.network = build_network(config, classes).move_to(device)
         self.front_end = FrontEnd(config.input).to(device)
+        self.precision = utils.choose_precision(config.precision, device)
+        self.objective = Objective(config.mode, config.m, config.s)
+        self.scorer = Scorer("published", classes, self.objective)
         self.loss = TrainingLoss(self.network, self.objective, self.precision)
         if should_compile(config.compile, device, len(train_clips) * config.epoch):
             compile_module(self.loss, is_required=config.compile is True)
-        self.parallel_loss = distribute(self.loss)
+        self.parallel_loss = average_gradients(self.loss)
         trained = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -95,9 +100,8 @@ class Trainer:
             begin = time.monotonic()
             self.set_learning_rate(epoch)
             self.parallel_loss.train()
-            plan = self.sampler.plan(epoch)
-            averages = Averages(plan.n_steps, first_step=epoch * plan.n_steps + 1)
-            progress = self.show_progress(plan, epoch)
+            averages = Averages(self.sampler.n_steps, epoch)
+            progress = self.show_progress(epoch)
             for batch in progress:
                 averages.add(self.step(batch), batch)
                 for step, loss in averages.new_losses():
@@ -139,12 +143,12 @@ class Trainer:
     def set_learning_rate(self, epoch: int) -> None:
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(epoch)
 
-    def show_progress(self, plan: EpochPlan, epoch: int) -> tqdm:
+    def show_progress(self, epoch: int) -> tqdm:
         """Return the batches of an epoch, with a progress bar in the main process."""
         return tqdm(
-            plan.batches(self.train_clips, self.device),
+            self.sampler.batches(epoch),
             f"epoch {epoch + 1}/{self.config.epoch}",
-            plan.n_steps,
+            self.sampler.n_steps,
             unit="step",
             leave=False,
             disable=None if is_main() else True,
@@ -167,7 +171,7 @@ class Trainer:
     def validate(self, clips: ClipSet) -> "Validation":
         """Score clips, and compute their mean loss and accuracy, without mixup and in float64."""
         share = self.run_share(clips)
-        labels = clips.labels[rank() :: world_size()]
+        labels = clips.labels[select_share(len(clips))]
         machines = [self.classes.entries[label].machine for label in labels]
         labels = labels.to(self.device)
         scores = self.scorer.against_own_machine(share, machines)
@@ -175,13 +179,13 @@ class Trainer:
         losses = self.objective.cross_entropy(similarity, labels, labels, reduction="none")
         hits = (share.similarity.argmax(dim=1) == labels).double()
         columns = torch.stack([scores, losses, hits], dim=1)
-        scores, losses, hits = gather(columns, len(clips)).T.cpu().numpy()
+        scores, losses, hits = gather_rows(columns, len(clips)).T.cpu().numpy()
         return Validation(scores, float(losses.mean()), float(hits.mean()))
 
     def embed(self, clips: ClipSet) -> Embeddings:
         """Compute the embeddings of clips."""
         embedding = self.run_share(clips, "embeddings").embedding
-        return Embeddings.from_outputs(gather(embedding, len(clips)), clips.labels)
+        return Embeddings.from_outputs(gather_rows(embedding, len(clips)), clips.labels)
 
     def run_share(self, clips: ClipSet, title: str | None = None) -> Outputs:
         """Run the network in evaluation mode and float32 on the clips that are the share of this
@@ -191,7 +195,7 @@ class Trainer:
             self.network,
             self.front_end,
             clips,
-            np.arange(len(clips))[rank() :: world_size()],
+            select_share(len(clips)),
             self.config.batch_size,
             self.device,
             title=title if is_main() else None,
@@ -204,8 +208,21 @@ class Trainer:
         """The lowest validation loss of the finished epochs; infinite before the first."""
         return min((result.valid_loss for result in self.history), default=math.inf)
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint. The optimiser takes over its moments, not its settings.
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Start a run from the weights of another one, but for the class centres, which are those
+        of its machines.
+
+        Raises:
+            UserError: If the weights do not fit the network.
+        """
+        checkpoint.fill(self.network, omitted=CENTRES)
+        notice(
+            f"init_from: starting from the weights of {checkpoint.path}, except for the class "
+            f"centres ({', '.join(CENTRES)})"
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue a run. The optimiser takes over its moments, not its settings.
 
         Raises:
             UserError: If the run had other clips, or the state does not fit.
@@ -291,10 +308,10 @@ class Trainer:
             return
         result = self.history[-1]
         tqdm.write(
-            f"epoch {result.epoch}/{self.config.epoch}  lr {result.lr:.2e}  "
-            f"train loss {result.train_loss:.4f} accuracy {result.train_accuracy:.3f}  "
-            f"valid loss {result.valid_loss:.4f} accuracy {result.valid_accuracy:.3f}  "
-            f"{result.seconds:.1f} s{'  best' if is_best else ''}"
+            f"epoch {result.epoch}/{self.config.epoch}  lr {result.lr:.2e}  train loss "
+            f"{result.train_loss:.4f} accuracy {result.train_accuracy:.3f}  valid loss "
+            f"{result.valid_loss:.4f} accuracy {result.valid_accuracy:.3f}  {result.seconds:.1f} "
+            f"s{'  best' if is_best else ''}"
         )
         sys.stdout.flush()
         if log:
@@ -370,8 +387,8 @@ class Averages:
     READ_EVERY steps, since the device is waited for then.
     """
 
-    def __init__(self, n_steps: int, first_step: int) -> None:
-        self.n_steps, self.first_step = n_steps, first_step
+    def __init__(self, n_steps: int, epoch: int = 0) -> None:
+        self.n_steps, self.first_step = n_steps, epoch * n_steps + 1
         self.results: list[Tensor] = []
         self.counts: list[int] = []  # clips of this process
         self.n_clips = 0  # of all processes
@@ -401,23 +418,3 @@ class Averages:
         sums = sum_over_ranks((results.double() * counts).sum(dim=0))
         loss, accuracy = (sums / self.n_clips).tolist()
         return loss, accuracy
-
-
-# ---- Several processes ----
-
-
-def distribute(loss: TrainingLoss) -> nn.Module:
-    """Wrap a loss so that the gradients of all processes are averaged; with one, return it."""
-    if world_size() == 1:
-        return loss
-    # PyTorch warns of strides that differ where the size is 1, which changes nothing.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # The only buffers are batch norm statistics, which are the same in all processes.
-    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def gather(share: Tensor, count: int) -> Tensor:
-    """Return the rows `(count, ...)` of all clips, from the shares of all processes."""
-    rows = share.new_zeros(count, share.shape[1])
-    rows[rank() :: world_size()] = share
-    return sum_over_ranks(rows)

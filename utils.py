@@ -88,7 +88,7 @@ def report_stop() -> None:
         rank = os.environ["RANK"]
         print(
             f"error: process {rank} was stopped by a user or because another process has died; "
-            f"continue with --resume",
+            "continue with --resume",
             file=sys.stderr,
         )
 
@@ -160,7 +160,7 @@ def use_device(name: str) -> torch.device:
     if index >= count:
         raise UserError(
             f"device: there is no cuda:{index}; use one of cuda:0 to cuda:{count - 1}, or fewer "
-            f"processes"
+            "processes"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

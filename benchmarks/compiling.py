@@ -57,7 +57,7 @@ def time_first_step(trainer: Trainer) -> float:
     """Return the seconds of the first step, which includes compiling."""
     start = time.perf_counter()
     trainer.parallel_loss.train()
-    batches = trainer.sampler.plan(0).batches(trainer.train_clips, CPU)
+    batches = trainer.sampler.batches(0)
     trainer.step(next(batches))
     return time.perf_counter() - start
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import read_recording
 from config import Config, load_config, parse_command_line
-from dataloader import ClipSet, check_clips, load_clips, shuffled_batches
+from dataloader import ClipSet, check_clips, load_clips
 from model import FrontEnd, LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
 from recordings import find_classes, find_recordings
@@ -89,7 +89,7 @@ def measure(config: Config) -> dict[str, float]:
     train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
     check_clips(config, classes, train_clips, valid_clips)
     trainer = Trainer(config, classes, CPU, train_clips, valid_clips)
-    plan = shuffled_batches(len(train_clips), BATCH, config.seed, epoch=0)
+    plan = trainer.sampler.shuffle(epoch=0)
     next(iter(train_clips.batches(plan, CPU)))
     first_batch = time.perf_counter() - start
     del trainer

@@ -55,10 +55,9 @@ from benchmarks.throughput import (
 )
 from config import Config, load_config
 from dataloader import ClipSet
-from inference import run_model
+from inference import Model, run_model
 from model.tastgram import N_SAMPLES, SAMPLE_RATE
 from sampling import Sampler
-from trained import Model
 from trainer import Trainer, Validation
 from utils import OneLineParser, UserError, run_script, use_device, write_text
 
@@ -167,7 +166,7 @@ def measure_step(
 def time_per_clip(trainer: Trainer, count: int, repeats: int) -> float:
     """Return the seconds that an epoch on `count` random clips takes for each of them."""
     trainer.train_clips = random_clips(count, trainer.device)
-    trainer.sampler = Sampler(trainer.config, trainer.objective, count, trainer.device)
+    trainer.sampler = Sampler(trainer.config, trainer.train_clips, trainer.device)
     return seconds(train_epochs(trainer), trainer.device, repeats) / count
 
 
@@ -201,7 +200,7 @@ def first_losses(trainer: Trainer) -> list[float]:
     trainer.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=256.0, enabled=is_fp16)
     trainer.parallel_loss.train()
     losses = []
-    for batch in trainer.sampler.plan(0).batches(trainer.train_clips, trainer.device):
+    for batch in trainer.sampler.batches(0):
         loss, _ = trainer.step(batch)
         losses.append(loss.item())
     return losses
@@ -427,10 +426,9 @@ def measure_files(place: Place) -> None:
     repeats = 1 if place.is_small else 3
     elapsed = seconds(train_epochs(trainer), place.device, repeats)
     emit("training", **{"clips/s": n_clips / elapsed, "threads": n_threads})
-    plan = trainer.sampler.plan(0)
 
     def read() -> None:
-        for _ in plan.batches(clips, place.device):
+        for _ in trainer.sampler.batches(0):
             pass
 
     elapsed = seconds(read, place.device, 1)

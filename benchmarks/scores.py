@@ -27,21 +27,18 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, RunFiles
 from classes import Classes, Machine
 from config import Config, parse_command_line
 from dataloader import load_clips
-from evaluation.bank import embed
 from evaluation.comparison import difference
 from evaluation.metrics import MEAN, MIN, Metrics, measure
 from evaluation.scores import Embeddings, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
-from inference import run_model
+from inference import Model, embed, load_model, run_model
 from model import Outputs
 from reproduce import SEEDS, plan_runs
-from run_files import RunFiles
 from train import train
-from trained import Model, load_model
 from trainer import Trainer
 from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
 
@@ -141,8 +138,8 @@ def load_states(run: Config) -> list[Weights]:
     paths = sorted(folder.glob("*.pth"))
     if len(paths) != expected:
         raise UserError(
-            f"{folder}: {len(paths)} states, not the {expected} of the last third; "
-            "remove the run, and it is trained again"
+            f"{folder}: {len(paths)} states, not the {expected} of the last third; remove the run, "
+            "and it is trained again"
         )
     return [Checkpoint.load(path).weights for path in paths]
 

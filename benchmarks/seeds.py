@@ -57,9 +57,9 @@ from evaluation.metrics import COVERAGE, SUMMARY_ROWS
 from evaluation.result import evaluate
 from evaluation.scores import KINDS
 from evaluation.tables import markdown_header, markdown_row
+from inference import Model
 from losses import MODES
 from recordings import find_classes
-from trained import Model
 from trainer import Trainer
 from utils import (
     OneLineParser,
@@ -95,7 +95,7 @@ def main() -> None:
     clips, test_clips = (
         load_clips(config, classes, split, config.windows(split)) for split in ("train", "test")
     )
-    rows = find_rows(options.output, config, describe_clips(clips, test_clips))
+    rows = find_rows(options.output, config, classes, describe_clips(clips, test_clips))
     clips.keep_on(device)
     test_clips.keep_on(device)
     finished = {(row["mode"], row["seed"]) for row in rows}
@@ -126,7 +126,9 @@ def describe_clips(clips: ClipSet, test_clips: ClipSet) -> dict[str, Any]:
     return {"train": clips.fingerprint(), "test": names}
 
 
-def find_rows(folder: Path, config: Config, clips: dict[str, Any]) -> list[dict[str, Any]]:
+def find_rows(
+    folder: Path, config: Config, classes: Classes, clips: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Return the rows of the finished runs.
 
     Raises `UserError` if they had other clips or another configuration.
@@ -141,7 +143,7 @@ def find_rows(folder: Path, config: Config, clips: dict[str, Any]) -> list[dict[
     except (OSError, ValueError):
         message = f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
         raise UserError(message) from None
-    checkpoint = Checkpoint(about, {}, make_config((str(about), before["config"])))
+    checkpoint = Checkpoint(about, {}, make_config((str(about), before["config"])), classes)
     check_configuration(config, checkpoint, "use the same, or choose another folder with --output")
     if before["clips"] != clips:
         message = f"{about}: the finished runs had other clips; choose another folder with --output"

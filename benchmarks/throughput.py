@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import Checkpoint
 from config import Config, load_config
 from dataloader import ClipSet, cut_into_batches
-from inference import run_model
+from inference import Model, build_network, run_model
 from losses import Objective
 from model import LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR
 from recordings import MACHINE, find_classes
-from trained import Model, build_network
+from sampling import draw_mix
 from trainer import Averages, Trainer
 from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_up_numerics, versions
 
@@ -201,8 +201,7 @@ def plain_stages(
     def train() -> None:
         network.train()
         for features, labels in inputs(train_clips, batch):
-            mix = objective.draw_mix(config.alpha, rng, len(labels))
-            assert mix
+            mix = draw_mix(config.alpha, rng, len(labels))
             similarity, _ = network(**{name: mix(x) for name, x in features.items()})
             loss = objective.loss(similarity, labels, mix)
             optimizer.zero_grad()
@@ -235,9 +234,8 @@ def train_epochs(trainer: Trainer) -> Callable[[], float]:
         epoch = next(epochs)
         trainer.set_learning_rate(epoch)
         trainer.parallel_loss.train()
-        plan = trainer.sampler.plan(epoch)
-        averages = Averages(plan.n_steps, first_step=1)
-        for batch in plan.batches(trainer.train_clips, trainer.device):
+        averages = Averages(trainer.sampler.n_steps)
+        for batch in trainer.sampler.batches(epoch):
             averages.add(trainer.step(batch), batch)
             averages.new_losses()
         loss, _ = averages.means()

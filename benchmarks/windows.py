@@ -38,15 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import Windows
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
-from evaluation.bank import with_bank
 from evaluation.result import evaluate
 from evaluation.scores import over_windows
 from evaluation.single import clock
-from inference import run_model
+from inference import Model, load_model, run_model, with_bank
 from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE, find_recordings
-from trained import Model, load_model
 from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,9 +224,8 @@ def score_long(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
     minutes = whole.groupby(whole["start"] // 60 + 1)["score"].mean().nlargest(3)
     highest_minutes = ", ".join(f"{minute:.0f} ({score:.2f})" for minute, score in minutes.items())
     return (
-        f"{checkpoint.stem}, {recording.name}: "
-        f"score {row['score']:.2f}, threshold {row['threshold']:.2f}; "
-        f"{row['n_anomalous']} of {row['n_windows']} windows anomalous; "
+        f"{checkpoint.stem}, {recording.name}: score {row['score']:.2f}, threshold "
+        f"{row['threshold']:.2f}; {row['n_anomalous']} of {row['n_windows']} windows anomalous; "
         f"worst at {clock(row['worst']['start'])}; highest minutes: {highest_minutes}; "
         f"{seconds:.1f} s, RssAnon {peak_memory:.0f} MB; {row['picture']}"
     )

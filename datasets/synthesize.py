@@ -272,7 +272,7 @@ def check_output(output: Path, description: str, overwrite: bool) -> None:
     if existing and existing != description and not overwrite:
         raise UserError(
             f"{output} contains another set; choose another --output, or replace it with "
-            f"--overwrite"
+            "--overwrite"
         )
 
 

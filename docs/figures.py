@@ -31,10 +31,10 @@ from dataloader import load_clips
 from evaluation.comparison import group_by_configuration
 from evaluation.figures import CONDITIONS, draw_angles, figure, read_samples
 from evaluation.result import Result, evaluate
+from inference import load_model
 from model import PUBLISHED_CHANNELS, FrontEnd
 from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
-from trained import load_model
 from utils import OneLineParser, UserError, run_script, use_device
 
 DOCS = Path(__file__).resolve().parent
@@ -135,7 +135,7 @@ def recordings_of_machine(result: Result) -> pd.DataFrame:
     if not is_machine.any() or not has_published_channels:
         raise UserError(
             f"{result.model.path}: method shows {machine_type} {machine_id} and the three "
-            f"published channels"
+            "published channels"
         )
     return known[is_machine]
 

@@ -63,7 +63,7 @@ def group_by_configuration(results: Sequence[Result]) -> Groups:
             if run.about["seed"] == result.about["seed"]:
                 raise UserError(
                     f"{run.model.path} and {result.model.path} have the same configuration and "
-                    f"seed; leave one out"
+                    "seed; leave one out"
                 )
         runs.append(result)
     return groups

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from inference import Model
 from model import FrontEnd, fold_batch_norm
-from trained import Model
 
 
 class ScoringGraph(nn.Module):

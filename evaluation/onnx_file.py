@@ -24,10 +24,9 @@ from dataloader import ClipSet
 from evaluation.graph import ScoringGraph
 from evaluation.scores import check_scores
 from evaluation.thresholds import explain_thresholds, find_thresholds
-from inference import run_model
+from inference import Model, run_model
 from model import TASTgramMFN
 from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
-from trained import Model
 from utils import UserError, versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes

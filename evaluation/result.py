@@ -11,15 +11,13 @@ import torch
 from audio import Windows
 from config import Config
 from dataloader import ClipSet
-from evaluation.bank import with_bank
 from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.scores import KINDS, check_scores, find_worst, over_windows
 from evaluation.thresholds import decide, find_thresholds
-from inference import run_model
+from inference import Model, run_model, with_bank
 from model import Outputs
 from names import ANOMALOUS, NORMAL, UNLABELLED
 from recordings import MACHINE, known_recordings
-from trained import Model
 from utils import versions
 
 HARDEST = 3  # recordings of each condition and machine

@@ -143,8 +143,7 @@ def report_missing(scores: Scores, truth: GroundTruth) -> None:
     if missing:
         notice(
             f"{len(missing)} recordings in the lists have no score and are left out of the "
-            "metrics, such as "
-            f"{missing[0]}"
+            f"metrics, such as {missing[0]}"
         )
 
 

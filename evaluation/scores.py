@@ -178,8 +178,7 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
     if KINDS[kind].uses_bank and np.isposinf(scores[is_bad]).all():
         raise UserError(
             f"{path}: the checkpoint has no embeddings of training clips of {names}, so there is "
-            "no "
-            f"nearest clip; choose another --scoring"
+            "no nearest clip; choose another --scoring"
         )
     raise UserError(
         f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names})"

@@ -15,12 +15,10 @@ from audio import CheckedRecording, Windows
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, cut_into_clips, usable
-from evaluation.bank import with_bank
 from evaluation.scores import check_scores, over_windows
 from evaluation.thresholds import explain_thresholds, find_thresholds
-from inference import run_model
+from inference import Model, run_model, with_bank
 from names import ANOMALOUS, NORMAL, name_id
-from trained import Model
 from utils import UserError
 
 

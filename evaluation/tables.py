@@ -360,7 +360,7 @@ def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
     explanation = (
         f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips "
         f"within {strata}). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC "
-        f"of an ID."
+        "of an ID."
     )
     paragraphs = [f"# {title}", markdown_table(metrics), " ".join([explanation, *texts])]
     if rule.text:

@@ -10,10 +10,10 @@ import torch
 from classes import Machine
 from config import Config
 from evaluation.scores import Scorer
+from inference import Model
 from model import Outputs
 from names import ANOMALOUS
 from recordings import MACHINE, known_recordings
-from trained import Model
 from utils import notice
 
 LEAST_CLIPS = 20  # of a machine; with fewer the scores of its machine type are pooled

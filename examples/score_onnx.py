@@ -43,13 +43,13 @@ def check_properties(file: soundfile.SoundFile, rate: int, channel: int) -> None
     """Raise `ValueError` if the model cannot score the recording."""
     if file.samplerate != rate:
         raise ValueError(
-            f"its sample rate is {file.samplerate} Hz, not {rate} Hz; "
-            f"convert it with sox IN.wav -r {rate} OUT.wav"
+            f"its sample rate is {file.samplerate} Hz, not {rate} Hz; convert it with sox IN.wav "
+            f"-r {rate} OUT.wav"
         )
     if file.frames == 0 or channel >= file.channels:
         raise ValueError(
             f"it has {file.frames} samples in {file.channels} channels, but channel {channel} is "
-            f"needed; use another recording"
+            "needed; use another recording"
         )
 
 

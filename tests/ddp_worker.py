@@ -66,10 +66,9 @@ def train_epochs(trainer: Trainer) -> list[float]:
     losses = []
     for epoch in range(4):
         trainer.parallel_loss.train()
-        plan = trainer.sampler.plan(epoch)
-        averages = Averages(plan.n_steps, first_step=1)
+        averages = Averages(trainer.sampler.n_steps)
         trainer.set_learning_rate(epoch)
-        for batch in plan.batches(trainer.train_clips, CPU):
+        for batch in trainer.sampler.batches(epoch):
             averages.add(trainer.step(batch), batch)
         losses.append(averages.means()[0])
     return losses

@@ -13,8 +13,8 @@ from config import load_config
 from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.result import Result
 from evaluation.thresholds import decide, fit_thresholds
+from inference import Model
 from recordings import COLUMNS, MACHINE, known_recordings
-from trained import Model
 
 Machine = tuple[str, int]  # machine type and the number in the machine ID
 NO_HELD_OUT = pd.DataFrame(columns=[*MACHINE, "score"])

@@ -12,11 +12,12 @@ from conftest import CLASSES, MACHINES, arguments, change_checkpoint
 
 import train
 from audio import Windows
-from checkpoint import Checkpoint, find_checkpoint, load_newest
-from config import load_config
+from checkpoint import Checkpoint, RunFiles, clear_run, find_checkpoint, load_newest, lock_run
+from classes import Classes
+from config import KEYS, Config, load_config
 from evaluation.tables import clear_results
-from run_files import RunFiles, clear_run, lock_run
-from trained import build_network, load_model, take_weights
+from inference import build_network, load_model
+from model import CENTRES
 from utils import UserError
 
 # ---- Writing ----
@@ -154,25 +155,33 @@ def test_loading_looks_at_no_recordings(trained, tmp_path):
     assert load_model(tmp_path / "bare.pth", load_config(machines=MACHINES)).classes == CLASSES
 
 
-def test_a_training_begins_with_all_given_weights_but_the_centres(tmp_path, capsys):
-    """The published weights are loaded into a network for other machines."""
+def test_weights_are_loaded_but_for_the_omitted_ones(tmp_path):
+    """The published weights are loaded into networks for other machines."""
     network = build_network(load_config(), CLASSES)
     published = Checkpoint(tmp_path / "published.pth", reference.parameters())
     initial = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    take_weights(network, published)
-    centres = {"arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias"}
+    published.fill(network, omitted=CENTRES)
     for name, tensor in network.state_dict().items():
-        expected = initial if name in centres else published.weights
+        expected = initial if name in CENTRES else published.weights
         assert torch.equal(tensor, expected[name]), name
-    notice = (
-        f"notice: init_from: starting from the weights of {published.path}, "
-        "except for the class centres (arcface.weight, "
-    )
-    assert notice in capsys.readouterr().err
     network = build_network(load_config(input="sgram"), CLASSES)
     misfit = r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1"
     with pytest.raises(UserError, match=misfit):
-        take_weights(network, published)
+        published.fill(network, omitted=CENTRES)
+    misfit = r"fit the configuration \(machines, classes, input, sub_centers\): arcface.weight is"
+    with pytest.raises(UserError, match=misfit):
+        published.fill(network)
+
+
+def test_differences_see_the_order_of_the_machines(tmp_path):
+    config = load_config(machines={"fan": [0], "pump": [0]})
+    classes = Classes.from_machines(config.machines)
+    checkpoint = Checkpoint(tmp_path / "run.pth", {}, config, classes)
+    assert checkpoint.differences(config, KEYS) == []
+    assert checkpoint.differences(load_config(machines="auto"), ["machines"]) == []
+    other = load_config(machines={"pump": [0], "fan": [0]}, lr=1)
+    assert checkpoint.differences(other, KEYS) == ["machines", "lr"]
+    assert checkpoint.differences(other, ["lr", "seed"]) == ["lr"]
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -214,8 +223,8 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
         files.last.write_bytes(whole)
     assert fallen_back > 8
     notice = (
-        f"{files.last}: not a readable checkpoint (another kind of file, or damaged); "
-        "continuing from the best weights, of epoch 1"
+        f"{files.last}: not a readable checkpoint (another kind of file, or damaged); continuing "
+        "from the best weights, of epoch 1"
     )
     assert capsys.readouterr().err.count(notice) == fallen_back
     spoil(files.best, 1000, is_cut=True)
@@ -228,15 +237,19 @@ def test_what_resume_and_overwrite_find(trained_copy, tmp_path):
     config = Checkpoint.load(trained_copy / "run.pth").config.model_dump()
     existing = load_config(**config | {"save_path": str(trained_copy / "run.pth")})
     missing = load_config(save_path=str(tmp_path / "nothing.pth"))
-    assert find_checkpoint(missing, resume=False, overwrite=False) is None
-    assert find_checkpoint(missing, resume=True, overwrite=False) is None
-    assert find_checkpoint(existing, resume=False, overwrite=True) is None
-    found = find_checkpoint(existing, resume=True, overwrite=False)
+
+    def find(config: Config, resume: bool, overwrite: bool) -> Checkpoint | None:
+        return find_checkpoint(RunFiles(config.weights_path), config, resume, overwrite)
+
+    assert find(missing, resume=False, overwrite=False) is None
+    assert find(missing, resume=True, overwrite=False) is None
+    assert find(existing, resume=False, overwrite=True) is None
+    found = find(existing, resume=True, overwrite=False)
     assert (found.path, found.epoch) == (trained_copy / "run.last.pth", 1)
     with pytest.raises(UserError, match=r"run.last.pth already exists; continue the run with"):
-        find_checkpoint(existing, resume=False, overwrite=False)
+        find(existing, resume=False, overwrite=False)
     with pytest.raises(UserError, match="use only one of them"):
-        find_checkpoint(missing, resume=True, overwrite=True)
+        find(missing, resume=True, overwrite=True)
 
 
 def test_an_error_names_the_file_that_was_read(trained_copy, data_root, fails):

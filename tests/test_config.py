@@ -275,14 +275,6 @@ def test_what_a_checkpoint_holds_is_read_back_as_the_same_configuration():
     assert make_config(("checkpoint", config.model_dump())).model_dump() == config.model_dump()
 
 
-def test_differences_see_the_order_of_the_machines():
-    config = load_config(machines={"fan": [0], "pump": [0]})
-    assert config.differences(config, KEYS) == []
-    other = load_config(machines={"pump": [0], "fan": [0]}, lr=1)
-    assert config.differences(other, KEYS) == ["machines", "lr"]
-    assert config.differences(other, ["lr", "seed"]) == ["lr"]
-
-
 def test_the_source_of_a_wrong_value_is_the_last_that_gave_it():
     with pytest.raises(UserError, match=r"^later: lr: -1 is not a number above 0$"):
         make_config(("first", load_config().model_dump()), ("later", {"lr": -1}))

@@ -311,8 +311,8 @@ def test_dry_run_writes_nothing(world, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"dev_data_fan.zip: 0.00 GB, unpacked 0.00 GB -> {world.output}/fan/{{train,test}}",
-        "eval_data_test_fan.zip: at most 0.00 GB, unpacked 0.00 GB"
-        f" -> {world.output}/fan/evaluation",
+        "eval_data_test_fan.zip: at most 0.00 GB, unpacked 0.00 GB -> "
+        f"{world.output}/fan/evaluation",
         f"missing in {world.output}: 2 zips, 0.00 GB, unpacked 0.00 GB",
         f"and {LABELS} -> {world.output}",
     ]

@@ -32,12 +32,10 @@ from classes import Classes
 from config import load_config
 from dataloader import load_clips
 from evaluation import tables
-from evaluation.bank import with_bank
 from evaluation.scores import Embeddings
-from inference import run_model
+from inference import build_network, load_model, run_model, with_bank
 from losses import Objective
 from model import TASTgramMFN
-from trained import build_network, load_model
 
 
 def evaluate(call, folder: Path, data_root: Path, *words: str):
@@ -454,8 +452,8 @@ def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, c
     assert "| classes attributes (6 classes) minus classes section (test clips alone) |" in output
     header = next(line for line in output.splitlines() if line.startswith("| configuration |"))
     assert header.endswith(
-        "| AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean "
-        "| official score |"
+        "| AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official "
+        "score |"
     )
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "Domains: rule of DCASE 2022 and later" in text
@@ -508,8 +506,8 @@ def test_evaluation_clips_of_later_years(sections, tmp_path, call):
     status, output, errors = evaluate(call, folder, root, "--split", "evaluation")
     assert (status, "AUC" in output) == (0, False)
     notice = (
-        "12 of 12 recordings are not listed in ground_truth_data and ground_truth_domain "
-        "and are left out of the metrics (copy"
+        "12 of 12 recordings are not listed in ground_truth_data and ground_truth_domain and are "
+        "left out of the metrics (copy"
     )
     assert notice in errors
 

@@ -30,9 +30,8 @@ from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
 from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
 from evaluation.scores import Embeddings
-from inference import run_model
+from inference import Model, build_network, load_model, run_model
 from model import CHANNELS, EMBEDDING_SIZE
-from trained import Model, build_network, load_model
 from utils import UserError
 
 ROOT = Path(export_script.__file__).parent
@@ -209,8 +208,8 @@ def test_what_the_file_holds(exported):
     assert len(about["weights_sha256"]) == 64
     size = (exported / "run.onnx").stat().st_size / 1e6
     summary = (
-        f"{exported / 'run.onnx'}: {size:.1f} MB, 3 machine IDs, published scores, "
-        "which differ from those of eval"
+        f"{exported / 'run.onnx'}: {size:.1f} MB, 3 machine IDs, published scores, which differ "
+        "from those of eval"
     )
     assert (exported / "output").read_text().startswith(summary)
 
@@ -448,7 +447,7 @@ def test_a_missing_package(package, trained_copy, fails, monkeypatch):
 @pytest.mark.slow
 def test_training_and_evaluation_do_without_the_packages():
     code = (
-        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); "
-        "import train_ddp, train, eval"
+        "import sys; sys.modules |= dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')); import "
+        "train_ddp, train, eval"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -15,14 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from audio import Windows, check_recording
-from checkpoint import read_history
+from checkpoint import RunFiles, read_history
 from config import load_config
 from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_samples
 from evaluation.result import Result, evaluate
+from inference import load_model
 from model import LogMel
 from recordings import MACHINE
-from run_files import RunFiles
-from trained import load_model
 from utils import UserError
 
 CPU = torch.device("cpu")

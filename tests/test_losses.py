@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from conftest import CLASSES
 from evaluation.scores import Scorer
 from losses import MODES, Mix, Objective, margin_logits
 from model import Outputs
-from sampling import divide_mix
 
 M, S = 0.7, 30.0
 N_CLASSES = len(CLASSES)
@@ -101,34 +99,6 @@ def test_accuracy_counts_the_partner_with_its_weight():
     assert objective.accuracy(similarity, labels).item() == 1.0
     mix = Mix(torch.tensor(0.75), torch.tensor([1, 0]))
     assert objective.accuracy(similarity, labels, mix).item() == 0.75
-
-
-def test_mixing_is_drawn_from_a_beta_distribution():
-    objective = Objective("noisy_arcmix", M, S)
-    mixes = [objective.draw_mix(0.5, np.random.default_rng(i), 5) for i in range(2000)]
-    lams = np.array([mix.lam.item() for mix in mixes])
-    assert lams.mean() == pytest.approx(0.5, abs=0.03)
-    assert lams.var() == pytest.approx(0.125, abs=0.01)  # of Beta(1/2, 1/2)
-    assert all(sorted(mix.partner.tolist()) == [0, 1, 2, 3, 4] for mix in mixes)
-    arcface = Objective("arcface", M, S)
-    assert arcface.draw_mix(0.5, np.random.default_rng(0), 5) is None
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_the_parts_of_a_mixed_batch_mix_as_the_whole(parts):
-    for size in (5, 12, 64):
-        for seed in range(20):
-            partner = torch.from_numpy(np.random.default_rng(seed).permutation(size))
-            mix, x = Mix(torch.tensor(0.3), partner), torch.randn(size, 2)
-            clips, mixed = [], []
-            for part in range(parts):
-                rows, share = divide_mix(mix, part, parts)
-                count = len(share.partner)
-                assert len(rows) == count + (2 if parts > 1 else 0)
-                clips += rows[:count].tolist()
-                mixed.append(share(x[rows]))
-            assert sorted(clips) == list(range(size)), "every clip once"
-            assert torch.equal(torch.cat(mixed), mix(x)[clips])
 
 
 def published_scores(

@@ -15,14 +15,12 @@ from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import load_config, make_config
 from dataloader import ClipSet
-from evaluation.bank import with_bank
 from evaluation.result import Result, evaluate
 from evaluation.scores import Embeddings, find_worst, over_windows
 from evaluation.thresholds import score_held_out
-from inference import run_model
+from inference import Model, build_network, load_model, run_model, with_bank
 from model import EMBEDDING_SIZE, Outputs
 from recordings import MACHINE
-from trained import Model, build_network, load_model
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -23,10 +23,9 @@ from conftest import (
 )
 
 import train
-from checkpoint import Checkpoint, load_newest
+from checkpoint import Checkpoint, RunFiles, load_newest, lock_run
 from config import load_config
-from run_files import RunFiles, lock_run
-from trained import build_network
+from inference import build_network
 
 ROOT = Path(__file__).parent.parent
 HISTORY = ["epoch", "lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "seconds"]
@@ -106,7 +105,9 @@ def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
 def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, fails):
     keys = {"seed": 1, "lr": 1e-9, "weight_decay": 0, "init_from": trained / "run.pth"}
     options = arguments(tmp_path, data_root, **keys)
-    assert call(train.main, *options)[0] == 0
+    status, _, errors = call(train.main, *options)
+    assert status == 0
+    assert "run.pth, except for the class centres (arcface.weight, mobilefacenet.fc_out" in errors
     weights = Checkpoint.load(tmp_path / "run.pth").weights
     given = Checkpoint.load(trained / "run.pth").weights
     name = "mobilefacenet.linear7.conv.weight"
@@ -342,8 +343,8 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
     assert status == 0
     notice = (
-        "run.last.pth: not a readable checkpoint (another kind of file, or damaged); "
-        "continuing from the"
+        "run.last.pth: not a readable checkpoint (another kind of file, or damaged); continuing "
+        "from the"
     )
     assert notice in errors
     assert files.history.read_text() == history
