@@ -70,10 +70,9 @@ def check_output(output: Path, checkpoint: Path) -> None:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
+    add(
         "--output",
         metavar="FILE.onnx",
         type=Path,

@@ -109,11 +109,7 @@ SECTION_NAME = re.compile(
     re.IGNORECASE,
 )
 SECTION_FORM = Form(
-    folders={
-        "train": ("train",),
-        "test": tuple(TEST_FOLDERS),
-        "evaluation": tuple(TEST_FOLDERS),
-    },
+    folders={"train": ("train",), "test": tuple(TEST_FOLDERS), "evaluation": tuple(TEST_FOLDERS)},
     names={
         "train": "section_XX_{source,target}_train_normal_XXXX[_<attributes>].wav",
         "test": "section_XX_{source,target}_test_{normal,anomaly}_XXXX[_<attributes>].wav",

@@ -78,20 +78,17 @@ def score(config: Config, options: Namespace) -> None:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="file of trained weights")
-    parser.add_argument(
-        "recordings", nargs="+", type=Path, help="files, or folders with WAV or FLAC files"
-    )
-    parser.add_argument("--machine_type", required=True, help="machine type of the recordings")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="file of trained weights")
+    add("recordings", nargs="+", type=Path, help="files, or folders with WAV or FLAC files")
+    add("--machine_type", required=True, help="machine type of the recordings")
+    add(
         "--machine_id",
         help="machine ID of the recordings (default: the best-fitting one for each recording)",
     )
-    parser.add_argument(
-        "--timeline", action="store_true", help="also print score and decision of each window"
-    )
-    parser.add_argument("--plots", action="store_true", help="draw the scores over time (PNG)")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    add("--timeline", action="store_true", help="also print score and decision of each window")
+    add("--plots", action="store_true", help="draw the scores over time (PNG)")
+    add("--json", action="store_true", help="print the results as JSON")
     keys = (*SCORING_KEYS, "batch_size", "eval_precision")
     score(*parse_command_line(parser, keys=keys))
 

@@ -126,28 +126,23 @@ def parse_options(table: dict, arguments: list[str] | None) -> argparse.Namespac
     """Parse the command line. `table` is the content of dcase2020_task2.yaml."""
     types, parts = list(table["clip_bytes"]), ["development", "additional"]
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--output",
         type=Path,
         default=TABLE.parent,
         help="folder to download to (default: this script's folder)",
     )
-    parser.add_argument(
+    add(
         "--parts",
         nargs="+",
         choices=table["parts"],
         default=parts,
         help=f"parts of the data set (default: {' '.join(parts)})",
     )
-    parser.add_argument(
-        "--types", nargs="+", choices=types, default=types, help="machine types (default: all)"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print what would be downloaded, and write nothing"
-    )
-    parser.add_argument(
-        "--url", default=table["url"], help=f"address of a mirror (default: {table['url']})"
-    )
+    add("--types", nargs="+", choices=types, default=types, help="machine types (default: all)")
+    add("--dry_run", action="store_true", help="print what would be downloaded, and write nothing")
+    add("--url", default=table["url"], help=f"address of a mirror (default: {table['url']})")
     options = parser.parse_args(arguments)
     if "{file}" not in options.url:
         raise UserError(f"--url {options.url} has no {{file}}; add it, as in {table['url']}")

@@ -303,32 +303,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument(
-        "--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--form", choices=FORMS, default="2020", help="year of the layout (default: %(default)s)")
+    add(
         "--output",
         type=Path,
         help="folder to write to (default: datasets/synthetic, or datasets/synthetic_2023)",
     )
-    parser.add_argument(
-        "--train", type=int, default=16, help="training recordings per ID (default: %(default)s)"
-    )
-    parser.add_argument(
+    add("--train", type=int, default=16, help="training recordings per ID (default: %(default)s)")
+    add(
         "--test",
         type=int,
         default=8,
         help="test recordings per ID and label (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--seed",
         type=int,
         default=2023,
         help="random seed of the recordings (default: %(default)s)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the set of an earlier run"
-    )
+    add("--overwrite", action="store_true", help="replace the set of an earlier run")
     options = parser.parse_args(arguments)
     if options.output is None:
         name = "synthetic" if options.form == "2020" else "synthetic_2023"

@@ -142,12 +142,7 @@ def add_scores(
 
 
 def describe(
-    model: Model,
-    config: Config,
-    split: str,
-    windows: Windows,
-    kind: str,
-    recordings: pd.DataFrame,
+    model: Model, config: Config, split: str, windows: Windows, kind: str, recordings: pd.DataFrame
 ) -> dict[str, Any]:
     """Return what was evaluated, for metrics.json, results.md and the report."""
     checkpoint = model.checkpoint

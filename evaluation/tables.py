@@ -50,12 +50,7 @@ class Column(NamedTuple):
         """The name without a block, as in "AUC, pooled" or "mAUC"."""
         if self.metric == OFFICIAL:
             return "official score"
-        endings = {
-            POOLED: ", pooled",
-            MEAN: ", mean over IDs",
-            MIN: "",
-            HMEAN: ", harmonic mean",
-        }
+        endings = {POOLED: ", pooled", MEAN: ", mean over IDs", MIN: "", HMEAN: ", harmonic mean"}
         return f"{self.heading}{endings[self.summary]}"
 
 
