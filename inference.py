@@ -251,7 +251,9 @@ class BlockedLayout(nn.Module):
     def __init__(self, network: MobileFaceNet) -> None:
         super().__init__()
         self.fc_out = network.fc_out
-        contiguous = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        contiguous = network.to(  # type: ignore[call-overload]
+            memory_format=torch.contiguous_format
+        )
         self.network = to_mkldnn(contiguous)
 
     def forward(self, features: Tensor) -> Tensor:

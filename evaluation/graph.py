@@ -21,7 +21,9 @@ class ScoringGraph(nn.Module):
         super().__init__()
         self.front_end = FrontEnd(model.config.input)
         network = fold_batch_norm(model.network).cpu()
-        self.network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.network = network.to(  # type: ignore[call-overload]
+            memory_format=torch.contiguous_format
+        )
         replace_prelus(self.network)
         self.scorer = model.scorer(config.scoring, config.neighbours)
         self.machines = model.classes.machines
