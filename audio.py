@@ -68,7 +68,7 @@ def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> CheckedRecor
         changes = list_changes(file, windows)
         is_checked_by_header = (file.format, file.subtype) == ("WAV", "PCM_16")
         if not is_checked_by_header and decode_all(file, windows):
-            changes.append("exceed full scale and were clipped")
+            changes.append("exceed full scale and are clipped")
         return CheckedRecording(find_starts(file, windows.hop), changes)
 
 
@@ -76,11 +76,15 @@ def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int
     """Fill `out`, int16 `(N_SAMPLES,)`, with the window that starts at second `start`.
 
     Raises:
-        UserError: As in `check_recording`, or if the recording has become too short for the window.
+        UserError: With the file and the reason, as in `check_recording`, or if the recording has
+            become too short for the window.
     """
-    with open_audio(path) as file:
-        check_properties(file, Windows(channel=channel))
-        decode(file, out, start, channel)
+    try:
+        with open_audio(path) as file:
+            check_properties(file, Windows(channel=channel))
+            decode(file, out, start, channel)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def find_starts(file: soundfile.SoundFile, hop: float | None) -> list[float]:
@@ -244,7 +248,8 @@ def decode(file: soundfile.SoundFile, out: np.ndarray, start: float, channel: in
         raise UserError(f"truncated: {len(samples)} of {expected} samples can be read")
     is_clipped = False
     if not is_exact:
-        check_finite(samples)
+        if not np.isfinite(samples).all():
+            raise UserError("not finite: it holds NaN or infinite samples")
         samples, is_clipped = round_to_int16(resample(samples, file.samplerate))
     if samples is not out:
         out[:] = np.resize(samples, N_SAMPLES)
@@ -275,11 +280,6 @@ def read_channel(file: soundfile.SoundFile, channel: int, count: int, dtype: str
         block = file.read(min(size, count - start), dtype, always_2d=True)
         blocks.append(block[:, channel].copy())
     return np.concatenate(blocks)
-
-
-def check_finite(samples: np.ndarray) -> None:
-    if not np.isfinite(samples).all():
-        raise UserError("not finite: it holds NaN or infinite samples")
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

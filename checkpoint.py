@@ -18,7 +18,7 @@ from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
 from distributed import from_main
 from evaluation.scores import Embeddings
-from utils import UserError, check_writable, notice, remove_files, replace_file
+from utils import UserError, check_writable, notice, replace_file
 
 RESTART = "start again with --overwrite"
 
@@ -40,7 +40,7 @@ class RunFiles:
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
-        self.timelines = self.folder / "timelines"  # pictures of recordings that score.py draws
+        self.timelines = self.folder / "timelines"  # figures that score.py draws
 
     def results(self, split: str) -> Path:
         """Return the folder of what eval.py writes for a split, "test" or "evaluation"."""
@@ -71,14 +71,6 @@ def lock_run(files: RunFiles) -> Iterator[None]:
         yield
     finally:
         lock.release()  # does nothing in a process that does not hold it
-
-
-def clear_run(files: RunFiles) -> None:
-    """Remove what an earlier training under this name has written, and pictures of its scores."""
-    for file in (files.best, files.last, files.history):
-        file.unlink(missing_ok=True)
-    remove_files(files.tensorboard, ["events.out.tfevents.*"])
-    remove_files(files.timelines, ["*.png"])
 
 
 # ---- Checkpoints ----
@@ -118,7 +110,7 @@ class Checkpoint:
     alone.
 
     Attributes:
-        path: The file it was read from.
+        path: The file of the checkpoint.
         weights: The state dict of the network.
         config: The configuration of the training; None in a bare state dict.
         classes: The classes of the network.
@@ -127,10 +119,10 @@ class Checkpoint:
         held_out: Scores and embeddings of the held-out clips, computed with these weights.
         bank: Embeddings of the training clips, computed with these weights; only once the training
             has ended.
-        fingerprint: A hash of the names and classes of all clips.
+        fingerprint: A hash of the clips of the run, from `dataloader.fingerprint_of`.
         optimizer: The state of the optimiser.
-        scaler: The state of the gradient scaler; empty but for precision fp16.
-        versions: What the training was computed with.
+        scaler: The state of the gradient scaler; empty unless the precision is fp16.
+        versions: The versions of the software that the training ran with.
     """
 
     path: Path
@@ -157,7 +149,7 @@ class Checkpoint:
         Raises:
             OSError: If a disk is full; the file that was there before stays.
         """
-        buffer = io.BytesIO()  # torch reports a full disk as a bug of its own, Python as an OSError
+        buffer = io.BytesIO()  # for a full disk Python raises an OSError, torch another error
         torch.save(self._to_plain(), buffer)
         for path in paths:
             with replace_file(path) as temporary:
@@ -212,16 +204,11 @@ class Checkpoint:
             value = getattr(config, key)
             is_same = value == getattr(self.config, key)
             if key == "machines":
-                is_same = self.has_machines(value)
+                is_auto = isinstance(value, str)
+                is_same = is_auto or Classes.from_machines(value).machines == self.classes.machines
             if not is_same:
                 different.append(key)
         return different
-
-    def has_machines(self, machines: str | dict[str, list[str]]) -> bool:
-        """Return whether the key `machines` means those of the classes, in their order."""
-        if isinstance(machines, str):  # auto
-            return True
-        return Classes.from_machines(machines).machines == self.classes.machines
 
     def _to_plain(self) -> dict[str, Any]:
         """Return tensors and plain values, which can be read without running code."""
@@ -295,13 +282,9 @@ def find_checkpoint(
     """Return the checkpoint to resume from; None where the run starts from the beginning.
 
     Raises:
-        UserError: If that would replace a run without `overwrite`, if the best weights of the run
-            are missing or damaged, or if it had another configuration.
+        UserError: If a run exists and is neither to be resumed nor to be replaced, if its best
+            weights are missing or damaged, or if it had another configuration.
     """
-    if resume and overwrite:
-        raise UserError(
-            "--resume continues a run and --overwrite replaces it; use only one of them"
-        )
     existing = [file for file in (files.last, files.best, files.history) if file.exists()]
     if resume and not existing:
         notice(f"{files.last}: nothing to resume, so the run starts from the beginning")
@@ -319,8 +302,8 @@ def find_checkpoint(
 
 
 def load_newest(files: RunFiles) -> Checkpoint:
-    """Load the later of the two checkpoints of a run. Stopped between writing the best weights and
-    the state after the last epoch, a run has the later epoch in its best weights.
+    """Load the later of the two checkpoints of a run. It is the one with the best weights if the
+    run was stopped after writing that and before writing the other.
     """
     remedy = f"restore it, or {RESTART}"
     if not files.best.exists():
@@ -381,6 +364,6 @@ def read_history(checkpoint: Checkpoint) -> pd.DataFrame:
         return pd.read_csv(path)[columns].astype(float)
     except (ValueError, TypeError, KeyError):
         raise UserError(
-            f"{path}: not a readable training history; remove it, and the history in the "
-            "checkpoint is plotted instead"
+            f"{path}: not a readable training history; remove it to use the history in the "
+            "checkpoint instead"
         ) from None

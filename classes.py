@@ -1,4 +1,4 @@
-"""What the network tells apart: the classes, in the order of its outputs."""
+"""The classes that the network distinguishes, in the order of its outputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ from audio import Windows, choose_windows
 from evaluation.scores import KINDS
 from losses import MODES
 from model import CHANNELS
-from names import MACHINE_TYPE, is_machine_id, name_id
+from names import MACHINE_TYPE, format_id, is_machine_id
 from utils import OneLineParser, UserError, suggest
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
@@ -61,7 +61,7 @@ def check_id(value: Any) -> str:
     is_number = type(value) is int and value >= 0
     if not is_number and not (isinstance(value, str) and is_machine_id(value)):
         raise ValueError
-    return name_id(value)
+    return format_id(value)
 
 
 Real = Annotated[float, BeforeValidator(refuse_non_numbers), Field(allow_inf_nan=False)]
@@ -155,7 +155,7 @@ class Config(BaseModel):
 
     @property
     def given(self) -> frozenset[str]:
-        """The keys that stood on the command line."""
+        """The keys that were given on the command line."""
         return self._given
 
     @property
@@ -169,20 +169,19 @@ class Config(BaseModel):
 
 
 KEYS = tuple(Config.model_fields)
+# Keys for how clips are scored and classified as anomalous.
+DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
 # Keys for the places of files, for the computation, and for scores and decisions: a run can be
 # resumed with other values of them.
 COMPUTATION_KEYS = (
     "data_root", "save_path", "device", "data_device", "precision", "eval_precision", "compile",
-    "num_workers", "tensorboard", "scoring", "neighbours", "over_windows", "score_dtype",
-    "threshold", "threshold_percentile",
+    "num_workers", "tensorboard", "score_dtype", *DECISION_KEYS,
 )  # fmt: skip
 # Keys of the model and its published score: their values are in the checkpoint.
 MODEL_KEYS = ("machines", "classes", "mode", "input", "m", "s", "sub_centers")
 # Keys for the part of a recording to use: the values are those of the checkpoint, unless they are
 # given on the command line.
 RECORDING_KEYS = ("window", "channel")
-# Keys for how clips are scored and classified as anomalous.
-DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
 # The options of the scripts that train, score and evaluate.
 TRAINING_KEYS = tuple(
     key for key in KEYS if key not in (*DECISION_KEYS, "eval_precision", "score_dtype")
@@ -195,7 +194,7 @@ EVALUATION_KEYS = (*SCORING_KEYS, "batch_size", "eval_precision", "score_dtype")
 
 def make_config(*sources: tuple[str, Mapping[str, Any]], given: Sequence[str] = ()) -> Config:
     """Make a configuration from several sources, (name, values), each of which replaces values of
-    those before it. `given` are the keys that stood on the command line.
+    those before it. `given` are the keys that were given on the command line.
 
     Raises:
         UserError: For an unknown or missing key, a wrong type, or a value out of range; the message
@@ -301,7 +300,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def load_config(file: Path = DEFAULT_CONFIG, given: Sequence[str] = (), **overrides: Any) -> Config:
     """Load config.yaml, with values replaced by those of `file`, and these by `overrides`; `given`
-    are the keys that stood on the command line.
+    are the keys that were given on the command line.
     """
     sources = [(str(path), read_yaml(path)) for path in dict.fromkeys((DEFAULT_CONFIG, file))]
     return make_config(*sources, ("command line", overrides), given=given)

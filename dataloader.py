@@ -37,10 +37,9 @@ class ClipSet:
         recordings: The table, a row for each recording.
         windows: Which windows of the recordings are clips.
         starts: For each recording the seconds at which its clips start.
-        recording: For each clip the number of its recording `(n,)`; the clips of a recording follow
-            each other.
-        start: For each clip its start in the recording, in seconds `(n,)`.
-        labels: For each clip its class `(n,)`; only where the table has the column `label`.
+        clip_recordings: The number of the recording of each clip `(n,)`, in ascending order.
+        clip_starts: The start of each clip in its recording, in seconds `(n,)`.
+        labels: The class of each clip `(n,)`; only where the table has the column `label`.
         samples: The clips, int16 `(n, T)`, once they are kept on a GPU.
     """
 
@@ -60,33 +59,27 @@ class ClipSet:
         self.num_workers, self.windows = num_workers, windows
         self.starts = [[0.0]] * len(recordings) if starts is None else list(starts)
         counts = [len(seconds) for seconds in self.starts]
-        self.recording = np.repeat(np.arange(len(recordings)), counts)
-        self.start = np.array([second for seconds in self.starts for second in seconds])
+        self.clip_recordings = np.repeat(np.arange(len(recordings)), counts)
+        self.clip_starts = np.array([second for seconds in self.starts for second in seconds])
         self.samples: Tensor | None = None
         if "label" in recordings:
             labels = self.recordings["label"].to_numpy(np.int64)
-            self.labels = torch.from_numpy(labels[self.recording])
+            self.labels = torch.from_numpy(labels[self.clip_recordings])
 
     def __len__(self) -> int:
-        return len(self.recording)
+        return len(self.clip_recordings)
 
     @property
     def paths(self) -> pd.Series:
         """The file of each clip `(n,)`."""
-        return self.recordings["path"].iloc[self.recording]
+        return self.recordings["path"].iloc[self.clip_recordings]
 
     @property
     def machines(self) -> list[Machine]:
         """The machine of each clip."""
         columns = (self.recordings["machine_type"], self.recordings["machine_id"])
         machines = list(zip(*columns, strict=True))
-        return [machines[number] for number in self.recording]
-
-    @property
-    def machine_names(self) -> list[str]:
-        """The machines of the recordings, each once, as in "fan 02"."""
-        names = self.recordings["machine_type"].str.cat(self.recordings["machine_id"], sep=" ")
-        return names.unique().tolist()
+        return [machines[number] for number in self.clip_recordings]
 
     def split(self, ratio: float, seed: int) -> tuple["ClipSet", "ClipSet"]:
         """Draw `int(ratio * n)` of the n recordings at random, for training; the others are for
@@ -102,7 +95,7 @@ class ClipSet:
         starts = [self.starts[number] for number in np.flatnonzero(is_chosen)]
         part = ClipSet(self.recordings[is_chosen], self.num_workers, self.windows, starts)
         if self.samples is not None:
-            part.samples = self.samples[np.flatnonzero(is_chosen[self.recording])]
+            part.samples = self.samples[np.flatnonzero(is_chosen[self.clip_recordings])]
         return part
 
     def fingerprint(self) -> str:
@@ -154,7 +147,7 @@ class ClipSet:
                 upload.wait(step % 2)  # the buffer may still be on its way to the GPU
             rows = buffers[step % 2].numpy()
             return [
-                pool.submit(read_clip, row, paths[clip], self.start[clip], channel)
+                pool.submit(read_recording, paths[clip], row, self.clip_starts[clip], channel)
                 for row, clip in zip(rows, plan[step], strict=False)
             ]
 
@@ -200,16 +193,6 @@ class Upload:
         self.ends[buffer].synchronize()
 
 
-def read_clip(out: np.ndarray, path: Path, start: float, channel: int) -> None:
-    """Fill `out`, int16 `(T,)`, with the clip of a recording that starts at `start` seconds. Raises
-    `UserError` with the file and the reason where this is not possible.
-    """
-    try:
-        read_recording(path, out, start, channel)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def keep_on_gpu(
     parts: Sequence[ClipSet], data_device: str, device: torch.device, reserved: int
 ) -> None:
@@ -233,8 +216,8 @@ def keep_on_gpu(
     if data_device == "auto" and needed + reserved > free:
         notice(
             f"{sizes}, of which training needs about {reserved / 1e9:.1f} GB, so the recordings "
-            "are read from their files in every epoch; num_workers threads have to keep up with "
-            "the GPU; a lower batch_size leaves more room"
+            "are read from their files in every epoch; lower batch_size to keep them on the GPU, "
+            "or raise num_workers if the GPU has to wait for them"
         )
         return
     for part in parts:
@@ -252,13 +235,17 @@ def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -
     """
     recordings = find_recordings(config, classes, split)
     checked = check_recordings(recordings["path"].tolist(), windows, config.num_workers)
-    problems = [f"{path} ({x})" for path, x in checked.items() if isinstance(x, UserError)]
+    problems = []
+    for path, result in checked.items():
+        if isinstance(result, UserError):
+            problems.append(f"{path} ({result})")
     if problems:
         raise UserError(
             f"{len(problems)} of {len(checked)} recordings cannot be used; replace or remove them: "
             f"{'; '.join(problems)}"
         )
-    return cut_into_clips(recordings, usable(checked), windows, config.num_workers)
+    starts = [recording.starts for recording in select_usable(checked).values()]
+    return ClipSet(recordings, config.num_workers, windows, starts)
 
 
 def check_recordings(
@@ -274,28 +261,22 @@ def check_recordings(
 
     with ThreadPoolExecutor(num_workers) as pool:
         results = pool.map(check, paths)
-        shown = tqdm(results, "checking", len(paths), unit="clip", leave=False, disable=None)
+        shown = tqdm(results, "checking", len(paths), unit="file", leave=False, disable=None)
         return dict(zip(paths, shown, strict=True))
 
 
-def usable(checked: Mapping[Path, CheckedRecording | UserError]) -> dict[Path, CheckedRecording]:
-    """Return the recordings that can be used. Notices say what is changed in them."""
-    recordings = {path: x for path, x in checked.items() if isinstance(x, CheckedRecording)}
+def select_usable(
+    checked: Mapping[Path, CheckedRecording | UserError],
+) -> dict[Path, CheckedRecording]:
+    """Return the recordings that can be used. Notices list how their samples are changed."""
+    recordings = {}
+    for path, result in checked.items():
+        if isinstance(result, CheckedRecording):
+            recordings[path] = result
     counts = Counter(change for recording in recordings.values() for change in recording.changes)
     for change, count in counts.items():
         notice(f"{count} of {len(recordings)} recordings {change}")
     return recordings
-
-
-def cut_into_clips(
-    recordings: pd.DataFrame,
-    checked: Mapping[Path, CheckedRecording],
-    windows: Windows,
-    num_workers: int,
-) -> ClipSet:
-    """Return a clip for each window of each recording of a table."""
-    starts = [checked[path].starts for path in recordings["path"]]
-    return ClipSet(recordings, num_workers, windows, starts)
 
 
 # ---- Whether the clips can be trained on ----
@@ -304,11 +285,12 @@ def cut_into_clips(
 def check_clips(
     config: Config, classes: Classes, train_clips: ClipSet, valid_clips: ClipSet
 ) -> None:
-    """Check that there are enough clips for a step, and that no machine is without training clips.
-    A notice names classes without.
+    """Check that a run can be trained on these clips. A notice names the machines of classes that
+    have no training clips.
 
     Raises:
-        UserError: If that is not so, or if another process has other clips.
+        UserError: If there are too few clips for a step, if a machine has no training clips, or if
+            the processes have different clips.
     """
     least = max(2, world_size())
     reason = (
@@ -323,11 +305,13 @@ def check_clips(
         raise UserError(
             f"batch_size: {config.batch_size} clips per step are too few: {reason}; raise it"
         )
-    unseen = [name for name in valid_clips.machine_names if name not in train_clips.machine_names]
+    trained = set(train_clips.machines)
+    unseen = [machine for machine in dict.fromkeys(valid_clips.machines) if machine not in trained]
     if unseen:
+        names = ", ".join(map(" ".join, unseen))
         raise UserError(
-            f"all recordings of {', '.join(unseen)} are held out for validation: add more (a long "
-            "one can be cut into several), or raise split_ratio"
+            f"all recordings of {names} are held out for validation: add more (a long one can be "
+            "cut into several), or raise split_ratio"
         )
     report_unlearned(classes, train_clips, valid_clips)
     fingerprint = fingerprint_of(train_clips, valid_clips)
@@ -344,14 +328,14 @@ def fingerprint_of(train_clips: ClipSet, valid_clips: ClipSet) -> str:
 
 
 def report_unlearned(classes: Classes, train_clips: ClipSet, valid_clips: ClipSet) -> None:
-    """Say which classes have held-out clips only."""
+    """Print a notice of the machines with classes whose clips are all held out."""
     unlearned = set(valid_clips.labels.tolist()) - set(train_clips.labels.tolist())
     if unlearned:
         machines = dict.fromkeys(classes.entries[label].machine for label in sorted(unlearned))
         notice(
             f"all recordings of {len(unlearned)} classes are held out for validation, so these "
-            f"classes are not trained (attributes of {', '.join(map(' '.join, machines))}); a "
-            "higher split_ratio or another seed may keep them"
+            f"classes are not trained (attributes of {', '.join(map(' '.join, machines))}); raise "
+            "split_ratio or change the seed to train them"
         )
 
 

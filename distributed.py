@@ -119,10 +119,10 @@ def end_process(status: int) -> NoReturn:
 # ---- Failing together ----
 
 
-def is_first_to_fail() -> bool:
-    """Return whether no other process of this attempt has reported an error.
+def fails_first() -> bool:
+    """Count this process as failed; return whether it is the first in this attempt of the job.
 
-    Usually all processes meet the same error, or the error of one ends the others.
+    Usually all processes raise the same error, or the error of one ends the others.
     """
     try:
         store = attempt_store()

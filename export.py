@@ -14,10 +14,10 @@ is exported. The inputs and outputs of the file are
     scores      float32 (N, machines), out   against each machine ID, of the kind set by scoring
     embedding   float32 (N, 128), out
 
-and its metadata are machines (in the order of the columns) and thresholds (a higher score is
-anomalous) as JSON, sample_rate, window and hop (seconds), over_windows, channel, mode, input,
-scoring, version, weights_sha256. All of them are fixed in the file: for another threshold, hop or
-kind of score, export again.
+and its metadata are machines (in the order of the columns), thresholds (a higher score is
+anomalous) and input, all three as JSON, and sample_rate, window and hop (seconds), over_windows,
+channel, mode, scoring, version and weights_sha256. All of them are fixed in the file: for another
+threshold, hop or kind of score, export again.
 
 Before the file is written, ONNX Runtime scores synthetic signals with it on the CPU, from full
 scale to silence. If a score differs from that of eval.py by more than 0.1 percent and by more than
@@ -27,7 +27,6 @@ scale to silence. If a score differs from that of eval.py by more than 0.1 perce
 from argparse import Namespace
 from pathlib import Path
 
-from audio import choose_windows
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from inference import load_model, with_bank
 from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
@@ -43,7 +42,7 @@ def export(config: Config, options: Namespace) -> None:
         ) from None
     path = options.checkpoint or config.weights_path
     model = load_model(path, config)
-    check_effect(config, choose_windows("all", config.hop, 0, "test"), [config.scoring])
+    check_effect(config, model.windows(config, "test", "all"), [config.scoring])
     ending = ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
     output = options.output or path.with_suffix(ending)
     check_output(output, path)

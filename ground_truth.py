@@ -1,11 +1,11 @@
 """Conditions and domains of evaluation clips, whose names do not say them, from published lists.
 
 In 2020 eval_data_list.csv in data_root has the conditions. For later years the organisers'
-evaluator has a list for each machine type and section: ground_truth_data the conditions,
-ground_truth_domain the domains.
+evaluator has two lists for each machine type and section: conditions in the folder
+ground_truth_data, domains in ground_truth_domain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from names import (
@@ -18,8 +18,8 @@ from names import (
     TARGET,
     TEST_FOLDERS,
     UNLABELLED,
-    File,
     Form,
+    Recording,
 )
 from utils import UserError, read_rows
 
@@ -27,8 +27,8 @@ from utils import UserError, read_rows
 GroundTruth = dict[tuple[str, str], tuple[str, str]]
 
 
-def read_lists(root: Path, form: Form, files: Sequence[File]) -> GroundTruth:
-    """Read the lists under `root` that concern these files; empty without lists.
+def read_lists(root: Path, form: Form, recordings: Collection[Recording]) -> GroundTruth:
+    """Read the lists under `root` that concern these recordings; empty without lists.
 
     Raises:
         UserError: If a list is damaged, contradicts the name of a recording, or gives a condition
@@ -37,28 +37,21 @@ def read_lists(root: Path, form: Form, files: Sequence[File]) -> GroundTruth:
     if form is ID_FORM:
         conditions = read_label_list(root / LABEL_LIST)
         return {clip: (condition, "") for clip, condition in conditions.items()}
-    parts = set()
-    for file in files:
-        if file.name and file.name.condition == UNLABELLED:
-            parts.add((file.machine_type, file.name.part))
+    parts = {(x.machine_type, x.part) for x in recordings if x.condition == UNLABELLED}
     truth: GroundTruth = {}
     for machine_type, part in sorted(parts):
-        truth |= read_part(root, form, files, machine_type, part)
+        truth |= read_part(root, form, recordings, machine_type, part)
     return truth
 
 
 def read_part(
-    root: Path, form: Form, files: Sequence[File], machine_type: str, part: str
+    root: Path, form: Form, recordings: Collection[Recording], machine_type: str, part: str
 ) -> GroundTruth:
     """Read the two lists of a section, as in ground_truth_<machine type>_section_00_test.csv."""
     data, domains = (
         root / folder / f"ground_truth_{machine_type}_{part}.csv" for folder in GROUND_TRUTH
     )
-    named_domains = {
-        file.path.stem: file.name.domain
-        for file in files
-        if file.name and file.machine_type == machine_type
-    }
+    named_domains = {x.path.stem: x.domain for x in recordings if x.machine_type == machine_type}
     folder_domain = TEST_FOLDERS[part.split("_", 2)[2]]
     is_target = read_ground_truth(domains, part)
     truth: GroundTruth = {}

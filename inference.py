@@ -33,7 +33,7 @@ class Model:
     Attributes:
         network: The network with the weights of the checkpoint.
         config: The configuration it was trained with.
-        classes: What it tells apart.
+        classes: The classes that it distinguishes.
         checkpoint: The checkpoint it comes from.
     """
 
@@ -48,7 +48,7 @@ class Model:
 
     def windows(self, config: Config, split: str, window: str = "") -> Windows:
         """Return which windows of recordings to score. `window` and `channel` are those of the
-        training, unless they stood on the command line; the argument `window` takes precedence.
+        training, unless given on the command line; the argument `window` takes precedence.
         """
         values = self.config.model_dump(include=set(RECORDING_KEYS))
         for key in config.given.intersection(RECORDING_KEYS):
@@ -78,7 +78,8 @@ def load_model(path: Path, config: Config) -> Model:
     """
     checkpoint = Checkpoint.load(path)
     if checkpoint.config is None:
-        notice(f"{path} is a bare state dict: {', '.join(MODEL_KEYS)} are those of config.yaml")
+        keys = ", ".join(MODEL_KEYS)
+        notice(f"{path} is a bare state dict: {keys} are those of the configuration")
         classes = classes_of_weights(path, config)
     else:
         check_agreement(config, checkpoint)
@@ -125,8 +126,9 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
     """Return a model whose checkpoint has the bank and the embeddings of the held-out clips, if one
     of these kinds of score needs them.
 
-    A training that has ended has left it in the checkpoint. For other weights it is computed from
-    the training clips in `data_root`, with the windows and the channel of the training.
+    The checkpoint of a finished run has both. For other weights they are computed from the training
+    recordings in `data_root`, with the windows and the channel of the training; for a bare state
+    dict the bank alone, since it does not say which clips were held out.
 
     Raises:
         UserError: If there are no training clips, or if they are not those of the run.
@@ -138,7 +140,7 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
         f"{config.data_root}"
     )
     clips = load_clips(config, model.classes, "train", model.config.windows("train"))
-    if model.checkpoint.config is None:  # a bare state dict, which does not say what was held out
+    if model.checkpoint.config is None:
         checkpoint = replace(model.checkpoint, bank=embed(model, clips, config, device))
         return replace(model, checkpoint=checkpoint)
     train_clips, valid_clips = clips.split(model.config.split_ratio, model.config.seed)
@@ -182,7 +184,6 @@ def run_model(
         clips,
         np.arange(len(clips)),
         config.batch_size,
-        device,
         choose_precision(precision or config.eval_precision, device),
         title,
     )
@@ -196,26 +197,16 @@ def run_network(
     clips: ClipSet,
     numbers: np.ndarray,
     batch_size: int,
-    device: torch.device,
     precision: torch.dtype = torch.float32,
     title: str | None = None,
 ) -> Outputs:
     """Run a network on the clips of these numbers, with the running statistics of batch norm.
 
-    Args:
-        network: The network, on the device.
-        front_end: Computes its inputs, in float32, on the device.
-        clips: The clips to choose from.
-        numbers: The numbers of the clips.
-        batch_size: The batch size of training. Without gradients a GPU has room for twice as many
-            clips.
-        device: Where to compute.
-        precision: The precision of the network.
-        title: The title of a progress bar; None for no bar.
-
-    Returns:
-        The outputs, on the device.
+    The network runs in `precision`, the front end in float32, both on the device where they are.
+    `batch_size` is that of training: without gradients a GPU has room for twice as many clips.
+    `title` is that of a progress bar; None for no bar. Returns the outputs on the device.
     """
+    device = next(network.parameters()).device
     prepared = optimise(network, device, precision)
     plan = cut_into_batches(
         numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size

@@ -5,8 +5,9 @@ of a clip of class a that is mixed with a partner of class b is
 
     loss = lam * CE(margin(a), a) + (1 - lam) * CE(margin(b'), b)
 
-ArcMix has b' = b, Noisy-ArcMix b' = a (a deliberately inconsistent margin), and ArcFace does not
-mix (lam = 1). Choi & Choi, ICASSP 2024, section 2.2.
+ArcMix has b' = b, Noisy-ArcMix has b' = a (a deliberately inconsistent margin), ArcFace does not
+mix (lam = 1), and cross_entropy has neither mixup nor margin. Choi & Choi, ICASSP 2024, section
+2.2.
 
 B batch, C classes.
 """
@@ -64,13 +65,8 @@ def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
     `labels`.
 
     Where `theta + m` exceeds pi, the margin continues linearly as `cos(theta) - m * sin(m)`; as in
-    the ArcFace code, sin(m) is written `sin(pi - m)`.
-
-    Args:
-        cosine: The cosine of the angle theta to each class `(B, C)`, float32 or float64.
-        labels: The classes `(B,)`.
-        m: The margin in radians.
-        s: The scale.
+    the ArcFace code, sin(m) is written `sin(pi - m)`. `cosine` is that of the angle theta to each
+    class `(B, C)`, in float32 or float64, `labels` are `(B,)`, and `m` is in radians.
     """
     assert cosine.dtype in (torch.float32, torch.float64), cosine.dtype
     target = cosine.gather(1, labels.unsqueeze(1))  # (B, 1)

@@ -15,7 +15,7 @@ In 2021 the folders source_test and target_test stand for test.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,15 +31,16 @@ GROUND_TRUTH = "ground_truth_data", "ground_truth_domain"
 
 # ---- Machine types and IDs ----
 
-# Rows of the results, which no machine ID may be named as
-SUMMARY_NAMES = ("pooled", "mean", "min", "hmean")
-# A folder name, but not `average`, which is a row of the results.
-MACHINE_TYPE = r"^(?!(average|\.{1,2})$)[^/\\\x00-\x1f\x7f]+$"
+# Rows of the results, whose names no machine type or ID may have
+AVERAGE = "average"  # in place of a machine type: all machine types
+POOLED, MEAN, MIN, HMEAN = SUMMARY_ROWS = ("pooled", "mean", "min", "hmean")  # of an ID
+# A folder name that is not that row
+MACHINE_TYPE = rf"^(?!({AVERAGE}|\.{{1,2}})$)[^/\\\x00-\x1f\x7f]+$"
 
 
-def name_id(machine_id: int | str) -> str:
-    """Return a machine ID as file names and outputs have it: a number of up to nine digits with two
-    digits or more ("02"), anything else as the word it is.
+def format_id(machine_id: int | str) -> str:
+    """Format a machine ID for file names and outputs: a number of up to nine digits is padded to
+    two digits ("02"), other text is unchanged.
     """
     text = str(machine_id)
     return f"{int(text):02d}" if re.fullmatch("[0-9]{1,9}", text) else text
@@ -47,7 +48,7 @@ def name_id(machine_id: int | str) -> str:
 
 def is_machine_id(text: str) -> bool:
     """Whether a text can be a machine ID: part of a file name, and not a row of the results."""
-    return text not in SUMMARY_NAMES and bool(re.fullmatch(r"[^_/\\\x00-\x1f\x7f]+", text))
+    return text not in SUMMARY_ROWS and bool(re.fullmatch(r"[^_/\\\x00-\x1f\x7f]+", text))
 
 
 # ---- The two forms of names ----
@@ -60,14 +61,14 @@ class Form:
     Attributes:
         folders: By split, the folders of a machine type that hold the recordings.
         names: By split, the names of the recordings, as messages show them.
-        get: By split, how to get the recordings, as a sentence.
+        get_data: By split, how to get the recordings, as a clause of a message.
         lists: The lists that say which evaluation clips are anomalous.
         get_lists: How to get these lists.
     """
 
     folders: Mapping[str, Sequence[str]]
     names: Mapping[str, str]
-    get: Mapping[str, str]
+    get_data: Mapping[str, str]
     lists: str
     get_lists: str
 
@@ -93,13 +94,16 @@ ID_FORM = Form(
         "test": "{normal,anomaly}_id_XX_*.wav",
         "evaluation": "id_XX_*.wav",
     },
-    get={
+    get_data={
         "train": GET_DATA,
         "test": GET_DATA,
-        "evaluation": GET_2020.format(" --parts evaluation", "those of"),
+        "evaluation": GET_2020.format(" --parts evaluation", "the evaluation clips of"),
     },
     lists=LABEL_LIST,
-    get_lists="`python datasets/download.py --parts evaluation` fetches it into data_root",
+    get_lists=(
+        "`python datasets/download.py --parts evaluation --output DATA_ROOT` fetches it into the "
+        "folder DATA_ROOT"
+    ),
 )
 
 SECTION_NAME = re.compile(
@@ -115,7 +119,7 @@ SECTION_FORM = Form(
         "test": "section_XX_{source,target}_test_{normal,anomaly}_XXXX[_<attributes>].wav",
         "evaluation": "section_XX_XXXX.wav",
     },
-    get=dict.fromkeys(SPLITS, GET_LATER),
+    get_data=dict.fromkeys(SPLITS, GET_LATER),
     lists=" and ".join(GROUND_TRUTH),
     get_lists="copy these folders of the organisers' evaluator of that year into data_root",
 )
@@ -125,50 +129,52 @@ FOLDERS = tuple(dict.fromkeys(folder for form in FORMS for folder in form.all_fo
 # ---- One name ----
 
 
-class RecordingName(NamedTuple):
-    """What the name of a recording says.
+class Recording(NamedTuple):
+    """A recording, as its path describes it.
 
     Attributes:
+        path: The file, <data_root>/<machine type>/<folder>/<name>.
         form: The form of the name.
+        machine_type: The machine type.
         machine_id: The machine ID, as in "02".
         condition: NORMAL, ANOMALOUS or UNLABELLED.
         part: The group of the recording in the names of score files: "id_02" in 2020, later
             "section_00_test", "section_00_source_test" or "section_00_target_test".
-        domain: SOURCE, TARGET or, where it is unknown, "".
+        domain: SOURCE, TARGET or, if it is unknown, "".
         attributes: The words after the number, as in "vel_12_loc_G".
     """
 
+    path: Path
     form: Form
+    machine_type: str
     machine_id: str
     condition: str
     part: str
     domain: str = ""
     attributes: str = ""
 
-
-class File(NamedTuple):
-    """A file in a folder of a machine type; `name` is None where it is not named as a recording."""
-
-    path: Path
-    machine_type: str
-    name: RecordingName | None
+    @property
+    def machine(self) -> tuple[str, str]:
+        return self.machine_type, self.machine_id
 
     @property
     def folder(self) -> str:
         return self.path.parent.name
 
 
-def parse_name(path: Path) -> RecordingName | None:
-    """Parse the name of a recording; None for other files.
+def parse_path(path: Path) -> Recording | None:
+    """Parse the path of a recording; None for other files.
 
     Raises:
         UserError: If the name begins as that of a section and does not continue as one, or
             contradicts the folder it is in.
     """
+    folder, machine_type = path.parent.name, path.parent.parent.name
     match = ID_NAME.fullmatch(path.name)
     if match:
-        machine_id = name_id(match["machine_id"])
-        return RecordingName(ID_FORM, machine_id, parse_condition(match), f"id_{machine_id}")
+        machine_id = format_id(match["machine_id"])
+        condition = parse_condition(match)
+        return Recording(path, ID_FORM, machine_type, machine_id, condition, f"id_{machine_id}")
     if not re.fullmatch(r"section_.*\.(wav|flac)", path.name, re.IGNORECASE):
         return None
     match = SECTION_NAME.fullmatch(path.name)
@@ -179,11 +185,17 @@ def parse_name(path: Path) -> RecordingName | None:
             "remove it"
         )
     check_split(path, match)
-    attributes = match["attributes"].removeprefix("_")
-    domain = find_domain(path, match, attributes)
-    machine_id, condition = match["machine_id"], parse_condition(match)
-    part = f"section_{machine_id}_{path.parent.name}"
-    return RecordingName(SECTION_FORM, machine_id, condition, part, domain, attributes)
+    machine_id, attributes = match["machine_id"], match["attributes"].removeprefix("_")
+    return Recording(
+        path,
+        SECTION_FORM,
+        machine_type,
+        machine_id,
+        parse_condition(match),
+        part=f"section_{machine_id}_{folder}",
+        domain=find_domain(path, match, attributes),
+        attributes=attributes,
+    )
 
 
 def parse_condition(match: re.Match[str]) -> str:
@@ -217,39 +229,45 @@ def check_split(path: Path, match: re.Match[str]) -> None:
 # ---- The files of a folder ----
 
 
-def list_files(root: Path, types: Sequence[str], split: str) -> tuple[Form, list[File]]:
+def list_files(
+    root: Path, types: Sequence[str], split: str
+) -> tuple[Form, list[Recording], list[Path]]:
     """List the files of machine types in the folders of a split, by type, folder and name.
 
-    Returns the form of the names in all folders, and the files.
+    Returns the form of the names in all folders, the recordings, and the other files.
 
     Raises:
         UserError: If recordings have different forms, contradictory names, or are in the wrong
             folder.
     """
-    files: list[File] = []
+    recordings: list[Recording] = []
+    others: list[Path] = []
     for machine_type in types:
         for folder in FOLDERS:
-            files += list_folder(root / machine_type / folder, machine_type)
-    form = find_form(files)
-    check_folders(files, form)
-    files = [file for file in files if file.folder in form.folders[split]]
-    check_attributes(files)
-    return form, files
+            for path in list_folder(root / machine_type / folder):
+                recording = parse_path(path)
+                if recording:
+                    recordings.append(recording)
+                else:
+                    others.append(path)
+    form = find_form(recordings)
+    check_folders(recordings, form)
+    folders = form.folders[split]
+    recordings = [recording for recording in recordings if recording.folder in folders]
+    check_attributes(recordings)
+    return form, recordings, [path for path in others if path.parent.name in folders]
 
 
-def list_folder(folder: Path, machine_type: str) -> list[File]:
-    if not folder.is_dir():
-        return []
-    paths = sorted(folder.iterdir(), key=lambda path: path.name)
-    return [File(path, machine_type, parse_name(path)) for path in paths]
+def list_folder(folder: Path) -> list[Path]:
+    """Return the files of a folder by name; none if there is no such folder."""
+    return sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
 
 
-def find_form(files: Sequence[File]) -> Form:
+def find_form(recordings: Iterable[Recording]) -> Form:
     """Return the form of the names. Raises `UserError`, naming two files, if there are two."""
     examples: dict[Form, Path] = {}
-    for file in files:
-        if file.name:
-            examples.setdefault(file.name.form, file.path)
+    for recording in recordings:
+        examples.setdefault(recording.form, recording.path)
     if len(examples) > 1:
         one, other = sorted(examples.values())
         raise UserError(
@@ -259,52 +277,46 @@ def find_form(files: Sequence[File]) -> Form:
     return next(iter(examples), ID_FORM)
 
 
-def check_folders(files: Sequence[File], form: Form) -> None:
+def check_folders(recordings: Sequence[Recording], form: Form) -> None:
     """Raise `UserError` for a recording in a folder that its form does not have, or in two of the
     test folders.
     """
     test_paths: dict[tuple[str, str], Path] = {}
-    for file in files:
-        if not file.name:
-            continue
-        if file.folder not in form.all_folders:
+    for recording in recordings:
+        path, folder = recording.path, recording.folder
+        if folder not in form.all_folders:
             folders = ", ".join(form.all_folders)
             raise UserError(
-                f"{file.path}: recordings named like this must be in one of the folders {folders}; "
+                f"{path}: recordings named like this must be in one of the folders {folders}; "
                 "move it"
             )
-        if file.folder in TEST_FOLDERS:
-            first = test_paths.setdefault((file.machine_type, file.path.name), file.path)
-            if first != file.path:
-                raise UserError(f"{file.path} is in {first.parent} too; remove one of them")
+        if folder in TEST_FOLDERS:
+            first = test_paths.setdefault((recording.machine_type, path.name), path)
+            if first != path:
+                raise UserError(f"{path} is in {first.parent} too; remove one of them")
 
 
-def check_attributes(files: Sequence[File]) -> None:
+def check_attributes(recordings: Sequence[Recording]) -> None:
     """Raise `UserError` where it is unclear which words of a name are its attributes.
 
     It is clear if they are pairs of name and value or the word "noAttribute", or if all recordings
     of a section and folder have equally many words (in 2021 they are no pairs).
     """
-    first: dict[tuple[str, str, str], File] = {}
-    for file in files:
-        if not file.name:
-            continue
-        section = (file.machine_type, file.folder, file.name.machine_id)
-        other = first.setdefault(section, file)
-        count, other_count = len(split_attributes(file)), len(split_attributes(other))
-        if count != other_count and not (has_pairs(file) and has_pairs(other)):
+    first: dict[tuple[str, str, str], Recording] = {}
+    for recording in recordings:
+        other = first.setdefault((*recording.machine, recording.folder), recording)
+        words, other_words = split_attributes(recording), split_attributes(other)
+        if len(words) != len(other_words) and not (has_pairs(words) and has_pairs(other_words)):
             raise UserError(
-                f"{file.path} has {count} attribute words and {other.path.name} has {other_count}, "
-                "so they cannot both consist of pairs of name and value; rename or remove the "
-                "wrong one"
+                f"{recording.path} has {len(words)} attribute words and {other.path.name} has "
+                f"{len(other_words)}, so they cannot both consist of pairs of name and value; "
+                "rename or remove the wrong one"
             )
 
 
-def split_attributes(file: File) -> list[str]:
-    assert file.name
-    return file.name.attributes.split("_") if file.name.attributes else []
+def split_attributes(recording: Recording) -> list[str]:
+    return recording.attributes.split("_") if recording.attributes else []
 
 
-def has_pairs(file: File) -> bool:
-    words = split_attributes(file)
-    return len(words) % 2 == 0 or words == ["noAttribute"]
+def has_pairs(words: Sequence[str]) -> bool:
+    return len(words) % 2 == 0 or list(words) == ["noAttribute"]

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,20 +15,20 @@ from names import (
     FORMS,
     GET_DATA,
     GET_LATER,
+    ID_FORM,
     MACHINE_TYPE,
     NORMAL,
-    SECTION_FORM,
     UNLABELLED,
-    File,
     Form,
+    Recording,
+    format_id,
     is_machine_id,
     list_files,
-    name_id,
 )
 from utils import UserError, notice
 
-MACHINE = ["machine_type", "machine_id"]  # the columns that name a machine
-COLUMNS = ["path", *MACHINE, "attributes", "domain", "condition", "part"]
+MACHINE_COLUMNS = ["machine_type", "machine_id"]
+COLUMNS = ["path", *MACHINE_COLUMNS, "attributes", "domain", "condition", "part"]
 ONE_CLASS = (
     "all training recordings are of one class, but the method learns by telling classes apart; add "
     "recordings of more machines or, if file names have attributes, use --classes attributes"
@@ -49,17 +49,17 @@ def find_classes(config: Config) -> Classes:
     root = Path(config.data_root)
     if isinstance(config.machines, dict):
         machines = config.machines
-        files = list_training_files(root, list(machines)) if config.classes == "attributes" else []
+        recordings = list_normal(root, list(machines)) if config.classes == "attributes" else []
     else:
         types = find_types(root)
-        files = list_training_files(root, types)
-        machines = find_machines(root, types, files)
+        recordings = list_normal(root, types)
+        machines = find_machines(root, types, recordings)
         count = sum(map(len, machines.values()))
         shown = Classes.from_machines(machines).describe_machines()
         notice(f"{root}: {count} machine ID{'s' if count > 1 else ''}: {shown}")
     if config.classes == "section":
         return Classes.from_machines(machines)
-    classes = divide_by_attributes(machines, files)
+    classes = divide_by_attributes(machines, recordings)
     notice(f"{root}: {len(classes)} classes by attributes: {classes.describe_counts()}")
     return classes
 
@@ -71,24 +71,22 @@ def find_types(root: Path) -> list[str]:
     return sorted(types, key=lambda name: (name.casefold(), name))
 
 
-def list_training_files(root: Path, types: Sequence[str]) -> list[File]:
+def list_normal(root: Path, types: Sequence[str]) -> list[Recording]:
     """List the normal training recordings of machine types."""
-    _, files = list_files(root, types, "train")
-    return [file for file in files if file.name and file.name.condition == NORMAL]
+    _, recordings, _ = list_files(root, types, "train")
+    return [recording for recording in recordings if recording.condition == NORMAL]
 
 
-def find_machines(root: Path, types: Sequence[str], files: Sequence[File]) -> dict[str, list[str]]:
-    """Return the machine IDs that files have, by type. Raises `UserError` if there are none."""
-    machines: dict[str, list[str]] = {}
-    for machine_type in types:
-        ids = {
-            file.name.machine_id
-            for file in files
-            if file.name and file.machine_type == machine_type
-        }
-        if ids:
-            machines[machine_type] = sorted(ids, key=sort_key)
-            check_names(root, machine_type, machines[machine_type])
+def find_machines(
+    root: Path, types: Sequence[str], recordings: Sequence[Recording]
+) -> dict[str, list[str]]:
+    """Return the machine IDs of recordings by type. Raises `UserError` if there are none."""
+    ids: dict[str, set[str]] = defaultdict(set)
+    for recording in recordings:
+        ids[recording.machine_type].add(recording.machine_id)
+    machines = {name: sorted(ids[name], key=sort_key) for name in types if name in ids}
+    for machine_type in machines:
+        check_names(root, machine_type, machines[machine_type])
     names = " or ".join(form.names["train"] for form in FORMS)
     if not machines:
         missing = "no machines found" if root.is_dir() else f"no folder {root}"
@@ -103,30 +101,36 @@ def find_machines(root: Path, types: Sequence[str], files: Sequence[File]) -> di
 
 def sort_key(machine_id: str) -> tuple[bool, int, str]:
     """Sort numbers before words, numbers by their value."""
-    is_number = name_id(machine_id) == machine_id and machine_id.isdecimal()
+    is_number = format_id(machine_id) == machine_id and machine_id.isdecimal()
     return not is_number, int(machine_id) if is_number else 0, machine_id
 
 
 def check_names(root: Path, machine_type: str, ids: Sequence[str]) -> None:
-    """Raise `UserError` for names that are reserved for other rows of the results."""
+    """Raise `UserError` for a name that is that of another row of the results, or has characters
+    that no name can have.
+    """
     if not re.fullmatch(MACHINE_TYPE, machine_type):
-        raise UserError(f"{root}/{machine_type}: a machine type cannot have this name; rename it")
+        raise UserError(
+            f"{root}/{machine_type}: a machine type cannot have this name, which is reserved or "
+            "invalid; rename it"
+        )
     for machine_id in ids:
         if not is_machine_id(machine_id):
             raise UserError(
-                f"{root}/{machine_type}/train: a machine ID cannot be named {machine_id}; rename "
-                "its recordings"
+                f"{root}/{machine_type}/train: a machine ID cannot be named {machine_id}, which is "
+                "reserved or invalid; rename its recordings"
             )
 
 
-def divide_by_attributes(machines: Mapping[str, Sequence[str]], files: Sequence[File]) -> Classes:
+def divide_by_attributes(
+    machines: Mapping[str, Sequence[str]], recordings: Sequence[Recording]
+) -> Classes:
     """Return a class for each set of attributes of each machine; one without attributes for a
     machine without recordings.
     """
     attributes: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for file in files:
-        if file.name:
-            attributes[file.machine_type, file.name.machine_id].add(file.name.attributes)
+    for recording in recordings:
+        attributes[recording.machine].add(recording.attributes)
     entries: list[MachineClass] = []
     for machine in Classes.from_machines(machines).machines:
         names = sorted(attributes[machine]) or [""]
@@ -142,8 +146,8 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
     (normal and anomalous ones), or "evaluation" (whose conditions come from published lists).
 
     Returns:
-        A row for each recording, by machine type, folder and file name: `path`, `machine_type`, and
-        `machine_id`, `attributes`, `domain`, `condition` and `part` as in `RecordingName`; for
+        A row for each recording, by machine type, folder and file name: `path`, `machine_type`,
+        `machine_id`, `attributes`, `domain`, `condition` and `part` as in `names.Recording`; for
         "train" also `label`, the number of the class. Notices say what is skipped or missing.
 
     Raises:
@@ -151,23 +155,26 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
             missing, or if there is only one class.
     """
     root = Path(config.data_root)
-    form, files = list_files(root, classes.machine_types, split)
+    form, recordings, others = list_files(root, classes.machine_types, split)
     absent = find_absent_types(root, classes, form, split)
-    truth = read_lists(root, form, files) if split == "evaluation" else {}
-    chosen: list[File] = []
+    truth = read_lists(root, form, recordings) if split == "evaluation" else {}
+    chosen: list[Recording] = []
     skipped: dict[str, list[str]] = defaultdict(list)
-    for file in files:
-        reason = reason_to_skip(file, form, split, classes)
+    for path in others:
+        skipped[reason_for_name(form, split)].append(path.name)
+    for recording in recordings:
+        reason = reason_to_skip(recording, split, classes)
         if reason is None:
-            chosen.append(file)
-        elif not is_of_other_split(file, form, split):
-            skipped[reason].append(file.path.name)
+            chosen.append(recording)
+        elif split == "train" or form is ID_FORM or is_of_split(recording, split):
+            skipped[reason].append(recording.path.name)
     if not chosen:
-        raise UserError(explain_nothing(root, form, files, split, classes))
-    rows = [make_row(file, truth) for file in chosen]
-    table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+        raise UserError(explain_nothing(root, form, recordings, split, classes))
+    table = make_table(chosen, truth)
     if split == "train":
-        table["label"] = find_labels(root, chosen, classes)
+        table["label"] = [classes.of_recording(x.machine, x.attributes) for x in chosen]
+        if table["label"].nunique() == 1:
+            raise UserError(f"{root}: {ONE_CLASS}")
     report_skipped(f"{root}, {split}", skipped)
     if absent:
         notice(f"{root}: no {form.folders[split][0]} folder for {', '.join(absent)}")
@@ -176,53 +183,44 @@ def find_recordings(config: Config, classes: Classes, split: str) -> pd.DataFram
     return table
 
 
-def make_row(file: File, truth: GroundTruth) -> tuple:
-    """Return the columns COLUMNS of a recording, from its name or else from the lists."""
-    assert file.name
-    _, machine_id, condition, part, domain, attributes = file.name
-    listed = truth.get((file.machine_type, file.path.stem), (UNLABELLED, ""))
-    if condition == UNLABELLED:
-        condition = listed[0]
-    domain = domain or listed[1]
-    return file.path, file.machine_type, machine_id, attributes, domain, condition, part
-
-
-def reason_to_skip(file: File, form: Form, split: str, classes: Classes) -> str | None:
-    """Return why a file is no recording of a split, as in "skipped 2 files <reason>"; None if it
-    is one.
+def make_table(recordings: Iterable[Recording], truth: GroundTruth) -> pd.DataFrame:
+    """Return the table of recordings. Conditions and domains come from their names, or else from
+    the lists.
     """
-    name = file.name
-    if name is None or (name.condition == UNLABELLED) != (split == "evaluation"):
-        return f"not named {form.names[split]} or .flac"
-    machine = (file.machine_type, name.machine_id)
-    if machine not in classes.machines:
+    rows = []
+    for recording in recordings:
+        key = recording.machine_type, recording.path.stem
+        condition, domain = truth.get(key, (UNLABELLED, ""))
+        if recording.condition != UNLABELLED:
+            condition = recording.condition
+        rows.append(recording._replace(condition=condition, domain=recording.domain or domain))
+    return pd.DataFrame(rows, columns=Recording._fields, dtype=object)[COLUMNS]
+
+
+def reason_to_skip(recording: Recording, split: str, classes: Classes) -> str | None:
+    """Return why a recording is not used for a split, as in "skipped 2 files <reason>"; None if it
+    is.
+    """
+    if not is_of_split(recording, split):
+        return reason_for_name(recording.form, split)
+    if recording.machine not in classes.machines:
         return "whose machine ID is not in machines"
     if split != "train":
         return None
-    if name.condition == ANOMALOUS:
+    if recording.condition == ANOMALOUS:
         return "named anomaly (training uses normal recordings only)"
-    if classes.of_recording(machine, name.attributes) is None:
+    if classes.of_recording(recording.machine, recording.attributes) is None:
         return "whose attributes belong to no class"
     return None
 
 
-def is_of_other_split(file: File, form: Form, split: str) -> bool:
-    """Whether a file of a test folder is a recording of the other split that uses the folder."""
-    if file.name is None or form is not SECTION_FORM or split == "train":
-        return False
-    return (file.name.condition == UNLABELLED) != (split == "evaluation")
+def is_of_split(recording: Recording, split: str) -> bool:
+    """Whether the name is one of the split: only evaluation clips are named without condition."""
+    return (recording.condition == UNLABELLED) == (split == "evaluation")
 
 
-def find_labels(root: Path, files: Sequence[File], classes: Classes) -> list[int | None]:
-    """Return the class of each recording. Raises `UserError` if all are of one class."""
-    labels = []
-    for file in files:
-        assert file.name
-        machine = (file.machine_type, file.name.machine_id)
-        labels.append(classes.of_recording(machine, file.name.attributes))
-    if len(set(labels)) < 2:
-        raise UserError(f"{root}: {ONE_CLASS}")
-    return labels
+def reason_for_name(form: Form, split: str) -> str:
+    return f"not named {form.names[split]} or .flac"
 
 
 def known_recordings(recordings: pd.DataFrame) -> pd.DataFrame:
@@ -248,7 +246,7 @@ def find_absent_types(root: Path, classes: Classes, form: Form, split: str) -> l
         others = ", or choose other machine types with --machines (auto: those in the folders)"
         raise UserError(
             f"no folder {place} (looked for {describe_place(root, form, split)}); "
-            f"{form.get[split]}; --data_root names another "
+            f"{form.get_data[split]}; --data_root names another "
             f"folder{others if split == 'train' else ''}"
         )
     return absent
@@ -259,13 +257,13 @@ def describe_place(root: Path, form: Form, split: str) -> str:
 
 
 def explain_nothing(
-    root: Path, form: Form, files: Sequence[File], split: str, classes: Classes
+    root: Path, form: Form, recordings: Sequence[Recording], split: str, classes: Classes
 ) -> str:
     """Return the message for a split without recordings."""
-    hint = form.get[split]
+    hint = form.get_data[split]
     if split != "train":
         other = "evaluation" if split == "test" else "test"
-        if any(reason_to_skip(file, form, other, classes) is None for file in files):
+        if any(reason_to_skip(recording, other, classes) is None for recording in recordings):
             hint = f"the recordings in these folders are for --split {other}"
     place = describe_place(root, form, split)
     return f"no recordings found: looked for {place} with the IDs in machines; {hint}"
@@ -281,7 +279,7 @@ def report_skipped(where: str, skipped: Mapping[str, Sequence[str]]) -> None:
 def report_missing_machines(
     root: Path, table: pd.DataFrame, classes: Classes, split: str, absent: Sequence[str]
 ) -> None:
-    """Say which machines have no recordings, but for types without a folder."""
+    """Print a notice of the machines without recordings, except for types without a folder."""
     present = set(zip(table["machine_type"], table["machine_id"], strict=True))
     missing = [
         " ".join(machine)
@@ -291,12 +289,12 @@ def report_missing_machines(
     if missing:
         notice(
             f"{root}, {split}: {len(missing)} of {len(classes.machines)} machine IDs have no "
-            f"clips: {', '.join(missing)}"
+            f"recordings: {', '.join(missing)}"
         )
 
 
 def report_unlabelled(table: pd.DataFrame, form: Form) -> None:
-    """Say how many evaluation clips have no condition."""
+    """Print a notice of the number of recordings whose condition is not known."""
     unlabelled = len(table) - len(known_recordings(table))
     if unlabelled:
         notice(

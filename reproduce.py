@@ -10,11 +10,12 @@ compare them.
     # without make, and with keys of config.yaml
     python reproduce.py --seeds 1 2 --batch_size 128
 
-Runs datasets/download.py (if data_root is the project's folder datasets), train.py for one seed
-after the other, and eval.py. Before each run it prints how many epochs are left and, once an epoch
-has been timed, how long they will take. OUTPUT/comparison.md is the report: mean and standard
-deviation over the seeds beside the published table, differences between the modes with intervals,
-the results of every run, and angles.png with one panel per mode.
+Runs datasets/download.py (if data_root is the project's folder datasets, unless that holds
+recordings from elsewhere), train.py for one seed after the other, and eval.py. Before each run it
+prints how many epochs are left and, once an epoch has been timed, how long they will take.
+OUTPUT/comparison.md is the report: mean and standard deviation over the seeds beside the published
+table, differences between the modes with intervals, the results of every run, and angles.png with
+one panel per mode.
 
 After an interruption, run the same command again: finished runs are not trained again, and the
 interrupted run continues after its last finished epoch. Seeds can be added in the same way. An
@@ -81,7 +82,7 @@ def main() -> None:
     runs = plan_runs(config, options)
     check_writable(options.output / "comparison.md", "choose another folder with --output")
     check_runs(runs, options.output)
-    if is_to_download(config, classes):
+    if should_download(config, classes):
         call("datasets/download.py", "--types", *classes.machine_types)
     for split in ("train", "test"):  # missing test recordings would only be noticed at the end
         find_recordings(config, classes, split)
@@ -123,14 +124,14 @@ def list_variants(inputs: str) -> list[tuple[str, str, list[str]]]:
     return variants
 
 
-def is_to_download(config: Config, classes: Classes) -> bool:
-    """Whether the recordings are, or will be, those that download.py puts into the project's folder
-    datasets.
+def should_download(config: Config, classes: Classes) -> bool:
+    """Return whether to run download.py: if data_root is the project's folder datasets, unless it
+    holds recordings from elsewhere.
     """
     root = Path(config.data_root)
     has_recordings = any((root / name).exists() for name in classes.machine_types)
-    is_filled_by_hand = has_recordings and not (root / ".download").exists()
-    return root.resolve() == ROOT / "datasets" and not is_filled_by_hand
+    is_from_elsewhere = has_recordings and not (root / ".download").exists()
+    return root.resolve() == ROOT / "datasets" and not is_from_elsewhere
 
 
 def check_runs(runs: Sequence[Config], output: Path) -> None:

@@ -1,7 +1,7 @@
-"""What is drawn at random for an epoch: the order of the clips, and how each batch is mixed.
+"""The random batches of an epoch: the order of the clips, and the mixup of each batch.
 
-It depends on seed, epoch and step, not on what was drawn before. With several processes each draws
-the whole batches, and takes its share of each; partners come from the whole batch.
+They depend on seed, epoch and step alone. With several processes each draws whole batches, and
+computes its share of them; partners come from the whole batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """A batch, or the share of it that this process computes.
 
     Attributes:
-        samples: int16 `(R, T)` on the device. Where it is a share of a mixed batch, the last rows
-            are clips of other shares, which serve as partners only.
+        samples: int16 `(R, T)` on the device. The share of a mixed batch ends with two more rows,
+            which are partners only.
         labels: The classes of the rows `(R,)`.
         mix: How the clips are mixed; None where the mode does not mix.
         size: The number of clips of the whole batch.
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class EpochPlan(NamedTuple):
-    """What was drawn for an epoch.
+    """The batches of an epoch, as drawn for this process.
 
     Attributes:
         shares: The numbers of the clips that this process reads for each batch.

@@ -7,18 +7,19 @@
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3 \\
         --scoring nearest --json
 
-Each recording, given as a file or in a folder, is scored from beginning to end against the given
-machine ID or, without one, against the ID of the machine type that it fits best. The script prints
-a line for each recording: file, machine, score, threshold, normal or anomalous, and the start of
-the window with the highest score. --timeline also prints every window. --json prints the results as
-JSON. --plots draws the scores of the windows, one figure per recording in the folder NAME/timelines
-beside a checkpoint NAME.pth.
+Each recording, given as a file or in a folder, is scored from beginning to end (with --window first
+its first 10 s alone) against the given machine ID or, without one, against the ID of the machine
+type that it fits best. The script prints a line for each recording: file, machine, score,
+threshold, normal or anomalous, and the start of the window with the highest score. --timeline also
+prints every window. --json prints the results as JSON. --plots draws the scores of the windows, one
+figure per recording in the folder NAME/timelines beside a checkpoint NAME.pth.
 
 If a file cannot be read, its line says why, the other files are scored, and the exit status is 2.
 The exit status does not depend on the decisions.
 
-Machines, classes, mode, input, m, s, sub_centers and channel are those of the checkpoint. The kind
-of score and the threshold are those of the configuration, as in eval.py.
+Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint, and so is channel
+unless it is given on the command line. The kind of score and the threshold are those of the
+configuration, as in eval.py.
 """
 
 from argparse import Namespace
@@ -29,7 +30,7 @@ from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from evaluation.single import (
     find_candidates,
     find_files,
-    name_pictures,
+    name_figures,
     print_json,
     print_scores,
     score_recordings,
@@ -55,20 +56,20 @@ def score(config: Config, options: Namespace) -> None:
         remedy = "copy the checkpoint to a writable folder, where the figures are written too"
         check_writable(folder / "picture.png", remedy)
     results = score_recordings(model, files, candidates, config, windows, device)
-    pictures = name_pictures(results, folder) if options.plots else {}
-    for number, file in pictures.items():
-        results[number]["picture"] = str(file)
+    if options.plots:
+        name_figures(results, folder)
     if options.json:
         print_json(results, options.timeline)
     else:
         print_scores(results, options.timeline)
-    if pictures:
+    drawn = [row for row in results if "picture" in row]
+    if drawn:
         from evaluation.figures import draw_timeline  # matplotlib takes a second to import
 
-        for number, file in pictures.items():
-            draw_timeline(results[number], config.scoring, windows.channel, file)
+        for row in drawn:
+            draw_timeline(row, config.scoring, windows.channel, Path(row["picture"]))
         if not options.json:
-            print(f"{len(pictures)} timelines: {folder}")
+            print(f"{len(drawn)} timelines: {folder}")
     n_bad = sum("error" in row for row in results)
     if n_bad:
         raise UserError(

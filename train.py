@@ -14,14 +14,14 @@ weights with `python eval.py`. For several GPUs, see train_ddp.py.
 
 from pathlib import Path
 
-from checkpoint import Checkpoint, RunFiles, clear_run, find_checkpoint, lock_run
+from checkpoint import Checkpoint, RunFiles, find_checkpoint, lock_run
 from config import TRAINING_KEYS, Config, check_effect, parse_command_line
 from dataloader import check_clips, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
 from evaluation.tables import clear_results
 from recordings import find_classes
 from trainer import Trainer
-from utils import OneLineParser, UserError, run_script, use_device
+from utils import OneLineParser, UserError, remove_files, run_script, use_device
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:
@@ -51,21 +51,25 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
 
 
 def find_start(config: Config, files: RunFiles, resume: bool, overwrite: bool) -> Checkpoint:
-    """Return the checkpoint to start from: that of the run to resume or, for a new run, one without
-    epochs, which has the classes and, with `init_from`, weights.
+    """Return the checkpoint of the run to resume. For a new run, return one with an empty history,
+    the classes to train and, with `init_from`, weights.
     """
     checkpoint = find_checkpoint(files, config, resume, overwrite)
     if checkpoint:
         return checkpoint
-    initial = Checkpoint(files.last, weights={})
+    path, weights = files.last, {}
     if config.init_from:
-        initial = Checkpoint.load(Path(config.init_from))
-    return Checkpoint(initial.path, initial.weights, classes=find_classes(config))
+        path = Path(config.init_from)
+        weights = Checkpoint.load(path).weights
+    return Checkpoint(path, weights, classes=find_classes(config))
 
 
 def clear(files: RunFiles) -> None:
-    """Remove what an earlier run under this name and its evaluations have written."""
-    clear_run(files)
+    """Remove what an earlier run under this name, its evaluations and score.py have written."""
+    for file in (files.best, files.last, files.history):
+        file.unlink(missing_ok=True)
+    remove_files(files.tensorboard, ["events.out.tfevents.*"])
+    remove_files(files.timelines, ["*.png"])
     for split in ("test", "evaluation"):
         clear_results(files.results(split))
 
@@ -75,13 +79,14 @@ def parse_options(manual: str) -> tuple[Config, bool, bool]:
     --resume and --overwrite.
     """
     parser = OneLineParser(description=manual)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run after its last finished epoch"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing run with the same save_path"
-    )
+    add = parser.add_argument
+    add("--resume", action="store_true", help="continue the run after its last finished epoch")
+    add("--overwrite", action="store_true", help="replace an existing run with the same save_path")
     config, options = parse_command_line(parser, keys=TRAINING_KEYS)
+    if options.resume and options.overwrite:
+        raise UserError(
+            "--resume continues a run and --overwrite replaces it; use only one of them"
+        )
     check_effect(config, config.windows("train"))
     return config, options.resume, options.overwrite
 

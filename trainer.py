@@ -33,7 +33,7 @@ from distributed import (
 from evaluation.scores import Embeddings, Scorer
 from inference import build_network, run_network
 from losses import Mix, Objective
-from model import CENTRES, FrontEnd, Outputs, TASTgramMFN
+from model import HEAD_WEIGHTS, FrontEnd, Outputs, TASTgramMFN
 from sampling import Batch, Sampler
 from utils import UserError, notice
 
@@ -116,14 +116,14 @@ class Trainer:
             self.history.append(EpochResult(epoch + 1, lr, *results, seconds))
             self.save(scores, is_best)
             self.report(is_best, log)
-            # torchrun ends the job when a process leaves it: wait until the files are written.
+            # torchrun ends the job when a process fails: wait until the files are written.
             barrier()
 
     def step(self, batch: Batch) -> Tensor:
         """Take an optimiser step. Returns loss and accuracy `(2,)` on the device."""
         self.optimizer.zero_grad()
         inputs = self.front_end(batch.samples)
-        # For a shorter batch the step would be compiled once more.
+        # For a last batch of another size the step would be compiled once more.
         is_whole = batch.size == self.config.batch_size
         with torch.compiler.set_stance("default" if is_whole else "force_eager"):
             loss, accuracy = self.parallel_loss(inputs, batch.labels, batch.mix)
@@ -169,12 +169,14 @@ class Trainer:
     # ---- Validation ----
 
     def validate(self, clips: ClipSet) -> "Validation":
-        """Score clips, and compute their mean loss and accuracy, without mixup and in float64."""
+        """Compute scores, mean loss and accuracy of clips without mixup: the network runs in
+        float32, the rest in float64.
+        """
         share = self.run_share(clips)
         labels = clips.labels[select_share(len(clips))]
         machines = [self.classes.entries[label].machine for label in labels]
         labels = labels.to(self.device)
-        scores = self.scorer.against_own_machine(share, machines)
+        scores = self.scorer.score_clips(share, machines)
         similarity = share.similarity.double()
         losses = self.objective.cross_entropy(similarity, labels, labels, reduction="none")
         hits = (share.similarity.argmax(dim=1) == labels).double()
@@ -188,18 +190,12 @@ class Trainer:
         return Embeddings.from_outputs(gather_rows(embedding, len(clips)), clips.labels)
 
     def run_share(self, clips: ClipSet, title: str | None = None) -> Outputs:
-        """Run the network in evaluation mode and float32 on the clips that are the share of this
-        process. A title is that of a progress bar.
+        """Run the network in evaluation mode and float32 on this process's share of the clips.
+        `title` is that of a progress bar.
         """
-        return run_network(
-            self.network,
-            self.front_end,
-            clips,
-            select_share(len(clips)),
-            self.config.batch_size,
-            self.device,
-            title=title if is_main() else None,
-        )
+        share, batch_size = select_share(len(clips)), self.config.batch_size
+        shown = title if is_main() else None
+        return run_network(self.network, self.front_end, clips, share, batch_size, title=shown)
 
     # ---- The files ----
 
@@ -209,20 +205,21 @@ class Trainer:
         return min((result.valid_loss for result in self.history), default=math.inf)
 
     def start_from(self, checkpoint: Checkpoint) -> None:
-        """Start a run from the weights of another one, but for the class centres, which are those
-        of its machines.
+        """Start a run from the weights of another one, except for those of the heads, which belong
+        to its classes.
 
         Raises:
             UserError: If the weights do not fit the network.
         """
-        checkpoint.fill(self.network, omitted=CENTRES)
+        checkpoint.fill(self.network, omitted=HEAD_WEIGHTS)
         notice(
-            f"init_from: starting from the weights of {checkpoint.path}, except for the class "
-            f"centres ({', '.join(CENTRES)})"
+            f"init_from: starting from the weights of {checkpoint.path}, except for those of the "
+            f"classes ({', '.join(HEAD_WEIGHTS)})"
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue a run. The optimiser takes over its moments, not its settings.
+        """Continue a run. The moments of the optimiser are restored, its settings are those of the
+        configuration.
 
         Raises:
             UserError: If the run had other clips, or the state does not fit.
@@ -278,8 +275,8 @@ class Trainer:
             utils.write_csv(self.files.history, pd.DataFrame(self.history))
 
     def add_bank(self) -> None:
-        """Add the embeddings of all clips under the best weights to their checkpoint, unless it has
-        them.
+        """Compute the embeddings of all clips with the best weights, and add them to the checkpoint
+        of these weights unless it contains them.
         """
         best = from_main(lambda: Checkpoint.load(self.files.best))
         if best.bank is not None:
@@ -322,7 +319,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def announce_stop(self) -> Iterator[None]:
-        """Say, when a user stops the training, what is kept of it."""
+        """Print a notice of what can be resumed when Ctrl-C or SIGTERM stops the training."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -334,14 +331,11 @@ class Trainer:
 
     def keep_clips_on_gpu(self) -> None:
         """Keep the clips in the memory of the GPU, where `data_device` asks for it and they fit."""
-        clips = (self.train_clips, self.valid_clips)
-        keep_on_gpu(clips, self.config.data_device, self.device, self.memory_needed())
-
-    def memory_needed(self) -> int:
-        """Estimate the bytes of a GPU that training takes besides the clips."""
         share = math.ceil(self.config.batch_size / world_size())
         width = 2 if self.precision == torch.float32 else 1
-        return OTHER_MEMORY + ACTIVATIONS * width * share
+        reserved = OTHER_MEMORY + ACTIVATIONS * width * share  # bytes, estimated
+        clips = (self.train_clips, self.valid_clips)
+        keep_on_gpu(clips, self.config.data_device, self.device, reserved)
 
 
 class Validation(NamedTuple):
@@ -371,8 +365,10 @@ class TrainingLoss(nn.Module):
     def forward(
         self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix | None
     ) -> tuple[Tensor, Tensor]:
-        """Inputs as `FrontEnd` gives them and labels `(R,)`, for R rows of which the first B are
-        the clips -> mean loss and accuracy, scalars.
+        """Compute mean loss and accuracy, scalars, of the B clips of a batch of R rows.
+
+        `inputs` are the outputs of `FrontEnd`, `labels` `(R,)` the classes of the rows. With `mix`,
+        rows after the first B are partners only.
         """
         if mix is not None:
             inputs = {name: mix(x) for name, x in inputs.items()}
@@ -401,7 +397,9 @@ class Averages:
         self.n_clips += batch.size
 
     def new_losses(self) -> list[tuple[int, float]]:
-        """Return the numbers and losses of the steps that were not read before, if it is time."""
+        """Return number and loss of each step since the last reading; nothing in most steps: they
+        are read every READ_EVERY steps and at the end of the epoch.
+        """
         n_steps = len(self.results)
         if n_steps - self.n_read < READ_EVERY and n_steps < self.n_steps:
             return []

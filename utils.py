@@ -77,14 +77,14 @@ def report(error: BaseException) -> int:
     if message is None:
         traceback.print_exception(error)
         return 1
-    if distributed.is_first_to_fail():
+    if distributed.fails_first():
         print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
 def report_stop() -> None:
-    """Print which process of a job was stopped first; a single process stops without a message."""
-    if distributed.is_started_by_torchrun() and distributed.is_first_to_fail():
+    """Print which process of a job was stopped first; nothing without torchrun."""
+    if distributed.is_started_by_torchrun() and distributed.fails_first():
         rank = os.environ["RANK"]
         print(
             f"error: process {rank} was stopped by a user or because another process has died; "
@@ -169,7 +169,8 @@ def use_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype for autocast that `name` (auto, fp32, bf16 or fp16) means on the device.
 
-    "auto" is 16-bit on a GPU, in the better format that it supports. float32 means no autocast.
+    "auto" is bf16 on a GPU that supports it, fp16 on another GPU, and fp32 on a CPU. float32 means
+    no autocast.
     """
     if name == "auto":
         if device.type != "cuda":
@@ -208,7 +209,7 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python, the libraries and this project, to be stored with a run.
+    """Return the versions of Python, PyTorch, NumPy and this project, to be stored with a run.
 
     The commit of this project ends in `-dirty` if files differ from it, and is empty outside a
     clone.

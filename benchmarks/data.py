@@ -123,7 +123,7 @@ class ClipDataset(torch.utils.data.Dataset):
     """The clips of a `ClipSet`, one by one, as PyTorch's DataLoader reads them."""
 
     def __init__(self, clips: ClipSet) -> None:
-        self.paths, self.start, self.labels = clips.paths.tolist(), clips.start, clips.labels
+        self.paths, self.start, self.labels = clips.paths.tolist(), clips.clip_starts, clips.labels
 
     def __len__(self) -> int:
         return len(self.paths)

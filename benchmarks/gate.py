@@ -30,7 +30,7 @@ def main() -> None:
     tables = []
     for split in ("train", "test"):
         clips = load_clips(config, classes, split, config.windows(split))
-        machine_types = clips.recordings["machine_type"].iloc[clips.recording]
+        machine_types = clips.recordings["machine_type"].iloc[clips.clip_recordings]
         tables.append(pd.DataFrame({"machine_type": machine_types, "gate": highest_gates(clips)}))
     for machine_type, table in pd.concat(tables).groupby("machine_type", sort=False):
         gates = table["gate"]

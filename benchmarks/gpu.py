@@ -311,7 +311,7 @@ def score(
     """Return the scores `(n,)` of clips against their machines, and their embeddings `(n, E)`."""
     outputs = run_model(model, clips, load_config(eval_precision=precision), device)
     machines = [CLASSES.machines[label] for label in clips.labels]
-    scores = model.scorer("published").against_own_machine(outputs, machines)
+    scores = model.scorer("published").score_clips(outputs, machines)
     return scores.numpy(), outputs.embedding.numpy()
 
 

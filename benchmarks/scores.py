@@ -32,11 +32,12 @@ from classes import Classes, Machine
 from config import Config, parse_command_line
 from dataloader import load_clips
 from evaluation.comparison import difference
-from evaluation.metrics import MEAN, MIN, Metrics, measure
+from evaluation.metrics import Metrics, measure
 from evaluation.scores import Embeddings, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
 from inference import Model, embed, load_model, run_model
 from model import Outputs
+from names import MEAN, MIN
 from reproduce import SEEDS, plan_runs
 from train import train
 from trainer import Trainer
@@ -128,7 +129,7 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Metrics]]:
         with_bank = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
         outputs = run_model(with_bank, test_clips, run, device)
         for score, values in all_scores(with_bank, outputs, test_clips.machines):
-            combined = over_windows(values.numpy(), test_clips.recording, run.over_windows)
+            combined = over_windows(values.numpy(), test_clips.clip_recordings, run.over_windows)
             yield (name, score), measure(recordings.assign(score=combined))
 
 
@@ -157,11 +158,11 @@ def all_scores(
     model: Model, outputs: Outputs, machines: Sequence[Machine]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the values `(n,)` of each score of clips of these machines `(n,)`."""
-    yield "published", model.scorer("published").against_own_machine(outputs, machines)
-    yield "angle", model.scorer("angle").against_own_machine(outputs, machines)
+    yield "published", model.scorer("published").score_clips(outputs, machines)
+    yield "angle", model.scorer("angle").score_clips(outputs, machines)
     for count in NEIGHBOURS:
         scorer = model.scorer("nearest", count)
-        yield f"nearest {count}", scorer.against_own_machine(outputs, machines)
+        yield f"nearest {count}", scorer.score_clips(outputs, machines)
     bank = model.checkpoint.bank
     assert bank
     for penalty in PENALTIES:

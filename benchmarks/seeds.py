@@ -53,12 +53,13 @@ from checkpoint import Checkpoint, check_configuration
 from classes import Classes
 from config import Config, make_config, parse_command_line
 from dataloader import ClipSet, check_clips, load_clips
-from evaluation.metrics import COVERAGE, SUMMARY_ROWS
+from evaluation.metrics import COVERAGE
 from evaluation.result import evaluate
 from evaluation.scores import KINDS
 from evaluation.tables import markdown_header, markdown_row
 from inference import Model
 from losses import MODES
+from names import SUMMARY_ROWS
 from recordings import find_classes
 from trainer import Trainer
 from utils import (

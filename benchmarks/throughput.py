@@ -38,7 +38,7 @@ from inference import Model, build_network, run_model
 from losses import Objective
 from model import LogMel
 from model.tastgram import N_SAMPLES, POWER_FLOOR
-from recordings import MACHINE, find_classes
+from recordings import MACHINE_COLUMNS, find_classes
 from sampling import draw_mix
 from trainer import Averages, Trainer
 from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_up_numerics, versions
@@ -262,7 +262,7 @@ def random_clips(count: int, device: torch.device) -> ClipSet:
 def clips_without_samples(count: int) -> ClipSet:
     """Return clips of the classes in turn, without files; the caller gives them samples."""
     labels = np.arange(count) % len(CLASSES)
-    table = pd.DataFrame([CLASSES.machines[label] for label in labels], columns=MACHINE)
+    table = pd.DataFrame([CLASSES.machines[label] for label in labels], columns=MACHINE_COLUMNS)
     return ClipSet(table.assign(label=labels, path=Path("random.wav")), num_workers=1)
 
 

@@ -40,11 +40,11 @@ from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.result import evaluate
 from evaluation.scores import over_windows
-from evaluation.single import clock
+from evaluation.single import format_time
 from inference import Model, load_model, run_model, with_bank
 from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
-from recordings import MACHINE, find_recordings
+from recordings import MACHINE_COLUMNS, find_recordings
 from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,8 +111,8 @@ def score_best_id(
     machines = model.classes.machines
     outputs = run_model(model, clips, config, device)
     scorer = model.scorer(config.scoring, config.neighbours)
-    window_scores = scorer.against_machines(outputs, machines).numpy()
-    scores = over_windows(window_scores, clips.recording, "mean")  # (recordings, machines)
+    window_scores = scorer.score_against_machines(outputs, machines).numpy()
+    scores = over_windows(window_scores, clips.clip_recordings, "mean")  # (recordings, machines)
     types = np.array([machine_type for machine_type, _ in machines])
     is_other_type = clips.recordings["machine_type"].to_numpy()[:, None] != types
     lowest = np.where(is_other_type, np.inf, scores).min(axis=1)
@@ -159,11 +159,11 @@ def share_called_anomalous(table: pd.DataFrame) -> float:
 def average_threes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the mean scores of three consecutive clips of the same ID and condition."""
     rows = []
-    for machine, group in table.groupby([*MACHINE, "condition"]):
+    for machine, group in table.groupby([*MACHINE_COLUMNS, "condition"]):
         scores = group["exact_score"].to_numpy()
         threes = scores[: len(scores) // JOINED * JOINED].reshape(-1, JOINED)
         rows += [(*machine, value) for value in threes.mean(axis=1)]
-    return pd.DataFrame(rows, columns=[*MACHINE, "condition", "exact_score"])
+    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "condition", "exact_score"])
 
 
 # ---- Recordings ----
@@ -182,7 +182,9 @@ def join_recordings(clips: pd.DataFrame, root: Path) -> Path:
 
     A remainder of fewer than three clips is left out.
     """
-    for (machine_type, machine_id, condition), group in clips.groupby([*MACHINE, "condition"]):
+    for (machine_type, machine_id, condition), group in clips.groupby(
+        [*MACHINE_COLUMNS, "condition"]
+    ):
         paths, prefix = group["path"].tolist(), "normal" if condition == NORMAL else "anomaly"
         for number in range(len(paths) // JOINED):
             chosen = paths[JOINED * number : JOINED * (number + 1)]
@@ -193,7 +195,7 @@ def join_recordings(clips: pd.DataFrame, root: Path) -> Path:
 
 def join_with_fault(clips: pd.DataFrame, file: Path, minutes: int, fault: int) -> Path:
     """Write a recording of the first machine, with one anomalous minute from `fault` minutes on."""
-    clips = clips[(clips[MACHINE] == clips[MACHINE].iloc[0]).all(axis=1)]
+    clips = clips[(clips[MACHINE_COLUMNS] == clips[MACHINE_COLUMNS].iloc[0]).all(axis=1)]
     normal = clips["path"][clips["condition"] == NORMAL].tolist()
     anomalous = clips["path"][clips["condition"] == ANOMALOUS].tolist()
     paths = list(itertools.islice(itertools.cycle(normal), minutes * MINUTE))
@@ -226,7 +228,7 @@ def score_long(checkpoint: Path, recording: Path, clip: pd.Series) -> str:
     return (
         f"{checkpoint.stem}, {recording.name}: score {row['score']:.2f}, threshold "
         f"{row['threshold']:.2f}; {row['n_anomalous']} of {row['n_windows']} windows anomalous; "
-        f"worst at {clock(row['worst']['start'])}; highest minutes: {highest_minutes}; "
+        f"worst at {format_time(row['worst']['start'])}; highest minutes: {highest_minutes}; "
         f"{seconds:.1f} s, RssAnon {peak_memory:.0f} MB; {row['picture']}"
     )
 

@@ -56,8 +56,8 @@ TIME = np.arange(SAMPLES) / RATE  # s
 FREQUENCY = np.fft.rfftfreq(SAMPLES, 1 / RATE)  # Hz
 
 
-class Machine(NamedTuple):
-    """A machine type."""
+class MachineType(NamedTuple):
+    """The properties of a machine type that determine its sound."""
 
     shaft_hz: float  # revolutions per second
     blades: int  # or vanes or gear teeth that pass in one revolution
@@ -67,12 +67,12 @@ class Machine(NamedTuple):
 
 
 TYPES = {
-    "fan": Machine(27, 7, (400, 1400, 3300), noise=1.8),
-    "pump": Machine(48, 5, (640, 1550, 4300), noise=1.1),
-    "slider": Machine(39, 9, (850, 2600, 5300), noise=1.1, stroke_s=1.1),
-    "ToyCar": Machine(109, 5, (1060, 2400, 4900), noise=0.9, stroke_s=0.31),
-    "ToyConveyor": Machine(66, 8, (720, 1800, 4500), noise=1.1, stroke_s=0.86),
-    "valve": Machine(160, 3, (1550, 3500, 6000), noise=1.1, stroke_s=0.55),
+    "fan": MachineType(27, 7, (400, 1400, 3300), noise=1.8),
+    "pump": MachineType(48, 5, (640, 1550, 4300), noise=1.1),
+    "slider": MachineType(39, 9, (850, 2600, 5300), noise=1.1, stroke_s=1.1),
+    "ToyCar": MachineType(109, 5, (1060, 2400, 4900), noise=0.9, stroke_s=0.31),
+    "ToyConveyor": MachineType(66, 8, (720, 1800, 4500), noise=1.1, stroke_s=0.86),
+    "valve": MachineType(160, 3, (1550, 3500, 6000), noise=1.1, stroke_s=0.55),
 }
 MACHINES = {
     machine_type: [1, 2, 3] if machine_type.startswith("Toy") else [0, 2, 4]

@@ -1,3 +1,3 @@
-"""What a checkpoint says of clips: scores, metrics, decisions; tables, figures, report and
-comparison made of them.
+"""The evaluation of checkpoints: scores, metrics and decisions, and their tables, figures, report
+and comparison.
 """

@@ -9,7 +9,7 @@ import pandas as pd
 import scipy.stats
 
 from config import COMPUTATION_KEYS
-from evaluation.metrics import AVERAGE, COUNTS, COVERAGE, Metrics
+from evaluation.metrics import COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
     Column,
@@ -22,18 +22,20 @@ from evaluation.tables import (
     published_rows,
     titles_of,
 )
+from names import AVERAGE
 from utils import UserError, write_csv, write_text
 
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.
 
 Differences: of the means, with {COVERAGE:.0%} intervals that allow for other seeds and other test
-clips. The variance is that of each mean over its seeds, which are taken as independent, plus that
-of the difference when the test clips are resampled (bootstrap within machine ID, condition and
-domain, the same clips on both sides); Student's t with the degrees of freedom of Welch and
-Satterthwaite. If there is no true difference, one interval in twenty excludes 0. Scores of the same
-runs share their seeds, which makes their intervals wider than necessary. A single run says nothing
-about other seeds; the interval then allows only for other test clips.
+recordings. The variance is the sum of three: of each of the two means over its seeds, which are
+assumed to be independent, and of the difference over bootstrap samples of the test recordings
+(within machine ID, condition and domain, the same sample for both configurations). The interval is
+that of Student's t with the degrees of freedom of Welch and Satterthwaite. If there is no true
+difference, one interval in twenty excludes 0. Scores of the same runs share their seeds, which
+makes their intervals wider than necessary. A single run says nothing about other seeds; the
+interval then allows only for other test recordings.
 """
 
 Groups = dict[str, list[Result]]  # the runs of each configuration, which differ in their seeds
@@ -54,7 +56,7 @@ def group_by_configuration(results: Sequence[Result]) -> Groups:
         if not result.recordings["path"].equals(results[0].recordings["path"]):
             raise UserError(
                 "the checkpoints were not trained on the same machines in the same order, so their "
-                "clips differ"
+                "recordings differ; compare checkpoints with the same machines"
             )
     groups: Groups = {}
     for name, result in zip(name_configurations(results), results, strict=True):
@@ -84,10 +86,8 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
 
 
 def settings_of(result: Result) -> dict[str, str]:
-    """Return the settings that make a configuration, as text.
-
-    They are the keys of the training but for its seed and those on computation, or the file of a
-    bare state dict, and the kind of score.
+    """Return the settings that make a configuration, as text: the kind of score, and the keys of
+    the training without the seed and COMPUTATION_KEYS; for a bare state dict, its file.
     """
     config = result.model.checkpoint.config
     if config is None:
@@ -107,16 +107,13 @@ def find_pairs(groups: Groups) -> list[tuple[str, str]]:
     """Return the pairs of configurations to compare: those that share the kind of score or the
     checkpoints.
     """
+    kinds = {name: runs[0].kind for name, runs in groups.items()}
+    paths = {name: [run.model.path for run in runs] for name, runs in groups.items()}
     pairs = []
     for one, other in itertools.combinations(groups, 2):
-        is_same_kind = groups[one][0].kind == groups[other][0].kind
-        if is_same_kind or paths_of(groups[one]) == paths_of(groups[other]):
+        if kinds[one] == kinds[other] or paths[one] == paths[other]:
             pairs.append((one, other))
     return pairs
-
-
-def paths_of(runs: Sequence[Result]) -> list[Path]:
-    return [run.model.path for run in runs]
 
 
 # ---- Tables ----
@@ -125,24 +122,26 @@ def paths_of(runs: Sequence[Result]) -> list[Path]:
 def compare(groups: Groups, folder: Path, figure: str = "") -> None:
     """Write comparison.md and comparison.csv, and print the tables.
 
-    `figure` is the name of a picture in the folder that comparison.md shows.
+    `figure` is the name of a figure in the folder that comparison.md shows.
     """
-    metrics = metrics_of(first_run(groups))
+    results = list(itertools.chain(*groups.values()))
+    metrics = metrics_of(results[0])
+    columns = columns_of(metrics.rule)
     machine_types = [name for name in metrics.machine_types if name != AVERAGE]
     lines = section(
-        f"Average over {len(machine_types)} machine types", comparison_table(groups, AVERAGE)
+        f"Average over {len(machine_types)} machine types",
+        comparison_table(groups, AVERAGE, columns),
     )
     for machine_type in machine_types:
-        lines += section(machine_type, comparison_table(groups, machine_type))
-    lines += section("Runs, average over machine types", run_table(groups))
+        lines += section(machine_type, comparison_table(groups, machine_type, columns))
+    lines += section("Runs, average over machine types", run_table(results, columns))
     text = "\n".join([*lines, EXPLANATION])
     if metrics.rule.text:
         text += f"\nDomains: {metrics.rule.text}.\n"
     print("\n" + text)
-    picture = f"\n![Angle to the centre of the own class]({figure})\n" if figure else ""
-    write_text(folder / "comparison.md", f"# Comparison\n\n{text}{picture}")
-    tables = map(all_rows, itertools.chain(*groups.values()))
-    write_csv(folder / "comparison.csv", pd.concat(tables))
+    image = f"\n![Angle to the closest centre of the machine ID]({figure})\n" if figure else ""
+    write_text(folder / "comparison.md", f"# Comparison\n\n{text}{image}")
+    write_csv(folder / "comparison.csv", pd.concat(map(all_rows, results)))
     files = ["comparison.md", "comparison.csv"]
     if figure:
         files.append(figure)
@@ -153,20 +152,15 @@ def section(title: str, table: Sequence[str]) -> list[str]:
     return [f"## {title}, in percent", "", *table, ""]
 
 
-def first_run(groups: Groups) -> Result:
-    return next(iter(groups.values()))[0]
-
-
 def metrics_of(result: Result) -> Metrics:
     assert result.metrics  # checked by `group_by_configuration`
     return result.metrics
 
 
-def comparison_table(groups: Groups, machine_type: str) -> list[str]:
+def comparison_table(groups: Groups, machine_type: str, columns: Sequence[Column]) -> list[str]:
     """Return the lines of two tables on a machine type: the configurations, with the published
-    figures if there are any, and their differences.
+    results if there are any, and their differences.
     """
-    columns = columns_of(metrics_of(first_run(groups)).rule)
     lines = markdown_header("configuration", titles_of(columns))
     for name, runs in groups.items():
         cells = [spread(draws_of(runs, machine_type, column)) for column in columns]
@@ -186,17 +180,16 @@ def comparison_table(groups: Groups, machine_type: str) -> list[str]:
             subtrahend = draws_of(groups[other], machine_type, column)
             cells.append(format_difference(minuend, subtrahend))
         is_single = len(groups[one]) == 1 or len(groups[other]) == 1
-        name = f"{one} minus {other}{' (test clips alone)' if is_single else ''}"
+        name = f"{one} minus {other}{' (test recordings alone)' if is_single else ''}"
         lines.append(markdown_row(name, cells))
     return lines
 
 
-def run_table(groups: Groups) -> list[str]:
+def run_table(results: Sequence[Result], columns: Sequence[Column]) -> list[str]:
     """Return the lines of a table of all runs, averaged over the machine types."""
-    columns = columns_of(metrics_of(first_run(groups)).rule)
     about = ["seed", "epoch of the weights", "scoring"]
     lines = markdown_header("checkpoint", [*titles_of(columns), *about])
-    for run in itertools.chain(*groups.values()):
+    for run in results:
         cells = [spread(draws_of([run], AVERAGE, column)) for column in columns]
         cells += [in_words(run.about[name]) for name in about]
         lines.append(markdown_row(str(run.model.path), cells))
@@ -248,9 +241,10 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Compute the difference of the means of two configurations `(runs, 1 + draws)`, and half the
     width of its interval.
 
-    The variance over the seeds has the degrees of freedom of each side, that over the test clips
-    infinitely many. The effective number is that of Welch and Satterthwaite (JCGM 100:2008, G.4).
-    Where a side is a single run, the variance over its seeds is unknown, and both are left out.
+    The variance over the seeds has the degrees of freedom of each side, that over the test
+    recordings infinitely many. The effective number is that of Welch and Satterthwaite (JCGM
+    100:2008, G.4). If a configuration has a single run, its variance over the seeds is unknown, and
+    the variances over the seeds of both are left out.
     """
     draws = one.mean(axis=0) - other.mean(axis=0)
     variance = draws[1:].var()

@@ -5,7 +5,7 @@ also differ in line or marker.
 """
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from audio import read_recording
 from checkpoint import read_history
-from dataloader import read_clip
-from evaluation.metrics import AVERAGE, MAX_FPR, POOLED
+from evaluation.metrics import MAX_FPR
 from evaluation.result import Result
 from evaluation.scores import KINDS, Kind
 from model import CHANNELS, FrontEnd
@@ -35,8 +35,8 @@ from model.tastgram import (
     SECONDS,
     temporal_gate,
 )
-from names import ANOMALOUS, NORMAL, UNLABELLED, name_id
-from recordings import MACHINE
+from names import ANOMALOUS, AVERAGE, NORMAL, POOLED, UNLABELLED
+from recordings import MACHINE_COLUMNS
 from utils import replace_file
 
 # Widths in inches.
@@ -105,7 +105,7 @@ def escape(text: str) -> str:
 def read_samples(path: Path, start: float, channel: int) -> Tensor:
     """Read the clip that starts at a second of a recording, as a batch of one, int16 `(1, T)`."""
     samples = np.empty(N_SAMPLES, dtype=np.int16)
-    read_clip(samples, path, start, channel)
+    read_recording(path, samples, start, channel)
     return torch.from_numpy(samples).unsqueeze(0)
 
 
@@ -114,24 +114,29 @@ def read_samples(path: Path, start: float, channel: int) -> Tensor:
 
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Draw the figures that an evaluation allows into a folder, and return their files."""
-    history = read_history(result.model.checkpoint)
-    files = []
+    draws: dict[str, Callable[[Result, Path], None]] = {}
     if result.metrics is not None:
-        title = f"{result.model.path.stem} ({result.model.config.mode})"
-        files.append(draw_angles({title: [result]}, folder / "angles.png"))
-        files.append(draw_roc(result, folder / "roc.png"))
-    files.append(draw_scores(result, folder / "scores.png"))
-    files.append(draw_tastgram(result, folder / "tastgram.png"))
+        draws |= {"angles": draw_result_angles, "roc": draw_roc}
+    draws |= {"scores": draw_scores, "tastgram": draw_tastgram}
     if len(result.recordings) > 3:  # t-SNE needs a few
-        files.append(draw_embedding(result, folder / "embedding.png"))
-    if len(history):
-        files.append(draw_history(history, folder / "history.png"))
+        draws["embedding"] = draw_embedding
+    if len(read_history(result.model.checkpoint)):
+        draws["history"] = draw_history
+    files = []
+    for name, draw in draws.items():
+        files.append(folder / f"{name}.png")
+        draw(result, files[-1])
     return files
 
 
-def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
+def draw_result_angles(result: Result, path: Path) -> None:
+    title = f"{result.model.path.stem} ({result.model.config.mode})"
+    draw_angles({title: [result]}, path)
+
+
+def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> None:
     """Draw histograms of the angle between the embedding and the closest centre of the machine, of
-    normal and of anomalous recordings: a panel for each group of results. Returns `path`.
+    normal and of anomalous recordings: a panel for each group of results.
     """
     tables = {name: pd.concat([result.known for result in runs]) for name, runs in groups.items()}
     largest = max(recordings["angle"].max() for recordings in tables.values())
@@ -140,10 +145,9 @@ def draw_angles(groups: Mapping[str, Sequence[Result]], path: Path) -> Path:
         for axis, (name, recordings) in zip(axes, tables.items(), strict=True):
             draw_histograms(axis, recordings, "angle", bins)
             title = textwrap.fill(name, TITLE_LENGTH)
-            axis.set(title=escape(title), xlabel="angle to own centre (°)")
+            axis.set(title=escape(title), xlabel="angle to centre of ID (°)")
         axes[0].set_ylabel("density")
         drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    return path
 
 
 def draw_histograms(axis: Axes, recordings: pd.DataFrame, column: str, bins: np.ndarray) -> None:
@@ -158,10 +162,8 @@ def draw_histograms(axis: Axes, recordings: pd.DataFrame, column: str, bins: np.
     axis.set_yticks([])
 
 
-def draw_roc(result: Result, path: Path) -> Path:
-    """Draw the ROC curve of each machine type, pooled over its IDs, and the region of the pAUC.
-    Returns `path`.
-    """
+def draw_roc(result: Result, path: Path) -> None:
+    """Draw the ROC curve of each machine type, pooled over its IDs, and the region of the pAUC."""
     assert result.metrics
     aucs = result.metrics.table["AUC"].xs(POOLED, level="machine_id").drop(AVERAGE).dropna()
     with figure(path, COLUMN, 3.2) as drawn:
@@ -170,24 +172,23 @@ def draw_roc(result: Result, path: Path) -> Path:
         for number, (machine_type, auc) in enumerate(aucs.items()):
             of_type = result.known[result.known["machine_type"] == machine_type]
             is_anomaly = of_type["condition"] == ANOMALOUS
-            false, true, _ = roc_curve(is_anomaly, of_type["score"], drop_intermediate=False)
+            fpr, tpr, _ = roc_curve(is_anomaly, of_type["score"], drop_intermediate=False)
             line = LINES[number // 2 % len(LINES)]
             colour = COLOURS[number % len(COLOURS)]
             label = escape(f"{machine_type}, AUC {100 * auc:.1f} %")
-            axis.plot(false, true, line, color=colour, label=label)
+            axis.plot(fpr, tpr, line, color=colour, label=label)
         axis.plot([0, 1], [0, 1], color="0.6", lw=0.6)
         axis.set(xlabel="false positive rate", ylabel="true positive rate")
         axis.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
         axis.legend(loc="lower right")
-    return path
 
 
-def draw_scores(result: Result, path: Path) -> Path:
-    """Draw histograms of the scores of each machine, with its threshold. Returns `path`."""
+def draw_scores(result: Result, path: Path) -> None:
+    """Draw histograms of the scores of each machine, with its threshold."""
     kind = KINDS[result.kind]
     positions = axis_positions(result.recordings["exact_score"], kind)
     recordings = result.recordings.assign(position=positions)
-    machines = recordings.groupby(MACHINE, sort=False)
+    machines = recordings.groupby(MACHINE_COLUMNS, sort=False)
     bins = np.histogram_bin_edges(positions, 40)
     if kind.is_logarithmic:
         bins = np.linspace(np.floor(bins[0]), np.ceil(bins[-1]), 40)
@@ -207,7 +208,6 @@ def draw_scores(result: Result, path: Path) -> Path:
         drawn.supxlabel(f"anomaly score ({kind.unit})", fontsize=8)
         drawn.supylabel("density", fontsize=8)
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-    return path
 
 
 def axis_positions(scores: Any, kind: Kind) -> Any:
@@ -221,9 +221,9 @@ def format_power(exponent: float, _: float) -> str:
 
 
 @torch.no_grad()
-def draw_tastgram(result: Result, path: Path) -> Path:
+def draw_tastgram(result: Result, path: Path) -> None:
     """Draw the input channels of the first clip of a normal recording (without one, of the first
-    recording), and the gate of the temporal attention. Returns `path`.
+    recording), and the gate of the temporal attention.
     """
     normal = result.recordings[result.recordings["condition"] == NORMAL]
     recording = (normal if len(normal) else result.recordings).iloc[0]
@@ -241,7 +241,6 @@ def draw_tastgram(result: Result, path: Path) -> Path:
         draw_gate(gate_axis, gate)
         title = f"{recording['machine_type']}, {recording['path'].name}"
         drawn.suptitle(escape(title), fontsize=8)
-    return path
 
 
 def draw_image(axis: Axes, image: np.ndarray, duration: float) -> Any:
@@ -262,9 +261,9 @@ def draw_gate(axis: Axes, gate: np.ndarray) -> None:
     axis.set(title=title, xlabel="time (s)", ylabel="gate", xlim=(0, SECONDS))
 
 
-def draw_embedding(result: Result, path: Path) -> Path:
+def draw_embedding(result: Result, path: Path) -> None:
     """Draw a t-SNE map of the embeddings (cosine distance): a colour or marker for each machine,
-    and crosses for anomalous recordings. Returns `path`.
+    and crosses for anomalous recordings.
     """
     n_recordings = len(result.recordings)
     chosen = np.unique(np.linspace(0, n_recordings - 1, MAX_POINTS).astype(int))
@@ -287,7 +286,6 @@ def draw_embedding(result: Result, path: Path) -> Path:
         axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         n_columns = 1 + len(names) // 18
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=n_columns, markerscale=1.5)
-    return path
 
 
 def project(embedding: np.ndarray) -> np.ndarray:
@@ -297,8 +295,9 @@ def project(embedding: np.ndarray) -> np.ndarray:
     return tsne.fit_transform(embedding.astype(np.float64))
 
 
-def draw_history(history: pd.DataFrame, path: Path) -> Path:
-    """Draw loss, accuracy and learning rate over the epochs. Returns `path`."""
+def draw_history(result: Result, path: Path) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
+    history = read_history(result.model.checkpoint)
     epochs = history["epoch"]
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)
@@ -309,7 +308,6 @@ def draw_history(history: pd.DataFrame, path: Path) -> Path:
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         lr.plot(epochs, history["lr"], color=GREEN)
         lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-    return path
 
 
 # ---- A recording ----
@@ -317,12 +315,7 @@ def draw_history(history: pd.DataFrame, path: Path) -> Path:
 
 def draw_timeline(row: Mapping[str, Any], kind: str, channel: int, path: Path) -> None:
     """Draw the score of each window of a recording over time, above the log-mel of the recording.
-
-    Args:
-        row: The recording, as `score_recordings` returns it.
-        kind: The kind of its scores.
-        channel: The channel of the recording that was scored.
-        path: The file to write.
+    `row` is as `score_recordings` returns it, `kind` the kind of its scores.
     """
     last_start = row["windows"][-1]["start"]
     duration = last_start + SECONDS
@@ -335,7 +328,7 @@ def draw_timeline(row: Mapping[str, Any], kind: str, channel: int, path: Path) -
         draw_image(image_axis, log_mel, duration / unit)
         time_label = f"time ({unit_name})"
         image_axis.set(xlabel=time_label, ylabel="mel bin", xlim=(0, duration / unit))
-        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
+        machine = f"{row['machine_type']} {row['machine_id']}"
         title = f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}"
         if row["decision"]:
             title += f", {row['decision']}"

@@ -30,7 +30,7 @@ class ScoringGraph(nn.Module):
 
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.network(**self.front_end.inputs(samples))
-        return self.scorer.against_machines(outputs, self.machines).float(), outputs.embedding
+        return self.scorer.score_against_machines(outputs, self.machines).float(), outputs.embedding
 
 
 class SumOfProductsPReLU(nn.Module):

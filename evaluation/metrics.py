@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from names import ANOMALOUS, SOURCE, TARGET
-from recordings import MACHINE
+from names import ANOMALOUS, AVERAGE, HMEAN, MEAN, MIN, POOLED, SOURCE, TARGET
+from recordings import MACHINE_COLUMNS
 
 MAX_FPR = 0.1  # pAUC covers false positive rates from 0 to here
-AVERAGE = "average"  # the machine type of the rows over all machine types
-POOLED, MEAN, MIN, HMEAN = SUMMARY_ROWS = ("pooled", "mean", "min", "hmean")
 OFFICIAL = "official"  # the column of the official score
 COUNTS = ("n_normal", "n_anomaly")  # the columns with the numbers of recordings
 DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
@@ -31,25 +29,23 @@ DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
 # ---- Metrics ----
 
 
-def area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Compute the area under ROC curves.
+# A metric maps ROC curves, false and true positive rates `(draws, points)` from (0, 0) to (1, 1),
+# to values `(draws,)`.
 
-    `false` and `true` are the false and true positive rates `(draws, points)`, from (0, 0) to
-    (1, 1). Returns `(draws,)`.
+
+def area(fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:
+    """Compute the area under ROC curves `(draws, points)`."""
+    return np.sum(np.diff(fpr) * (tpr[:, 1:] + tpr[:, :-1]) / 2, axis=1)
+
+
+def partial_area(fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:
+    """Compute the area under ROC curves `(draws, points)` up to a false positive rate of MAX_FPR,
+    standardised as in scikit-learn: 0.5 for chance, 1 at best.
     """
-    return np.sum(np.diff(false) * (true[:, 1:] + true[:, :-1]) / 2, axis=1)
-
-
-def partial_area(false: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Compute the area under ROC curves up to a false positive rate of MAX_FPR.
-
-    It is standardised as in scikit-learn: 0.5 for chance, 1 at best. `false` and `true` are the
-    false and true positive rates `(draws, points)`, from (0, 0) to (1, 1). Returns `(draws,)`.
-    """
-    width = np.diff(false)
-    inside = np.clip(MAX_FPR - false[:, :-1], 0.0, width)  # the part of a step below MAX_FPR
-    slope = np.divide(np.diff(true), width, out=np.zeros_like(width), where=width > 0)
-    partial = np.sum(inside * (true[:, :-1] + slope * inside / 2), axis=1)
+    width = np.diff(fpr)
+    inside = np.clip(MAX_FPR - fpr[:, :-1], 0.0, width)  # the part of a step below MAX_FPR
+    slope = np.divide(np.diff(tpr), width, out=np.zeros_like(width), where=width > 0)
+    partial = np.sum(inside * (tpr[:, :-1] + slope * inside / 2), axis=1)
     chance = MAX_FPR**2 / 2
     return (1 + (partial - chance) / (MAX_FPR - chance)) / 2
 
@@ -60,7 +56,7 @@ class Metric:
 
     Attributes:
         name: The name of the column.
-        compute: Map false and true positive rates `(draws, points)` to values `(draws,)`.
+        compute: Computes it `(draws,)` from false and true positive rates `(draws, points)`.
         normal: The domain of the normal recordings that are used; "" for all of them.
         anomalous: The domain of the anomalous recordings that are used; "" for all of them.
         summaries: The summary rows of which the terminal, results.md and comparison.md show it.
@@ -149,7 +145,7 @@ RULE_2022 = Rule(
 def find_rule(recordings: pd.DataFrame) -> Rule:
     """Choose the rule of the year from the columns `domain` and `part` of recordings.
 
-    Only in 2021 had each domain its own test folder, which `part` ends with.
+    Only in 2021 does each domain have a separate test folder, whose name `part` ends with.
     """
     if not recordings["domain"].any():
         return NO_DOMAINS
@@ -167,17 +163,12 @@ class Row:
 
     `values` holds `(1 + draws,)` numbers for each metric: first the value of the recordings
     themselves, then of the resampled ones; all NaN without normal or without anomalous recordings.
-    `counts` holds the numbers of recordings, by COUNTS: means where the row is a mean, and NaN
-    where it combines no rows.
+    `counts` holds the numbers of recordings, by COUNTS. A row that combines others has their mean
+    or, where its values are minima, their minimum; NaN where it combines none.
     """
 
     values: dict[str, np.ndarray]
     counts: dict[str, float]
-
-    @property
-    def has_both(self) -> bool:
-        """Whether it has normal and anomalous recordings, without which there is no ROC curve."""
-        return all(count > 0 for count in self.counts.values())
 
 
 Rows = dict[tuple[str, str], Row]  # by machine type and machine ID or summary
@@ -247,14 +238,14 @@ def make_table(rows: Rows) -> pd.DataFrame:
     """Build the table of `Metrics` from its rows."""
     table_rows = []
     for machine, row in rows.items():
-        cells: dict[str, object] = dict(zip(MACHINE, machine, strict=True))
+        cells: dict[str, object] = dict(zip(MACHINE_COLUMNS, machine, strict=True))
         for name, values in row.values.items():
             cells[name] = values[0]
         cells |= row.counts
         for name, values in row.values.items():
             cells[f"{name}_low"], cells[f"{name}_high"] = interval(values[1:])
         table_rows.append(cells)
-    table = pd.DataFrame(table_rows).set_index(MACHINE)
+    table = pd.DataFrame(table_rows).set_index(MACHINE_COLUMNS)
     for name in COUNTS:  # as integers, except for means
         counts = [int(count) if count.is_integer() else count for count in table[name]]
         table[name] = pd.Series(counts, table.index, dtype=object)
@@ -311,10 +302,9 @@ def draw_sample(
 
 
 def resample(strata: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw recordings with replacement within strata; `strata` `(n,)` numbers that of each.
+    """Draw recordings with replacement within strata. `strata` `(n,)` has the stratum of each.
 
-    Returns how often each recording counts `(1 + draws, n)`; in the first row, without drawing,
-    once.
+    Returns how often each recording counts `(1 + draws, n)`. The first row is all ones.
     """
     weights = np.ones((1 + draws, len(strata)), dtype=np.float32)
     for stratum in np.unique(strata):
@@ -366,8 +356,8 @@ def roc_curves(sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
         grouped = np.add.reduceat(counted, starts, axis=1, dtype=np.float64)
         cumulative = np.cumsum(grouped, axis=1)
         rates.append(np.pad(cumulative / cumulative[:, -1:], ((0, 0), (1, 0))))
-    false, true = rates
-    return false, true
+    fpr, tpr = rates
+    return fpr, tpr
 
 
 def combine(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> Row:
@@ -391,39 +381,35 @@ def combine_harmonically(rows: Sequence[Row], rule: Rule) -> Row:
 def combine_values(
     rows: Sequence[Row], function: Callable[..., np.ndarray]
 ) -> dict[str, np.ndarray]:
-    combined = {}
-    for name, first in rows[0].values.items():
-        columns = []
-        for row in rows:
-            if row.has_both and not np.isnan(row.values[name][0]):
-                columns.append(row.values[name])
-        combined[name] = function(columns, axis=0) if columns else np.full_like(first, np.nan)
-    return combined
+    return {
+        name: combine_present([row.values[name] for row in rows], function)
+        for name in rows[0].values
+    }
 
 
 def combine_counts(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, float]:
-    counts = [list(row.counts.values()) for row in rows if row.has_both]
-    combined = function(counts, axis=0).tolist() if counts else [np.nan] * len(COUNTS)
+    counts = np.array([list(row.counts.values()) for row in rows])
+    counts = counts[(counts > 0).all(axis=1)]  # without a row that combines none
+    combined = function(counts, axis=0).tolist() if len(counts) else [np.nan] * len(COUNTS)
     return dict(zip(COUNTS, combined, strict=True))
 
 
 def official_score(rows: Sequence[Mapping[str, np.ndarray]], rule: Rule) -> np.ndarray:
-    """Compute the harmonic mean of the terms of the official score in all rows, draw by draw.
-
-    Missing terms are left out. Returns `(1 + draws,)`, NaN if all are missing.
-    """
-    terms = []
-    for values in rows:
-        for name in rule.official:
-            if not np.isnan(values[name][0]):
-                terms.append(values[name])
-    if not terms:
-        return np.full_like(rows[0][rule.official[0]], np.nan)
-    return harmonic_mean(terms)
+    """Compute the harmonic mean `(1 + draws,)` of the terms of the official score in all rows."""
+    terms = [values[name] for values in rows for name in rule.official]
+    return combine_present(terms, harmonic_mean)
 
 
-def harmonic_mean(values: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
-    """Compute the harmonic mean as the organisers do: of values raised to at least the spacing of
-    floating-point numbers at 1.
+def combine_present(
+    columns: Sequence[np.ndarray], function: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """Combine columns `(1 + draws,)` draw by draw without missing ones; NaN if all are missing."""
+    present = [column for column in columns if not np.isnan(column[0])]
+    return function(present, axis=0) if present else np.full_like(columns[0], np.nan)
+
+
+def harmonic_mean(values: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Compute the harmonic mean. As in the organisers' evaluators, smaller values are replaced by
+    the spacing of floating-point numbers at 1, 2.2e-16.
     """
     return 1 / np.mean(1 / np.maximum(values, sys.float_info.epsilon), axis=axis)

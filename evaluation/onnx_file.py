@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from onnxscript import opset18 as op
 
-from audio import choose_windows
 from config import Config
 from dataloader import ClipSet
 from evaluation.graph import ScoringGraph
@@ -72,9 +71,9 @@ def export(graph: ScoringGraph) -> onnx.ModelProto:
 
 
 def translate_acos(cosine):  # type: ignore[no-untyped-def]  # an ONNX value, whose type is private
-    """Translate the arccosine of float64 by way of the sine of half the angle. ONNX Runtime has
-    inverse trigonometric functions for float32 only, in which the cosine of a small angle has lost
-    most of the angle, and its sine has not.
+    """Translate the arccosine of a cosine in float64: as twice the arcsine of the sine of half the
+    angle. ONNX Runtime has inverse trigonometric functions for float32 only, in which a small angle
+    follows accurately from its sine, but not from its cosine.
     """
     one, two = (
         op.Constant(value=onnx.helper.make_tensor("", onnx.TensorProto.DOUBLE, [], [x]))
@@ -96,9 +95,7 @@ def clear_notes(proto: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings: they concern optional packages and steps that are not used
-    here.
-    """
+    """Silence warnings of the libraries about optional packages and steps that are not used."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -120,15 +117,15 @@ def describe(model: Model, config: Config) -> dict[str, str]:
     thresholds = find_thresholds(model, scorer, config)
     explain_thresholds(thresholds, machines, model.path)
     by_machine = thresholds["threshold"].to_dict()
-    channel = model.windows(config, "test").channel
+    windows = model.windows(config, "test", "all")
     return {
         "machines": json.dumps(machines),
         "thresholds": json.dumps([by_machine.get(machine) for machine in machines]),
         "sample_rate": str(SAMPLE_RATE),
         "window": str(SECONDS),
-        "hop": str(choose_windows("all", config.hop, channel, "test").hop),
+        "hop": str(windows.hop),
         "over_windows": config.over_windows,
-        "channel": str(channel),
+        "channel": str(windows.channel),
         "mode": model.config.mode,
         "input": json.dumps(model.config.input),
         "scoring": config.scoring,
@@ -160,7 +157,7 @@ def compare(content: bytes, model: Model, config: Config) -> float:
     machines = model.classes.machines
     outputs = run_model(model, clips, config, CPU, "eval.py", precision="fp32")
     scorer = model.scorer(config.scoring, config.neighbours)
-    expected = scorer.against_machines(outputs, machines).numpy()
+    expected = scorer.score_against_machines(outputs, machines).numpy()
     check_scores(expected.ravel(), machines * len(clips), config.scoring, model.path)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     samples = clips.samples.numpy().astype(np.float32) / 32768.0

@@ -13,18 +13,19 @@ from torch import Tensor
 
 from evaluation.figures import read_samples
 from evaluation.metrics import COUNTS, Metrics
-from evaluation.result import HARDEST, Result
+from evaluation.result import Result
 from evaluation.tables import in_words, with_interval
 from model import FrontEnd
+from names import ANOMALOUS, NORMAL
 from utils import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
+HARDEST = 3  # recordings of each condition and machine
 
 
 def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
-    """Write tables, figures, configuration and the hardest clips of a result into one file.
-
-    `figures` are the files of the pictures.
+    """Write tables, figures, configuration and the hardest recordings of a result into one file.
+    `figures` are the files of the figures.
     """
     tables = {}
     if result.metrics:
@@ -37,7 +38,7 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         about=result.about,
         tables=tables,
         figures=figures,
-        hardest=hardest_clips(result),
+        hardest=draw_hardest(result),
         n_hardest=HARDEST,
         config=yaml.safe_dump(config, sort_keys=False, default_flow_style=None),
     )
@@ -49,12 +50,8 @@ def load_template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["in_words"] = in_words
-    environment.filters["in_base64"] = in_base64
+    environment.filters["in_base64"] = lambda png: base64.b64encode(png).decode()
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-
-
-def in_base64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
 
 
 def metric_table(metrics: Metrics) -> pd.DataFrame:
@@ -63,24 +60,34 @@ def metric_table(metrics: Metrics) -> pd.DataFrame:
     for name in metrics.rule.names:
         text[name] = [with_interval(row, name) for _, row in metrics.table.iterrows()]
     for name in COUNTS:
-        text[name] = [format_count(count) for count in metrics.table[name]]
+        text[name] = ["-" if pd.isna(count) else f"{count:g}" for count in metrics.table[name]]
     return text
 
 
-def format_count(count: float) -> str:
-    return "-" if pd.isna(count) else f"{count:g}"
+def find_hardest(result: Result) -> pd.DataFrame:
+    """Return the normal recordings with the highest scores and the anomalous ones with the lowest,
+    HARDEST of each machine.
+    """
+    ordered = result.recordings.sort_values("exact_score", kind="stable")
+    parts = []
+    for machine_type, machine_id in result.model.classes.machines:
+        is_type = ordered["machine_type"] == machine_type
+        of_machine = ordered[is_type & (ordered["machine_id"] == machine_id)]
+        parts.append(of_machine[of_machine["condition"] == NORMAL][::-1].head(HARDEST))
+        parts.append(of_machine[of_machine["condition"] == ANOMALOUS].head(HARDEST))
+    return pd.concat(parts)
 
 
-def hardest_clips(result: Result) -> list[dict]:
-    """Return the columns of each of the hardest recordings, and as `png` a picture of its window
+def draw_hardest(result: Result) -> list[dict]:
+    """Return the columns of each of the hardest recordings, and as `png` the log-mel of its window
     with the highest score.
     """
     front_end = FrontEnd(["sgram"])
-    clips = result.hardest.to_dict("records")
-    for clip in clips:
-        samples = read_samples(clip["path"], clip["worst"], result.windows.channel)
-        clip["png"] = small_picture(front_end, samples)
-    return clips
+    rows = find_hardest(result).to_dict("records")
+    for row in rows:
+        samples = read_samples(row["path"], row["worst"], result.windows.channel)
+        row["png"] = small_picture(front_end, samples)
+    return rows
 
 
 def small_picture(front_end: FrontEnd, samples: Tensor) -> bytes:

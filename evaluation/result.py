@@ -17,10 +17,8 @@ from evaluation.thresholds import decide, find_thresholds
 from inference import Model, run_model, with_bank
 from model import Outputs
 from names import ANOMALOUS, NORMAL, UNLABELLED
-from recordings import MACHINE, known_recordings
+from recordings import MACHINE_COLUMNS, known_recordings
 from utils import versions
-
-HARDEST = 3  # recordings of each condition and machine
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Result:
 
     Attributes:
         model: The model.
-        config: The configuration of the evaluation.
         kind: The kind of score.
         split: "test" or "evaluation".
         windows: Which windows of the recordings were scored.
@@ -40,12 +37,11 @@ class Result:
             threshold). Over several windows scores and angle are combined as `over_windows` says.
         embedding: The mean embedding of each recording `(recordings, E)`.
         thresholds: See `fit_thresholds`.
-        metrics: Those of the recordings whose condition is known; None without any.
+        metrics: The metrics of the recordings whose condition is known; None if there are none.
         about: What was evaluated, by name.
     """
 
     model: Model
-    config: Config
     kind: str
     split: str
     windows: Windows
@@ -60,20 +56,6 @@ class Result:
         """The recordings whose condition is known."""
         return known_recordings(self.recordings)
 
-    @property
-    def hardest(self) -> pd.DataFrame:
-        """The normal recordings with the highest scores and the anomalous ones with the lowest, a
-        few of each machine.
-        """
-        ordered = self.recordings.sort_values("exact_score", kind="stable")
-        parts = []
-        for machine_type, machine_id in self.model.classes.machines:
-            is_type = ordered["machine_type"] == machine_type
-            of_machine = ordered[is_type & (ordered["machine_id"] == machine_id)]
-            parts.append(of_machine[of_machine["condition"] == NORMAL][::-1].head(HARDEST))
-            parts.append(of_machine[of_machine["condition"] == ANOMALOUS].head(HARDEST))
-        return pd.concat(parts)
-
 
 def evaluate(
     model: Model,
@@ -83,8 +65,8 @@ def evaluate(
     kinds: Sequence[str],
     device: torch.device,
 ) -> list[Result]:
-    """Score the clips of a split ("test" or "evaluation"), measure and decide, with each of these
-    kinds of score.
+    """Evaluate a model on the clips of a split ("test" or "evaluation"). Returns a result for each
+    kind of score.
     """
     model = with_bank(model, config, kinds, device)
     outputs = run_model(model, clips, config, device)
@@ -94,20 +76,19 @@ def evaluate(
 def evaluate_kind(
     model: Model, clips: ClipSet, outputs: Outputs, config: Config, split: str, kind: str
 ) -> Result:
-    """Score the outputs of the network for clips, measure and decide, with one kind of score."""
+    """Compute scores, metrics and decisions from the outputs of the network for clips."""
     recordings = add_scores(model, clips, outputs, config, kind)
     thresholds = find_thresholds(model, model.scorer(kind, config.neighbours), config)
-    recordings = recordings.join(thresholds["threshold"], on=MACHINE)
+    recordings = recordings.join(thresholds["threshold"], on=MACHINE_COLUMNS)
     recordings["decision"] = decide(recordings["exact_score"], recordings["threshold"])
     known = known_recordings(recordings)
     return Result(
         model=model,
-        config=config,
         kind=kind,
         split=split,
         windows=clips.windows,
         recordings=recordings,
-        embedding=over_windows(outputs.embedding.numpy(), clips.recording, "mean"),
+        embedding=over_windows(outputs.embedding.numpy(), clips.clip_recordings, "mean"),
         thresholds=thresholds,
         metrics=None if known.empty else measure(known, find_rule(known)),
         about=describe(model, config, split, clips.windows, kind, recordings),
@@ -127,16 +108,16 @@ def add_scores(
 
     def score(kind: str, dtype: torch.dtype = torch.float64) -> np.ndarray:
         scorer = model.scorer(kind, config.neighbours, dtype)
-        return scorer.against_own_machine(outputs, machines).numpy()
+        return scorer.score_clips(outputs, machines).numpy()
 
     def combine(values: np.ndarray) -> np.ndarray:
-        return over_windows(values, clips.recording, config.over_windows)
+        return over_windows(values, clips.clip_recordings, config.over_windows)
 
     exact = score(kind)
     recordings["score"] = combine(score(kind, getattr(torch, config.score_dtype)))
     recordings["exact_score"] = combine(exact)
     recordings["angle"] = combine(score("angle"))
-    recordings["worst"] = clips.start[find_worst(exact, clips.recording)]
+    recordings["worst"] = clips.clip_starts[find_worst(exact, clips.clip_recordings)]
     check_scores(exact, machines, kind, model.path)
     return recordings
 
@@ -165,7 +146,7 @@ def describe(
         "epoch of the weights": checkpoint.epoch,
         "epochs": checkpoint.config.epoch if checkpoint.config else None,
         "clips trained on": checkpoint.n_training,
-        f"clips of {split}": ", ".join(f"{counts[name]} {name}" for name in conditions),
+        f"recordings of {split}": ", ".join(f"{counts[name]} {name}" for name in conditions),
         "trained with": checkpoint.versions,
         "evaluated with": versions(),
     }

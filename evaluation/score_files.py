@@ -3,15 +3,23 @@
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
-from evaluation.metrics import AVERAGE, find_rule, measure
+from evaluation.metrics import find_rule, measure
 from evaluation.tables import show_metrics
 from ground_truth import GroundTruth, read_lists
-from names import TEST_FOLDERS, File, Form, find_form, is_machine_id, name_id, parse_name
-from recordings import COLUMNS, known_recordings, make_row
+from names import (
+    AVERAGE,
+    TEST_FOLDERS,
+    Form,
+    Recording,
+    find_form,
+    format_id,
+    is_machine_id,
+    parse_path,
+)
+from recordings import known_recordings, make_table
 from utils import UserError, check_writable, notice, read_rows, versions
 
 FILE_NAME = re.compile(
@@ -20,16 +28,7 @@ FILE_NAME = re.compile(
 )
 FILE_NAMES = "anomaly_score_<type>_id_<XX>.csv or anomaly_score_<type>_section_<XX>_test.csv"
 
-Scores = dict[File, float]
-
-
-class ScoreFile(NamedTuple):
-    """A score file. `folder` is the folder of a machine type that its recordings come from."""
-
-    path: Path
-    machine_type: str
-    machine_id: str
-    folder: str
+Scores = dict[Recording, float]
 
 
 def evaluate_score_files(folder: Path, data_root: Path) -> None:
@@ -39,25 +38,24 @@ def evaluate_score_files(folder: Path, data_root: Path) -> None:
     labels in `data_root`.
     """
     scores = read_score_files(folder)
-    form = find_form(list(scores))
+    form = find_form(scores)
     output = folder / "metrics"
     check_writable(
         output / "metrics.csv",
         "the metrics are written beside the score files; copy these elsewhere",
     )
-    truth = read_lists(data_root, form, list(scores))
+    truth = read_lists(data_root, form, scores.keys())
     report_missing(scores, truth)
-    rows = [make_row(file, truth) for file in scores]
-    recordings = pd.DataFrame(rows, columns=COLUMNS).assign(score=list(scores.values()))
+    recordings = make_table(scores, truth).assign(score=list(scores.values()))
     known = known_recordings(recordings)
     report_unlabelled(len(recordings) - len(known), len(recordings), form, data_root)
     about = {
         "score files": str(folder),
-        "clips": describe_counts(recordings["condition"]),
+        "recordings": describe_counts(recordings["condition"]),
         "evaluated with": versions(),
     }
     show_metrics(measure(known, find_rule(known)), f"Score files of {folder}", about, output, {})
-    print(f"metrics of {len(known)} clips: {output}")
+    print(f"metrics of {len(known)} recordings: {output}")
 
 
 def describe_counts(conditions: pd.Series) -> str:
@@ -80,41 +78,52 @@ def read_score_files(folder: Path) -> Scores:
         raise UserError(f"{folder}: no score files ({FILE_NAMES})")
     scores: Scores = {}
     for path in paths:
-        score_file = parse_file_name(path)
+        machine_type, folder_name, machine_id = parse_file_name(path)
         lines = read_rows(path)
         if not lines:
             raise UserError(f"{path}: no scores in it; add them, or remove the file")
         for number, cells in lines:
             where = f"{path}, line {number}"
-            file, score = parse_line(cells, score_file, where)
-            if file in scores:
-                raise UserError(f"{where}: {file.path.name} appears twice; remove one line")
-            scores[file] = score
+            recording, score = parse_line(cells, Path(machine_type, folder_name), where)
+            if recording.machine_id != machine_id:
+                raise UserError(
+                    f"{where}: {cells[0]} is not a recording of {machine_type} {machine_id}; "
+                    "correct or remove the line"
+                )
+            if recording in scores:
+                raise UserError(f"{where}: {cells[0]} appears twice; remove one line")
+            scores[recording] = score
     return scores
 
 
-def parse_file_name(path: Path) -> ScoreFile:
-    """Parse the name of a score file. Raises `UserError` for other names."""
+def parse_file_name(path: Path) -> tuple[str, str, str]:
+    """Parse the name of a score file. Returns machine type, folder of the recordings in that of the
+    type, and machine ID. Raises `UserError` for other names.
+    """
     match = FILE_NAME.fullmatch(path.name)
     if not match or (match["id"] and not is_machine_id(match["id"])):
         raise UserError(f"{path}: not a score file; rename it to {FILE_NAMES}, or remove it")
-    machine_id = match["section"] or name_id(match["id"])
-    return ScoreFile(path, match["machine_type"], machine_id, match["folder"] or "test")
+    machine_id = match["section"] or format_id(match["id"])
+    return match["machine_type"], match["folder"] or "test", machine_id
 
 
-def parse_line(cells: list[str], score_file: ScoreFile, where: str) -> tuple[File, float]:
-    """Parse a line of a score file, which is at `where`. Raises `UserError` for other lines."""
+def parse_line(cells: list[str], folder: Path, where: str) -> tuple[Recording, float]:
+    """Parse a line of a score file, which is at `where`; `folder` is that of the recordings. Raises
+    `UserError` for other lines.
+    """
     score = to_number(cells[1]) if len(cells) == 2 else math.nan
     if not math.isfinite(score):
         raise UserError(f"{where}: expected `<file name>,<score>`; correct or remove the line")
-    path = Path(score_file.machine_type, score_file.folder, Path(cells[0]).name)
+    path = folder / Path(cells[0]).name
     try:
-        name = parse_name(path)
+        recording = parse_path(path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if name is None or name.machine_id != score_file.machine_id or path.name != cells[0]:
-        raise UserError(f"{where}: {cells[0]} is not a recording of {score_file.machine_id}")
-    return File(path, score_file.machine_type, name), score
+    if recording is None or path.name != cells[0]:
+        raise UserError(
+            f"{where}: {cells[0]} is not the name of a recording; correct or remove the line"
+        )
+    return recording, score
 
 
 def to_number(text: str) -> float:
@@ -129,12 +138,11 @@ def to_number(text: str) -> float:
 
 
 def report_missing(scores: Scores, truth: GroundTruth) -> None:
-    """Say how many clips in the lists have no score, of the machines that there are scores of."""
-    machines, scored = set(), set()
-    for file in scores:
-        assert file.name
-        machines.add((file.machine_type, file.name.machine_id))
-        scored.add((file.machine_type, file.path.stem))
+    """Print a notice of the recordings in the lists that have no score though others of their
+    machine have one.
+    """
+    machines = {recording.machine for recording in scores}
+    scored = {(recording.machine_type, recording.path.stem) for recording in scores}
     missing = []
     for machine_type, clip in truth:
         machine_id = clip.split("_")[1]
@@ -147,10 +155,13 @@ def report_missing(scores: Scores, truth: GroundTruth) -> None:
         )
 
 
-def report_unlabelled(n_unlabelled: int, n_clips: int, form: Form, data_root: Path) -> None:
-    """Say how many clips have no condition. Raises `UserError` if none has one."""
-    message = f"{n_unlabelled} of {n_clips} recordings are not in {form.lists} under {data_root}"
-    if n_unlabelled == n_clips:
+def report_unlabelled(n_unlabelled: int, n_recordings: int, form: Form, data_root: Path) -> None:
+    """Print a notice of the number of recordings whose condition is not known. Raises `UserError`
+    if it is known for none.
+    """
+    lists = f"{form.lists} under {data_root}"
+    message = f"{n_unlabelled} of {n_recordings} recordings are not in {lists}"
+    if n_unlabelled == n_recordings:
         raise UserError(f"{message}, so there is nothing to measure; {form.get_lists}")
     if n_unlabelled:
         notice(f"{message} and are left out of the metrics ({form.get_lists})")

@@ -36,7 +36,7 @@ class Embeddings(NamedTuple):
 
     @classmethod
     def from_outputs(cls, embedding: Tensor, labels: Tensor) -> "Embeddings":
-        """Keep the embeddings `(n, E)` that the network gives for clips of these classes."""
+        """Keep the embeddings `(n, E)` that the network computes for clips of these classes."""
         return cls(F.normalize(embedding).half().cpu(), labels)
 
     def by_class(self, n_classes: int) -> list[Tensor]:
@@ -67,20 +67,24 @@ class Scorer:
     neighbours: int = 1
     dtype: torch.dtype = torch.float64
 
-    def against_class(self, outputs: Outputs, label: int) -> Tensor:
+    def score_against_class(self, outputs: Outputs, label: int) -> Tensor:
         """Score clips against a class `(n,)`."""
         return KINDS[self.kind].score(self, outputs, label)
 
-    def against_machine(self, outputs: Outputs, machine: Machine) -> Tensor:
+    def score_against_machine(self, outputs: Outputs, machine: Machine) -> Tensor:
         """Score clips against a machine `(n,)`: the lowest score over its classes."""
         labels = self.classes.of_machine(machine)
-        return torch.stack([self.against_class(outputs, label) for label in labels]).amin(dim=0)
+        return torch.stack([self.score_against_class(outputs, label) for label in labels]).amin(
+            dim=0
+        )
 
-    def against_machines(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
+    def score_against_machines(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
         """Score clips against each of several machines `(n, machines)`."""
-        return torch.stack([self.against_machine(outputs, machine) for machine in machines], dim=1)
+        return torch.stack(
+            [self.score_against_machine(outputs, machine) for machine in machines], dim=1
+        )
 
-    def against_own_machine(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
+    def score_clips(self, outputs: Outputs, machines: Sequence[Machine]) -> Tensor:
         """Score each clip against its machine `(n,)`; `machines` has the machine of each clip."""
         device = outputs.embedding.device
         clips_of: dict[Machine, list[int]] = {}
@@ -90,7 +94,7 @@ class Scorer:
         for machine, clips in clips_of.items():
             rows = torch.tensor(clips, device=device)
             chosen = Outputs(outputs.similarity[rows], outputs.embedding[rows])
-            scores[rows] = self.against_machine(chosen, machine).to(self.dtype)
+            scores[rows] = self.score_against_machine(chosen, machine).to(self.dtype)
         return scores
 
 
@@ -154,7 +158,7 @@ class Kind:
 # The published kind comes first: the others are compared with it.
 KINDS = {
     "published": Kind(published, "cross-entropy", is_logarithmic=True),
-    "angle": Kind(angle, "degrees to own centre"),
+    "angle": Kind(angle, "degrees to centre of ID"),
     "nearest": Kind(
         nearest,
         "cosine distance to the nearest training clips",
@@ -165,10 +169,12 @@ KINDS = {
 
 
 def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, path: Path) -> None:
-    """Check the scores `(n,)` of recordings of these machines by the checkpoint at `path`.
+    """Check that scores `(n,)` are finite. `machines` has the machine of each, and `path` is the
+    checkpoint.
 
     Raises:
-        UserError: If a score is not finite, since the weights are not, or since the bank is empty.
+        UserError: If a score is not finite, because the weights are not finite or the bank has no
+            clips of the machine.
     """
     is_bad = ~np.isfinite(scores)
     if not is_bad.any():
@@ -181,7 +187,8 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
             "no nearest clip; choose another --scoring"
         )
     raise UserError(
-        f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names})"
+        f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names}); choose "
+        "another checkpoint"
     )
 
 

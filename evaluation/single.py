@@ -14,11 +14,11 @@ import torch
 from audio import CheckedRecording, Windows
 from classes import Machine
 from config import Config
-from dataloader import ClipSet, check_recordings, cut_into_clips, usable
+from dataloader import ClipSet, check_recordings, select_usable
 from evaluation.scores import check_scores, over_windows
 from evaluation.thresholds import explain_thresholds, find_thresholds
 from inference import Model, run_model, with_bank
-from names import ANOMALOUS, NORMAL, name_id
+from names import ANOMALOUS, NORMAL, format_id
 from utils import UserError
 
 
@@ -39,7 +39,7 @@ def find_candidates(model: Model, machine_type: str, machine_id: str | None) -> 
     """Return the machine of this type and ID, or without an ID all of the type. Raises `UserError`
     if the model knows none.
     """
-    wanted = None if machine_id is None else name_id(machine_id)
+    wanted = None if machine_id is None else format_id(machine_id)
     candidates = [
         machine
         for machine in model.classes.machines
@@ -65,15 +65,16 @@ def score_recordings(
     """Score recordings against the one of the candidates that each fits best.
 
     Returns:
-        For each recording, in plain values, `file`, and either `error` or: `machine_type`,
-        `machine_id`, `score`, `threshold`, `decision` (None without a threshold), `n_windows` and
-        `n_anomalous` (numbers of windows), `windows` (for each its `start` in seconds, `score` and
-        `decision`), and `worst` (the entry of the window with the highest score).
+        A dictionary of plain values for each recording: `file`, and either `error` or
+        `machine_type`, `machine_id`, `score`, `threshold`, `decision`, `n_windows`, `n_anomalous`
+        (the number of anomalous windows), `worst` (the window with the highest score) and `windows`
+        (`start` in seconds, `score` and `decision` of each). Without a threshold, `threshold`, the
+        decisions and `n_anomalous` are None.
     """
     model = with_bank(model, config, [config.scoring], device)
     checked = check_recordings(paths, windows, config.num_workers)
-    good = usable(checked)
-    results = score_usable(model, good, candidates, config, windows, device) if good else {}
+    usable = select_usable(checked)
+    results = score_usable(model, usable, candidates, config, windows, device) if usable else {}
     rows = []
     for path, check in checked.items():
         rows.append({"file": str(path)} | results.get(path, {"error": str(check)}))
@@ -90,11 +91,14 @@ def score_usable(
 ) -> dict[Path, dict[str, Any]]:
     """Score recordings that can be used, as `score_recordings` does."""
     table = pd.DataFrame({"path": list(recordings)})
-    clips = cut_into_clips(table, recordings, windows, config.num_workers)
+    starts = [recording.starts for recording in recordings.values()]
+    clips = ClipSet(table, config.num_workers, windows, starts)
     outputs = run_model(model, clips, config, device)
     scorer = model.scorer(config.scoring, config.neighbours)
-    of_windows = scorer.against_machines(outputs, candidates).numpy()  # (windows, candidates)
-    scores = over_windows(of_windows, clips.recording, config.over_windows)
+    window_scores = scorer.score_against_machines(
+        outputs, candidates
+    ).numpy()  # (windows, candidates)
+    scores = over_windows(window_scores, clips.clip_recordings, config.over_windows)
     best = scores.argmin(axis=1)  # the candidate that each recording fits best
     machines = [candidates[column] for column in best]
     check_scores(scores.min(axis=1), machines, config.scoring, model.path)
@@ -103,20 +107,15 @@ def score_usable(
     by_machine = thresholds["threshold"].to_dict()
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
+        column = best[number]
         results[path] = describe_recording(
             machine,
-            float(scores[number, best[number]]),
+            float(scores[number, column]),
             by_machine.get(machine),
-            clips.starts[number],
-            window_scores(clips, of_windows[:, best[number]], number),
+            starts[number],
+            window_scores[clips.clip_recordings == number, column].tolist(),
         )
     return results
-
-
-def window_scores(clips: ClipSet, scores: np.ndarray, recording: int) -> list[float]:
-    """Return the scores of the windows of a recording, out of those of all windows `(n,)`."""
-    first, last = np.searchsorted(clips.recording, [recording, recording + 1])
-    return scores[first:last].tolist()
 
 
 def describe_recording(
@@ -137,7 +136,7 @@ def describe_recording(
     machine_type, machine_id = machine
     return {
         "machine_type": machine_type,
-        "machine_id": number_or_word(machine_id),
+        "machine_id": machine_id,
         "score": score,
         "threshold": threshold,
         "decision": name_decision(score, threshold),
@@ -146,11 +145,6 @@ def describe_recording(
         "worst": windows[int(np.argmax(scores))],
         "windows": windows,
     }
-
-
-def number_or_word(machine_id: str) -> int | str:
-    """Return a machine ID as JSON has it: a number of up to nine digits, or a word."""
-    return int(machine_id) if re.fullmatch("[0-9]{1,9}", machine_id) else machine_id
 
 
 def name_decision(score: float, threshold: float | None) -> str | None:
@@ -163,20 +157,18 @@ def name_decision(score: float, threshold: float | None) -> str | None:
 # ---- What is printed ----
 
 
-def name_pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> dict[int, Path]:
-    """Return the file of the picture of each recording that has a score, by its position; several
-    of one name are numbered.
+def name_figures(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Add the file of a figure, `picture`, to each recording that has a score. Figures of
+    recordings with the same name are numbered.
     """
     seen = Counter[str]()
-    files = {}
-    for number, row in enumerate(results):
+    for row in results:
         if "error" in row:
             continue
         name = Path(row["file"]).name
         seen[name] += 1
         suffix = f" ({seen[name]})" if seen[name] > 1 else ""
-        files[number] = folder / f"{name}{suffix}.png"
-    return files
+        row["picture"] = str(folder / f"{name}{suffix}.png")
 
 
 def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
@@ -191,26 +183,30 @@ def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> No
             print(f"{row['file']}\terror: {row['error']}")
             continue
         threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
-        machine = f"{row['machine_type']} {name_id(row['machine_id'])}"
+        machine = f"{row['machine_type']} {row['machine_id']}"
         cells = [row["file"], machine, f"{row['score']:.6g}", threshold, row["decision"] or "-"]
         if row["n_windows"] > 1:
             cells.append(describe_worst(row))
         print("\t".join(cells))
         for window in row["windows"] if has_timeline else ():
-            cells = [clock(window["start"]), f"{window['score']:.6g}", window["decision"] or "-"]
+            cells = [
+                format_time(window["start"]),
+                f"{window['score']:.6g}",
+                window["decision"] or "-",
+            ]
             print("\t" + "\t".join(cells))
 
 
 def describe_worst(row: Mapping[str, Any]) -> str:
     worst = row["worst"]
-    text = f"worst at {clock(worst['start'])} ({worst['score']:.6g})"
+    text = f"worst at {format_time(worst['start'])} ({worst['score']:.6g})"
     if row["n_anomalous"] is None:
         return text
     return f"{text}, {row['n_anomalous']} of {row['n_windows']} windows anomalous"
 
 
-def clock(seconds: float) -> str:
-    """Return a time as in 0:41:05, or 0:41:05.50."""
+def format_time(seconds: float) -> str:
+    """Format seconds as in 0:41:05 or, with hundredths, 0:41:05.50."""
     minutes, rest = divmod(round(seconds, 2), 60)
     hours, minutes = divmod(int(minutes), 60)
     digits = f"{rest:02.0f}" if rest.is_integer() else f"{rest:05.2f}"
@@ -218,8 +214,15 @@ def clock(seconds: float) -> str:
 
 
 def print_json(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
-    """Print the results as JSON; the windows only with a timeline."""
+    """Print the results as JSON; the windows only with a timeline. IDs of up to nine digits are
+    printed as numbers.
+    """
     shown = []
     for row in results:
-        shown.append({name: x for name, x in row.items() if name != "windows" or has_timeline})
+        cells = dict(row)
+        if re.fullmatch("[0-9]{1,9}", row.get("machine_id", "")):
+            cells["machine_id"] = int(row["machine_id"])
+        if not has_timeline:
+            cells.pop("windows", None)
+        shown.append(cells)
     print(json.dumps(shown, indent=2))

@@ -10,24 +10,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from evaluation.metrics import (
-    AVERAGE,
-    COVERAGE,
-    DRAWS,
-    HMEAN,
-    MEAN,
-    MIN,
-    OFFICIAL,
-    POOLED,
-    SEED,
-    SUMMARY_ROWS,
-    Metrics,
-    Rule,
-)
+from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, Metrics, Rule
 from evaluation.result import Result
 from evaluation.thresholds import count_decisions, explain_thresholds
 from model import PUBLISHED_CHANNELS
-from names import SOURCE, TARGET
+from names import AVERAGE, HMEAN, MEAN, MIN, POOLED, SOURCE, SUMMARY_ROWS, TARGET
 from utils import notice, remove_files, write_csv, write_text
 
 # ---- The columns of tables for reading ----
@@ -67,7 +54,7 @@ def titles_of(columns: Sequence[Column]) -> list[str]:
     return [column.title for column in columns]
 
 
-# ---- The published figures ----
+# ---- The published results ----
 
 
 def published_row(auc: float, pauc: float, mauc: float) -> dict[Column, float]:
@@ -86,7 +73,7 @@ PUBLISHED = {
         AVERAGE: published_row(auc=94.65, pauc=89.31, mauc=89.78),
     }
 }
-# The machine IDs of that test set: AUC and pAUC are pooled over them, so the figures of other IDs
+# The machine IDs of that test set: AUC and pAUC are pooled over them, so results of other IDs
 # cannot be compared
 MIMII_IDS = {"00", "02", "04", "06"}
 PUBLISHED_IDS = {
@@ -101,10 +88,9 @@ Published = dict[str, dict[Column, float]]  # by machine type
 
 
 def published_rows(result: Result) -> Published:
-    """Return the published figures that a result can be compared with.
-
-    There are some for the development test set of 2020 with the published channels, windows and
-    score, and the published machine IDs; for the average, if all its machine types are evaluated.
+    """Return the published results that a result can be compared with; none unless split, channels,
+    windows, score and machine IDs are those of the paper, and none for the average unless all
+    machine types were evaluated.
     """
     metrics = result.metrics
     if metrics is None or metrics.rule.official or not is_published_method(result):
@@ -142,86 +128,50 @@ def measured_ids(metrics: Metrics) -> dict[str, set[str]]:
 # ---- The table on the terminal ----
 
 
-class Block(NamedTuple):
-    """Columns of the table on the terminal with a common title.
-
-    `headings` are the names of the columns, `cells` their values by machine type.
-    """
-
-    title: str
-    headings: list[str]
-    cells: dict[str, list[str]]
-
-    def format_line(self, cells: Sequence[str]) -> str:
-        """Format headings or cells, aligned on the right."""
-        padded = []
-        for heading, cell in zip(self.headings, cells, strict=True):
-            padded.append(cell.rjust(max(8, len(heading))))
-        return " ".join(padded)
-
-    @property
-    def width(self) -> int:
-        return len(self.format_line(self.headings))
-
-
-LAST_WIDTH = 26  # of the title of the last block, which has no border on the right
-
-
 def format_table(metrics: Metrics, published: Published) -> str:
     """Format the metrics of each machine type in percent.
 
     They are pooled over the IDs, as published, and means over the IDs, as in the challenge. The
-    last block has what the official score consists of, or else the published figures.
+    last columns have what the official score consists of, or else the published results.
     """
-    blocks = [
-        summary_block(metrics, POOLED, "pooled over IDs"),
-        summary_block(metrics, MIN, "lowest"),
-        summary_block(metrics, MEAN, "mean over IDs"),
-    ]
-    if metrics.rule.official:
-        last = summary_block(metrics, HMEAN, "harmonic mean over IDs")
-    else:
-        last = published_block(published, metrics.machine_types)
-    titles = [f" {block.title:^{block.width}} " for block in blocks]
-    titles.append(f" {last.title:^{LAST_WIDTH}}")
-    blocks.append(last)
-    headings = [block.format_line(block.headings) + "  " for block in blocks]
-    first_width = max(12, *map(len, metrics.machine_types))
-    lines = [join_blocks("", first_width, titles), join_blocks("in percent", first_width, headings)]
-    for machine_type in metrics.machine_types:
-        cells = [block.format_line(block.cells[machine_type]) + "  " for block in blocks]
-        lines.append(join_blocks(machine_type, first_width, cells))
-    if metrics.rule.text:
-        lines.append(f"Domains: {metrics.rule.text}")
+    rule, machine_types = metrics.rule, metrics.machine_types
+    titles = {POOLED: "pooled over IDs", MIN: "lowest", MEAN: "mean over IDs"}
+    if rule.official:
+        titles[HMEAN] = "harmonic mean over IDs"
+    blocks = []
+    for summary, title in titles.items():
+        columns = [Column(summary, name) for name in rule.shown_in(summary)]
+        rows = []
+        for machine_type in machine_types:
+            row = metrics.summary_row(machine_type, summary)
+            rows.append([percent(row[column.metric]) for column in columns])
+        blocks.append(format_block(title, columns, rows))
+    if not rule.official:
+        columns = list(next(iter(published.values()), {}))
+        rows = [published_cells(published.get(name, {}), columns) for name in machine_types]
+        title = "published, DCASE 2020" if published else ""
+        blocks.append(format_block(title, columns, rows))
+    width = max(12, *map(len, machine_types))
+    lines = []
+    for name, *cells in zip(["", "in percent", *machine_types], *blocks, strict=True):
+        lines.append(f"{name:{width}} |{'|'.join(cells)}".rstrip())
+    if rule.text:
+        lines.append(f"Domains: {rule.text}")
     return "\n".join(lines)
 
 
-def join_blocks(name: str, width: int, blocks: Sequence[str]) -> str:
-    return f"{name:{width}} |{'|'.join(blocks)}".rstrip()
-
-
-def summary_block(metrics: Metrics, summary: str, title: str) -> Block:
-    """Return the block of the columns that are shown of a summary row."""
-    names = metrics.rule.shown_in(summary)
-    cells = {}
-    for machine_type in metrics.machine_types:
-        row = metrics.summary_row(machine_type, summary)
-        cells[machine_type] = [percent(row[name]) for name in names]
-    return Block(title, [Column(summary, name).heading for name in names], cells)
-
-
-def published_block(published: Published, machine_types: Sequence[str]) -> Block:
-    """Return the block of the published figures; it has no columns if there are none."""
-    columns = list(next(iter(published.values()), {}))
-    cells = {}
-    for machine_type in machine_types:
-        cells[machine_type] = published_cells(published.get(machine_type, {}), columns)
-    title = "published, DCASE 2020" if published else ""
-    return Block(title, [column.heading for column in columns], cells)
+def format_block(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of columns with a common title: title, headings and rows."""
+    headings = [column.heading for column in columns]
+    widths = [max(8, len(heading)) for heading in headings]
+    lines = []
+    for cells in (headings, *rows):
+        lines.append(" ".join(map(str.rjust, cells, widths)) + "  ")
+    return [f" {title:^{len(lines[0]) - 2}} ", *lines]
 
 
 def published_cells(row: dict[Column, float], columns: Sequence[Column]) -> list[str]:
-    """Format the published figures of a machine type, "-" where there is none."""
+    """Format the published results of a machine type, "-" where there is none."""
     return [f"{row[column]:.2f}" if column in row else "-" for column in columns]
 
 
@@ -325,7 +275,7 @@ def show_metrics(
 
 
 def report_gaps(metrics: Metrics) -> None:
-    """Say which rows of the table have no AUC, and which machine IDs none of a domain."""
+    """Print notices of the rows without an AUC, and of the machine IDs without that of a domain."""
     table, reason = metrics.table, "because normal or anomalous clips are missing"
     is_missing = table["AUC"].isna()
     if is_missing.any():
@@ -353,14 +303,14 @@ def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
     strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
     texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
     explanation = (
-        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test clips "
-        f"within {strata}). Pooled: one AUC over all clips of a machine type. mAUC: the lowest AUC "
-        "of an ID."
+        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test "
+        f"recordings within {strata}). Pooled: one AUC over all recordings of a machine type. "
+        "mAUC: the lowest AUC of an ID."
     )
     paragraphs = [f"# {title}", markdown_table(metrics), " ".join([explanation, *texts])]
     if rule.text:
         paragraphs.append(
-            f"Harmonic means over IDs, of the average over the IDs of all types; {rule.text}."
+            f"Harmonic means: over the IDs of a type, for `average` over all IDs; {rule.text}."
         )
     lines = [f"- {name}: {in_words(value)}" for name, value in about.items()]
     paragraphs.append("\n".join(lines))
@@ -386,7 +336,7 @@ def write_per_machine(folder: Path, name: str, recordings: pd.DataFrame, column:
     """Write a column of recordings into files that are named as in the challenge:
     `<name>_<machine type>_<part>.csv`, such as anomaly_score_fan_id_02.csv.
 
-    Their lines are `<file name>,<value>`; they have no header.
+    A line is `<file name>,<value>`; there is no header.
     """
     for (machine_type, part), group in recordings.groupby(["machine_type", "part"]):
         file_names = [path.name for path in group["path"]]

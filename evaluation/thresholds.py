@@ -1,4 +1,4 @@
-"""Yes or no: a threshold for each machine, from the scores of normal clips that were held out."""
+"""Decisions: a threshold for each machine, from the scores of normal clips that were held out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from evaluation.scores import Scorer
 from inference import Model
 from model import Outputs
 from names import ANOMALOUS
-from recordings import MACHINE, known_recordings
+from recordings import MACHINE_COLUMNS, known_recordings
 from utils import notice
 
 LEAST_CLIPS = 20  # of a machine; with fewer the scores of its machine type are pooled
@@ -34,7 +34,7 @@ def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
     without scores that are infinite; no rows where the checkpoint has no such clips.
     """
     held_out = model.checkpoint.held_out
-    columns = [*MACHINE, "score"]
+    columns = [*MACHINE_COLUMNS, "score"]
     if held_out is None:
         return pd.DataFrame(columns=columns)
     machines = [model.classes.entries[label].machine for label in held_out.labels]
@@ -45,8 +45,8 @@ def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
     else:
         no_similarity = torch.empty(len(machines), 0)
         outputs = Outputs(no_similarity, held_out.embedding)
-        scores = scorer.against_own_machine(outputs, machines)
-    table = pd.DataFrame(machines, columns=MACHINE).assign(score=scores.numpy())
+        scores = scorer.score_clips(outputs, machines)
+    table = pd.DataFrame(machines, columns=MACHINE_COLUMNS).assign(score=scores.numpy())
     return table[np.isfinite(table["score"])]
 
 
@@ -55,11 +55,8 @@ def fit_thresholds(
 ) -> pd.DataFrame:
     """Fit a threshold for each machine, above which a score counts as anomalous.
 
-    Args:
-        machines: The machines.
-        held_out: Scores of normal clips, with the columns `machine_type`, `machine_id`, `score`.
-        method: "gamma" or "quantile", see `fit_threshold`.
-        percentile: The percentage of normal clips that should lie below.
+    `held_out` has `machine_type`, `machine_id` and `score` of normal clips; `percentile` percent of
+    them should lie below. `method` is "gamma" or "quantile", see `fit_threshold`.
 
     Returns:
         For each (machine type, machine ID) the `threshold`; the `held_out` clips that it comes
@@ -76,17 +73,19 @@ def fit_thresholds(
         threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
         description = f"{len(chosen)} clips of the {source}"
         rows.append((machine_type, machine_id, threshold, description, len(of_machine)))
-    columns = [*MACHINE, "threshold", "held_out", "held_out_of_id"]
-    return pd.DataFrame(rows, columns=columns).astype({"threshold": float}).set_index(MACHINE)
+    columns = [*MACHINE_COLUMNS, "threshold", "held_out", "held_out_of_id"]
+    return (
+        pd.DataFrame(rows, columns=columns).astype({"threshold": float}).set_index(MACHINE_COLUMNS)
+    )
 
 
 def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
     """Return the percentile of a gamma distribution fitted to the scores ("gamma"), or of the
     scores themselves ("quantile").
 
-    As in the DCASE baselines, but for a location fixed at 0, below which no score lies: a free one
-    fits less well and at times not at all. Where all scores are alike up to rounding, nothing can
-    be fitted, and the quantile is returned.
+    The fit is that of the DCASE baselines, except that the location is fixed at 0, since no score
+    is negative: with a free location the fit is worse and sometimes fails. If the scores differ by
+    at most 1e-4 of their mean, or the fit fails, the quantile is returned.
     """
     values = np.maximum(scores, np.finfo(np.float64).eps)
     if method == "gamma" and np.ptp(values) > 1e-4 * values.mean():
@@ -100,8 +99,8 @@ def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
 
 
 def explain_thresholds(thresholds: pd.DataFrame, machines: Sequence[Machine], path: Path) -> None:
-    """Say which machines share the threshold of their type, and which have none. `path` is that of
-    the checkpoint.
+    """Print notices of the machines that share the threshold of their type, and of those without
+    one. `path` is that of the checkpoint.
     """
     if thresholds.empty:
         notice(f"{path}: no scores of held-out clips, so there are no decisions")
@@ -131,15 +130,19 @@ def decide(scores: pd.Series, thresholds: pd.Series) -> pd.Series:
 
 def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFrame:
     """Return the thresholds with precision, recall and F1 of the decisions about recordings whose
-    condition is known. Values are missing where no recording is anomalous, or none was called so.
+    condition is known. Precision is missing if no recording is classified as anomalous, recall if
+    none is anomalous, F1 if neither.
     """
     known = known_recordings(recordings[recordings["decision"].notna()])
-    called = known["decision"].astype(int)
+    positive = known["decision"].astype(int)
     anomalous = (known["condition"] == ANOMALOUS).astype(int)
-    table = known[MACHINE].assign(hits=called * anomalous, called=called, anomalous=anomalous)
-    counts = table.groupby(MACHINE).sum().reindex(thresholds.index, fill_value=0).astype(float)
+    table = known[MACHINE_COLUMNS].assign(
+        hits=positive * anomalous, positive=positive, anomalous=anomalous
+    )
+    sums = table.groupby(MACHINE_COLUMNS).sum()
+    counts = sums.reindex(thresholds.index, fill_value=0).astype(float)
     return thresholds.assign(
-        precision=counts["hits"] / counts["called"],
+        precision=counts["hits"] / counts["positive"],
         recall=counts["hits"] / counts["anomalous"],
-        F1=2 * counts["hits"] / (counts["called"] + counts["anomalous"]),
+        F1=2 * counts["hits"] / (counts["positive"] + counts["anomalous"]),
     )

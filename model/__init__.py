@@ -1,13 +1,13 @@
-"""From a batch of samples to embedding and class similarity."""
+"""The network: it computes embeddings and class similarities from batches of samples."""
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
 from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import CENTRES, CHANNELS, PUBLISHED_CHANNELS, Outputs, TASTgramMFN
+from model.tastgram_mfn import CHANNELS, HEAD_WEIGHTS, PUBLISHED_CHANNELS, Outputs, TASTgramMFN
 
 __all__ = [
-    "CENTRES",
     "CHANNELS",
     "EMBEDDING_SIZE",
+    "HEAD_WEIGHTS",
     "PUBLISHED_CHANNELS",
     "FrontEnd",
     "LogMel",

@@ -16,8 +16,8 @@ from model.tastgram import TgramNet, temporal_attention
 PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
 CHANNELS = (*PUBLISHED_CHANNELS,)  # all channels, in the order in which they are stacked
 HEADS = ("arcface", "fc_out")
-# The weights of both heads, in the state dict.
-CENTRES = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")
+# Names in the state dict
+HEAD_WEIGHTS = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")
 
 
 class CosineHead(nn.Module):

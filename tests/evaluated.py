@@ -14,10 +14,10 @@ from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.result import Result
 from evaluation.thresholds import decide, fit_thresholds
 from inference import Model
-from recordings import COLUMNS, MACHINE, known_recordings
+from recordings import COLUMNS, MACHINE_COLUMNS, known_recordings
 
 Machine = tuple[str, int]  # machine type and the number in the machine ID
-NO_HELD_OUT = pd.DataFrame(columns=[*MACHINE, "score"])
+NO_HELD_OUT = pd.DataFrame(columns=[*MACHINE_COLUMNS, "score"])
 
 
 def make_recordings(counts: dict[Machine, tuple[int, int]]) -> pd.DataFrame:
@@ -78,12 +78,11 @@ def make_result(
     checkpoint = Checkpoint(Path("run.pth"), weights={}, config=config, classes=classes)
     thresholds = fit_thresholds(classes.machines, held_out, "quantile", 80)
     table = recordings.assign(score=scores, exact_score=scores, worst=0.0)
-    table = table.join(thresholds["threshold"], on=MACHINE)
+    table = table.join(thresholds["threshold"], on=MACHINE_COLUMNS)
     table["decision"] = decide(table["exact_score"], table["threshold"])
     known = known_recordings(table)
     return Result(
         model=Model(network=None, config=config, classes=classes, checkpoint=checkpoint),
-        config=config,
         kind=kind,
         split="test",
         windows=Windows(),

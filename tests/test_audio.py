@@ -88,7 +88,7 @@ def test_clipping_is_not_silent(tmp_path):
     samples[5:7] = -1.5, 1.5
     decoded, changes = read(write_clip(tmp_path / "a.wav", samples, subtype="FLOAT"))
     assert decoded[5:7].tolist() == [-32768, 32767]
-    assert "exceed full scale and were clipped" in changes
+    assert "exceed full scale and are clipped" in changes
 
 
 def test_a_wav_from_a_pipe_says_nothing_of_its_length(tmp_path):
@@ -230,7 +230,7 @@ def test_a_recording_is_checked_where_it_is_used(tmp_path):
     samples[20 * 16_000] = 0
     write_clip(path, samples, subtype="FLOAT")
     changes = check_recording(path, Windows(hop=10)).changes
-    assert changes == ["are rounded to 16 bits", "exceed full scale and were clipped"]
+    assert changes == ["are rounded to 16 bits", "exceed full scale and are clipped"]
 
 
 def test_a_recording_of_unknown_length_has_a_first_window_alone(tmp_path):

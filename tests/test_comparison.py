@@ -129,7 +129,7 @@ def test_what_cannot_be_compared(result):
     ):
         group_by_configuration([result, replace(result, metrics=None)])
     with pytest.raises(
-        UserError, match="not trained on the same machines in the same order, so their clips differ"
+        UserError, match="not trained on the same machines in the same order, so their recordings"
     ):
         group_by_configuration([result, replace(result, recordings=result.recordings[1:])])
     with pytest.raises(
@@ -214,7 +214,7 @@ def test_a_new_metric_is_compared(recordings, tmp_path):
     lines = compare_in(tmp_path, results)
     assert lines[4] == ["configuration", "again, mean over IDs"]
     assert ["mode arcmix (n = 1)", "100.00"] in lines
-    name = "mode arcmix minus mode arcface (test clips alone)"
+    name = "mode arcmix minus mode arcface (test recordings alone)"
     assert [name, "+100.00 (+100.00 to +100.00)"] in lines
     assert read_csv(tmp_path / "comparison.csv")[0][-3:] == ["again", "again_low", "again_high"]
 

@@ -18,7 +18,7 @@ from config import (
     parse_command_line,
     read_yaml,
 )
-from names import name_id
+from names import format_id
 from utils import OneLineParser, UserError
 
 
@@ -64,7 +64,8 @@ def test_an_id_may_be_written_with_zeros(ids, tmp_path):
 def test_an_id_may_be_a_word():
     machines = parse("--machines", "{press: [line-3, 7, 2b]}").machines
     assert machines == {"press": ["line-3", "07", "2b"]}
-    assert [name_id(text) for text in ("07", 7, "007", "line-3", "")] == ["07"] * 3 + ["line-3", ""]
+    ids = ("07", 7, "007", "line-3", "")
+    assert [format_id(machine_id) for machine_id in ids] == ["07", "07", "07", "line-3", ""]
     machines = parse("--machines", "{press: [20240131123, 3]}").machines
     assert machines == {"press": ["20240131123", "03"]}
 
@@ -210,7 +211,7 @@ def test_save_path_holds_mode_and_seed():
         (["--lr", "true"], r"lr: True is not a number above 0"),
         (["--config", "none.yaml"], r"none.yaml: no such configuration file"),
         (["--hop", "5"], r"command line: hop has no effect with window: first; leave it out"),
-        (["--resume", "--overwrite"], r"--resume continues a run and --overwrite replaces it"),
+        (["--resume", "--overwrite"], r"--resume continues a run and --overwrite replaces it; use"),
     ],
 )
 def test_errors_on_the_command_line(fails, words, message):

@@ -17,7 +17,7 @@ import dataloader
 import train
 from dataloader import ClipSet, cut_into_batches, keep_on_gpu
 from model.tastgram import N_SAMPLES
-from recordings import COLUMNS, MACHINE, NAMES_SHOWN
+from recordings import COLUMNS, MACHINE_COLUMNS, NAMES_SHOWN
 from utils import UserError, one_line
 
 NAME = "normal_id_00_00000000.wav"
@@ -207,7 +207,7 @@ def test_samples_are_kept_on_the_gpu_where_training_leaves_room(data_root, monke
     assert samples_after("auto", gpu, needed + others - 1) == none
     notice = (
         "notice: the samples take 0.0 GB, and 0.0 GB of cuda:0 are free, of which training needs "
-        "about 0.0 GB, so the recordings are read from their files in every epoch; num_workers"
+        "about 0.0 GB, so the recordings are read from their files in every epoch; lower batch_size"
     )
     assert capsys.readouterr().err.startswith(notice)
     assert samples_after("cuda", gpu, needed) == both
@@ -265,19 +265,19 @@ LONG = {"machines": {"fan": [0, 2]}, "window": "all"}
 
 def test_each_window_of_a_recording_is_a_clip(tmp_path, capsys):
     clips = clips_of(write_long_set(tmp_path), **LONG)
-    assert clips.start.tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
-    assert clips.recording.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7]
+    assert clips.clip_starts.tolist() == [0, 10, 15, 0, 0, 10, 15, 0] * 2
+    assert clips.clip_recordings.tolist() == [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7]
     assert list(clips.recordings.columns) == [*COLUMNS, "label"]
     assert "4 of 8 recordings are shorter than 10 s and are repeated" in capsys.readouterr().err
     ((samples, labels),) = clips.batches([np.array([0, 1, 2, 3, 14])], CPU)
     assert labels.tolist() == [0, 0, 0, 0, 1]
     for row, index in zip(samples, [0, 1, 2, 3, 14], strict=True):
-        first = int(clips.start[index] * 16_000)
+        first = int(clips.clip_starts[index] * 16_000)
         whole = soundfile.read(clips.paths.iloc[index], dtype="int16")[0][first:]
         assert np.array_equal(row.numpy(), np.resize(whole[:N_SAMPLES], N_SAMPLES))
-    assert clips_of(tmp_path, **LONG, hop=5).start[:4].tolist() == [0, 5, 10, 15]
+    assert clips_of(tmp_path, **LONG, hop=5).clip_starts[:4].tolist() == [0, 5, 10, 15]
     first = clips_of(tmp_path, machines=LONG["machines"])
-    assert first.start.tolist() == [0] * 8
+    assert first.clip_starts.tolist() == [0] * 8
     notice = "4 of 8 recordings are longer than 12 s, and only their first 10 s are used"
     assert notice in capsys.readouterr().err
 
@@ -313,7 +313,7 @@ def test_the_split_is_random_complete_and_seeded(data_root):
     assert clips.split(0.8, seed=1)[1].fingerprint() == validation.fingerprint()
     assert clips.split(0.8, seed=2)[1].fingerprint() != validation.fingerprint()
     for part in (training, validation):
-        machines = part.recordings[MACHINE].itertuples(index=False, name=None)
+        machines = part.recordings[MACHINE_COLUMNS].itertuples(index=False, name=None)
         assert part.labels.tolist() == [CLASSES.machines.index(machine) for machine in machines]
     ((samples, labels),) = validation.batches([np.arange(3)], CPU)
     expected = np.stack([samples_of(validation.paths.iloc[index]) for index in range(3)])

@@ -316,21 +316,25 @@ def test_too_few_clips_for_the_processes(tmp_path, data_root):
     )
 
 
-# One process ends itself at the end of an epoch, the first time only.
+# One process ends itself at the end of an epoch, the first time only. The main process does so
+# before it has written the files of the epoch, another one afterwards.
 DYING = """
 import os, pathlib, signal, sys, time
-import trainer, train_ddp, utils
+import checkpoint, trainer, train_ddp, utils
 
 way, rank, epoch = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
 died, validate = pathlib.Path(__file__).with_name("died"), trainer.Trainer.validate
+
+def saved_epoch(path):
+    return checkpoint.Checkpoint.load(path).epoch if path.exists() else 0
 
 def validate_and_die(self, clips):
     result = validate(self, clips)
     is_now = len(self.history) + 1 == epoch
     if is_now and os.environ["RANK"] == rank and not died.exists():
         died.touch()
-        if rank != "0":
-            time.sleep(2)  # the main process writes the files of the epoch
+        while rank != "0" and saved_epoch(self.files.last) < epoch:
+            time.sleep(0.1)
         if way == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise utils.UserError("this process has had enough")
@@ -371,12 +375,12 @@ def test_an_error_of_one_process_is_the_one_that_is_said(tmp_path, data_root, dy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epoch", [1, 2])  # without and with a checkpoint
-def test_restarted_processes_resume(epoch, tmp_path, data_root, dying):
+@pytest.mark.parametrize(("rank", "epoch"), [("0", 1), ("1", 2)])  # without and with a checkpoint
+def test_restarted_processes_resume(rank, epoch, tmp_path, data_root, dying):
     options = {"epoch": 3, "input": "[sgram]", "split_ratio": 0.7}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert torchrun(2, *arguments(unbroken, data_root, **options)).returncode == 0
-    words = ("kill", "1", epoch, *arguments(broken, data_root, **options), "--resume")
+    words = ("kill", rank, epoch, *arguments(broken, data_root, **options), "--resume")
     result = torchrun(2, *words, script=dying, options=("--standalone", "--max-restarts=1"))
     assert result.returncode == 0, result.stderr
     ours, expected = (Checkpoint.load(folder / "run.last.pth") for folder in (broken, unbroken))

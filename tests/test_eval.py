@@ -89,7 +89,7 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
     content = json.loads((folder / "metrics.json").read_text())
     assert content["about"]["seed"] == 2023
     assert content["about"]["clips trained on"] == 11
-    assert content["about"]["clips of test"] == "6 normal, 6 anomalous"
+    assert content["about"]["recordings of test"] == "6 normal, 6 anomalous"
     assert content["interval"] == {"coverage": 0.95, "draws": 2000, "seed": 0}
     rows = [(machine, row) for machine, table in content["metrics"].items() for row in table]
     assert rows == list(metrics)
@@ -280,7 +280,7 @@ def test_all_scores_side_by_side(trained_copy, data_root, call):
     assert content["about"]["scoring"] == "published"
     for kind in ("nearest", "angle", "published"):
         assert f"| scoring {kind} (n = 1) | " in output
-    assert "| scoring nearest minus scoring published (test clips alone) | " in output
+    assert "| scoring nearest minus scoring published (test recordings alone) | " in output
     header, *rows = read_csv(trained_copy / "scores" / "comparison.csv")
     values = {
         row[header.index("scoring")]: float(row[header.index("AUC")])
@@ -449,7 +449,9 @@ def test_classes_by_section_and_by_attributes_are_compared(sections, tmp_path, c
     options = ("--data_root", root, "--output", tmp_path / "out")
     status, output, _ = call(eval_script.main, *weights, *options)
     assert status == 0
-    assert "| classes attributes (6 classes) minus classes section (test clips alone) |" in output
+    assert (
+        "| classes attributes (6 classes) minus classes section (test recordings alone) |" in output
+    )
     header = next(line for line in output.splitlines() if line.startswith("| configuration |"))
     assert header.endswith(
         "| AUC source, harmonic mean | AUC target, harmonic mean | pAUC, harmonic mean | official "
@@ -542,7 +544,9 @@ def test_several_checkpoints_are_compared(lively, tmp_path, data_root, call, fai
     both = pooled[:2]
     assert f"| m 0.7 (n = 2) | {np.mean(both):.2f} ± {np.std(both, ddof=1):.2f} |" in text
     assert f"| m 0.5 (n = 1) | {pooled[2]:.2f} |" in text
-    assert f"| m 0.7 minus m 0.5 (test clips alone) | {np.mean(both) - pooled[2]:+.2f} (" in text
+    assert (
+        f"| m 0.7 minus m 0.5 (test recordings alone) | {np.mean(both) - pooled[2]:+.2f} (" in text
+    )
     assert output.count("in percent  ") == 3
     rows = read_csv(folder / "comparison.csv")
     assert len(rows) == 1 + 3 * 12

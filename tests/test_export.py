@@ -74,7 +74,7 @@ def expected_scores(model: Model, clips: ClipSet, config: Config) -> np.ndarray:
     """Return the scores that eval.py computes, against each machine."""
     outputs = run_model(model, clips, config, CPU)
     scorer = model.scorer(config.scoring, config.neighbours)
-    return scorer.against_machines(outputs, model.classes.machines).numpy()
+    return scorer.score_against_machines(outputs, model.classes.machines).numpy()
 
 
 def ranks(scores: np.ndarray) -> list:

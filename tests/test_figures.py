@@ -21,7 +21,7 @@ from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline
 from evaluation.result import Result, evaluate
 from inference import load_model
 from model import LogMel
-from recordings import MACHINE
+from recordings import MACHINE_COLUMNS
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_angles_and_scores_are_drawn_as_histograms(result, axes):
     names = [text.get_text() for text in axis.figure.legends[0].get_texts()]
     assert names == ["normal", "anomalous"]
     assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
-    machines = result.recordings.groupby(MACHINE)
+    machines = result.recordings.groupby(MACHINE_COLUMNS)
     for axis, (_, recordings) in zip(axes["scores"], machines, strict=True):
         assert has_histograms(axis, recordings, np.log10(recordings["exact_score"]))
         (line,) = axis.lines

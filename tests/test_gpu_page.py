@@ -85,12 +85,13 @@ def test_killed_it_leaves_the_page_and_no_process(number, tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", *options]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: "recipe ..." in process.stderr.readline())
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 1
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: children.read_text())
+    (child,) = children.read_text().split()
     time.sleep(1)
     process.send_signal(number)
     assert process.wait(20) == (-9 if number == signal.SIGKILL else 143)
-    wait_until(lambda: not is_running(int(children[0])), 20)
+    wait_until(lambda: not is_running(int(child)), 20)
     (row,) = read_rows(tmp_path)
     assert (row["measurement"], row["name"]) == ("machine", "versions")
 

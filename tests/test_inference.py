@@ -37,7 +37,7 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
     clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
     clips.samples = reference.samples()
     numbers = np.array([3, 0, 2])
-    outputs = run_network(network.train(), front_end, clips, numbers, batch_size, CPU)
+    outputs = run_network(network.train(), front_end, clips, numbers, batch_size)
     assert network.training
     with torch.no_grad():
         similarity, embedding = network.eval()(**front_end(reference.samples()[numbers]))
@@ -48,5 +48,5 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
 def test_no_clips_give_no_outputs():
     network = TASTgramMFN(3, ("sgram",))
     clips = ClipSet(pd.DataFrame({"path": [], "label": []}), 1)
-    outputs = run_network(network, FrontEnd(network.channels), clips, np.arange(0), 4, CPU)
+    outputs = run_network(network, FrontEnd(network.channels), clips, np.arange(0), 4)
     assert outputs.similarity.shape == (0, 3)

@@ -107,7 +107,7 @@ def published_scores(
     """Compute the published score of each clip against its class `(B,)`."""
     scorer = Scorer("published", CLASSES, Objective(mode, M, S), dtype=dtype)
     outputs = Outputs(similarity, torch.empty(len(similarity), 0))
-    scores = torch.stack([scorer.against_class(outputs, label) for label in range(N_CLASSES)])
+    scores = torch.stack([scorer.score_against_class(outputs, label) for label in range(N_CLASSES)])
     return scores[labels, torch.arange(len(labels))]
 
 

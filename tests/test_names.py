@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import touch
 
-from names import ANOMALOUS, NORMAL, SECTION_FORM, UNLABELLED, list_files, parse_name
+from names import ANOMALOUS, NORMAL, SECTION_FORM, UNLABELLED, Recording, list_files, parse_path
 from utils import UserError
 
 
@@ -37,9 +37,17 @@ from utils import UserError
     ],
 )  # fmt: skip
 def test_names_of_2021_to_2026(path, machine_id, condition, domain, attributes):
-    name = parse_name(Path(path))
-    assert name._replace(part="") == (SECTION_FORM, machine_id, condition, "", domain, attributes)
-    assert name.part == f"section_{machine_id}_{Path(path).parent.name}"
+    machine_type, folder, _ = path.split("/")
+    assert parse_path(Path(path)) == Recording(
+        Path(path),
+        SECTION_FORM,
+        machine_type,
+        machine_id,
+        condition,
+        part=f"section_{machine_id}_{folder}",
+        domain=domain,
+        attributes=attributes,
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,11 @@ def test_of_many_files_passed_over_some_are_named(tmp_path, capsys):
 
 def test_ids_without_clips_are_named(data_root, capsys):
     listed(data_root, {"fan": [0, 1, 2], "valve": [1, 3]}, "train")
-    assert "train: 2 of 5 machine IDs have no clips: fan 01, valve 03" in capsys.readouterr().err
+    assert (
+        "train: 2 of 5 machine IDs have no recordings: fan 01, valve 03" in capsys.readouterr().err
+    )
     listed(data_root, {"fan": [0, 1], "valve": [1]}, "test")
-    assert "test: 1 of 3 machine IDs have no clips: fan 01" in capsys.readouterr().err
+    assert "test: 1 of 3 machine IDs have no recordings: fan 01" in capsys.readouterr().err
 
 
 def test_missing_folders(data_root, capsys):
@@ -125,11 +127,11 @@ def test_folders_without_machines(tmp_path):
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
     touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
-    message = r"fan/train: a machine ID cannot be named mean; rename its recordings"
+    message = r"fan/train: a machine ID cannot be named mean, which is reserved or invalid"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
     touch(tmp_path / "average" / "train" / "normal_id_00_1.wav")
-    message = r"/average: a machine type cannot have this name; rename it"
+    message = r"/average: a machine type cannot have this name, which is reserved"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
 
@@ -200,7 +202,7 @@ def test_the_splits_of_2021(tmp_path, capsys):
     assert set(clips["condition"]) == {UNLABELLED}
     errors = capsys.readouterr().err
     assert "skipped" not in errors, "the others belong to another split"
-    assert "1 of 2 machine IDs have no clips: fan 00" in errors
+    assert "1 of 2 machine IDs have no recordings: fan 00" in errors
     labels = tmp_path / "ground_truth_data/ground_truth_fan_section_03_target_test.csv"
     touch(labels)
     labels.write_text("section_03_target_test_0000.wav,1\n")

@@ -8,12 +8,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import MACHINES
-from evaluated import make_held_out, make_result
+from evaluated import make_held_out, make_recordings, make_result
 
 from classes import Classes
 from config import load_config
 from evaluation.metrics import NO_DOMAINS, Metric, area, measure
-from evaluation.report import write_report
+from evaluation.report import find_hardest, write_report
 from evaluation.result import Result
 from evaluation.tables import with_interval
 from recordings import find_recordings
@@ -104,3 +104,11 @@ def test_a_new_metric_is_in_the_report(result, tmp_path):
     metrics = measure(result.recordings, rule, draws=10)
     reader = read_report(replace(result, metrics=metrics), [], tmp_path / "report.html")
     assert "again" in reader.text
+
+
+def test_the_hardest_recordings_are_high_normal_and_low_anomalous_ones():
+    recordings = make_recordings({("pump", 3): (5, 4), ("fan", 0): (1, 2)})
+    scores = [3.0, 9.0, 1.0, 5.0, 7.0, 4.0, 2.0, 8.0, 6.0, 1.0, 2.0, 1.0]
+    hardest = find_hardest(make_result(recordings, scores))
+    assert hardest["exact_score"].tolist() == [9.0, 7.0, 5.0, 2.0, 4.0, 6.0, 1.0, 1.0, 2.0]
+    assert hardest["machine_id"].tolist() == ["03"] * 6 + ["00"] * 3

@@ -46,12 +46,12 @@ def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     config = load_config(data_root=str(tmp_path / "datasets"))
     classes = Classes.from_machines(config.machines)
-    assert reproduce.is_to_download(config, classes)
+    assert reproduce.should_download(config, classes)
     (tmp_path / "datasets" / "fan").mkdir(parents=True)
-    assert not reproduce.is_to_download(config, classes)
+    assert not reproduce.should_download(config, classes)
     (tmp_path / "datasets" / ".download").mkdir()
-    assert reproduce.is_to_download(config, classes), "download.py may not have finished"
-    assert not reproduce.is_to_download(load_config(data_root=str(tmp_path)), classes)
+    assert reproduce.should_download(config, classes), "download.py may not have finished"
+    assert not reproduce.should_download(load_config(data_root=str(tmp_path)), classes)
 
 
 @pytest.mark.parametrize("machines", [MACHINES, "auto"])
@@ -59,7 +59,7 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     """Recordings of the project's folder are downloaded first; every script gets the given keys."""
     calls = []
     monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
-    monkeypatch.setattr(reproduce, "is_to_download", lambda config, classes: True)
+    monkeypatch.setattr(reproduce, "should_download", lambda config, classes: True)
     keys = ("--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2)
     options = ("--seeds", 7, "--inputs", "all", "--output", tmp_path)
     status, output, _ = call(reproduce.main, *keys, *options)
@@ -195,7 +195,7 @@ def test_killed_twice_it_goes_on_to_the_report(tmp_path, data_root):
     assert all(f"| mode {mode} (n = 2) |" in text for mode in MODES)
     assert text.count(" minus ") == 6 * 3, "six pairs for fan, valve and their average"
     assert ", published |" not in text, "the published table has other machine IDs"
-    assert "| fan |" in text
+    assert "## fan, in percent" in text
     assert text.count("_1.pth |") == text.count("_2.pth |") == 4
     assert "](angles.png)" in text
     assert (folder / "angles.png").exists()

@@ -212,7 +212,7 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
             assert scores == pytest.approx(combine(single[name].reshape(-1, 2), axis=1), rel=1e-4)
         about = json.loads((test / "metrics.json").read_text())["about"]
         assert about["windows"] == f"all, 10 s apart, {rule} of their scores"
-        assert about["clips of test"] == "4 normal, 4 anomalous"
+        assert about["recordings of test"] == "4 normal, 4 anomalous"
 
 
 def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):

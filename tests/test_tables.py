@@ -28,7 +28,7 @@ from evaluation.tables import (
     write_per_machine,
     write_result,
 )
-from recordings import COLUMNS, MACHINE
+from recordings import COLUMNS, MACHINE_COLUMNS
 
 HELD_OUT = make_held_out({("fan", 0): 25, ("fan", 2): 5, ("valve", 1): 30})
 
@@ -179,7 +179,7 @@ def test_machines_with_one_condition_are_named(tmp_path, capsys):
 
 def test_decision_files(result, tmp_path):
     write_result(result, tmp_path)
-    scores = {machine: group["score"] for machine, group in HELD_OUT.groupby(MACHINE)}
+    scores = {machine: group["score"] for machine, group in HELD_OUT.groupby(MACHINE_COLUMNS)}
     of_type = HELD_OUT.loc[HELD_OUT["machine_type"] == "fan", "score"]
     expected = {
         ("fan", "00"): (np.percentile(scores["fan", "00"], 80), "25 clips of the ID"),

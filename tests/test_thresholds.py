@@ -15,7 +15,7 @@ from evaluation.thresholds import (
     fit_threshold,
     fit_thresholds,
 )
-from recordings import MACHINE
+from recordings import MACHINE_COLUMNS
 
 
 def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
@@ -36,7 +36,7 @@ def test_thresholds_of_odd_scores_are_finite(scores):
 
 def test_few_held_out_clips_are_pooled_with_a_notice(capsys):
     rows = [("fan", "00", 1.0)] * 20 + [("fan", "02", 3.0)] * 5
-    held_out = pd.DataFrame(rows, columns=[*MACHINE, "score"])
+    held_out = pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "score"])
     machines = [("fan", "00"), ("fan", "02"), ("fan", "04"), ("pump", "01")]
     thresholds = fit_thresholds(machines, held_out, "quantile", 90)
     assert thresholds.to_dict("index") == {
@@ -60,7 +60,7 @@ def test_decisions_and_their_precision_and_recall():
     unlabelled = recordings[:1].assign(condition="unlabelled", decision=1)
     table = pd.concat([recordings.assign(decision=decisions), unlabelled])
     machines = [("fan", "00"), ("pump", "00"), ("valve", "01")]
-    index = pd.MultiIndex.from_tuples(machines, names=MACHINE)
+    index = pd.MultiIndex.from_tuples(machines, names=MACHINE_COLUMNS)
     counted = count_decisions(table, pd.DataFrame({"threshold": [2.0, 9.0, 1.0]}, index))
     rates = counted[["precision", "recall", "F1"]]
     assert rates.loc["fan", "00"].tolist() == [0.5, 0.5, 0.5]

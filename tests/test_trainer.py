@@ -51,7 +51,7 @@ def published_score(trainer: Trainer, outputs: Outputs, labels: torch.Tensor) ->
     """Score each clip against its class, in float32 as published."""
     scorer = replace(trainer.scorer, dtype=torch.float32)
     machines = [trainer.classes.entries[label].machine for label in labels]
-    return scorer.against_own_machine(outputs, machines)
+    return scorer.score_clips(outputs, machines)
 
 
 def mixes(mode: str) -> list[Mix | None]:
@@ -219,9 +219,9 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
         assert (loss.device, accuracy.device) == (gpu, gpu)
         clips.samples = torch.empty((5, N_SAMPLES), dtype=torch.int16, device=gpu)
         outputs = run_network(
-            trainer.network, trainer.front_end, clips, np.arange(5), 2, gpu, torch.bfloat16
+            trainer.network, trainer.front_end, clips, np.arange(5), 2, torch.bfloat16
         )
-        score = trainer.scorer.against_class(outputs, 0)
+        score = trainer.scorer.score_against_class(outputs, 0)
         assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
         with pytest.raises(RuntimeError, match="device"):
             trainer.loss(inputs, labels.cpu(), None)
