@@ -95,9 +95,8 @@ def score_usable(
     clips = ClipSet(table, config.num_workers, windows, starts)
     outputs = run_model(model, clips, config, device)
     scorer = model.scorer(config.scoring, config.neighbours)
-    window_scores = scorer.score_against_machines(
-        outputs, candidates
-    ).numpy()  # (windows, candidates)
+    # (windows, candidates)
+    window_scores = scorer.score_against_machines(outputs, candidates).numpy()
     scores = over_windows(window_scores, clips.clip_recordings, config.over_windows)
     best = scores.argmin(axis=1)  # the candidate that each recording fits best
     machines = [candidates[column] for column in best]
@@ -105,6 +104,7 @@ def score_usable(
     thresholds = find_thresholds(model, scorer, config)
     explain_thresholds(thresholds, candidates, model.path)
     by_machine = thresholds["threshold"].to_dict()
+    parts = np.split(window_scores, np.cumsum([len(seconds) for seconds in starts])[:-1])
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
         column = best[number]
@@ -113,7 +113,7 @@ def score_usable(
             float(scores[number, column]),
             by_machine.get(machine),
             starts[number],
-            window_scores[clips.clip_recordings == number, column].tolist(),
+            parts[number][:, column].tolist(),
         )
     return results
 
