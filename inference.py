@@ -203,7 +203,7 @@ def run_network(
     """Run a network on the clips of these numbers, with the running statistics of batch norm.
 
     The network runs in `precision`, the front end in float32, both on the device where they are.
-    `batch_size` is that of training: without gradients a GPU has room for twice as many clips.
+    `batch_size` is one for training: without gradients a GPU has room for twice as many clips.
     `title` is that of a progress bar; None for no bar. Returns the outputs on the device.
     """
     device = next(network.parameters()).device

@@ -107,10 +107,11 @@ class Trainer:
                 for step, loss in averages.new_losses():
                     self.check_loss("loss", loss, f"step {step}")
                     progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            train_loss, train_accuracy = averages.means()
             scores, valid_loss, valid_accuracy = self.validate(self.valid_clips)
             self.check_loss("validation loss", valid_loss, f"the end of epoch {epoch + 1}")
             is_best = valid_loss < self.best_loss
-            results = (*averages.means(), valid_loss, valid_accuracy)
+            results = (train_loss, train_accuracy, valid_loss, valid_accuracy)
             seconds = time.monotonic() - begin
             lr = self.learning_rate(epoch)
             self.history.append(EpochResult(epoch + 1, lr, *results, seconds))

@@ -56,7 +56,8 @@ class Metric:
 
     Attributes:
         name: The name of the column.
-        compute: Computes it `(draws,)` from false and true positive rates `(draws, points)`.
+        compute: Computes it `(draws,)` from false and true positive rates `(draws, points)`. Higher
+            values are better: `min` is the row of the worst machine.
         normal: The domain of the normal recordings that are used; "" for all of them.
         anomalous: The domain of the anomalous recordings that are used; "" for all of them.
         summaries: The summary rows of which the terminal, results.md and comparison.md show it.

@@ -103,7 +103,6 @@ def add_scores(
     Raises:
         UserError: If a score is not finite.
     """
-    recordings = clips.recordings.copy()
     machines = clips.machines
 
     def score(kind: str, dtype: torch.dtype = torch.float64) -> np.ndarray:
@@ -114,12 +113,13 @@ def add_scores(
         return over_windows(values, clips.clip_recordings, config.over_windows)
 
     exact = score(kind)
-    recordings["score"] = combine(score(kind, getattr(torch, config.score_dtype)))
-    recordings["exact_score"] = combine(exact)
-    recordings["angle"] = combine(score("angle"))
-    recordings["worst"] = clips.clip_starts[find_worst(exact, clips.clip_recordings)]
     check_scores(exact, machines, kind, model.path)
-    return recordings
+    return clips.recordings.assign(
+        score=combine(score(kind, getattr(torch, config.score_dtype))),
+        exact_score=combine(exact),
+        angle=combine(score("angle")),
+        worst=clips.clip_starts[find_worst(exact, clips.clip_recordings)],
+    )
 
 
 def describe(

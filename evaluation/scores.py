@@ -2,14 +2,16 @@
 
 A clip is scored against a class, in one of these ways (KINDS):
 
-- published: cross-entropy with the margin on the class (Choi & Choi, ICASSP 2024)
+- published: cross-entropy with the margin on the class (Choi & Choi, ICASSP 2024); without a margin
+  for a network that was trained in the mode cross_entropy
 - angle: between the embedding and the closest centre of the class, in degrees
 - nearest: mean cosine distance between the embedding and the closest embeddings of the training
   clips of the class (the bank)
 
 Its score against a machine is the lowest over the classes of the machine, and the score of a
 recording with several windows is the mean or the maximum of theirs. Validation, eval.py, score.py
-and the ONNX file all compute their scores here.
+and the ONNX file all compute their scores here, with the margin of losses.py. The ONNX file scores
+single windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,8 +57,8 @@ class Scorer:
         centres: The centres `(C, K, E)` of each class; for "angle".
         bank: The embeddings `(n, E)` of the training clips of each class; for "nearest".
         neighbours: The number of training clips that "nearest" takes the mean over.
-        dtype: The precision of the scores. It is float32 as published, in which very normal clips
-            tie at exactly 0; float64 orders them.
+        dtype: The precision of the scores. In float32, as published, very normal clips tie at
+            exactly 0; float64 orders them. "angle" and "nearest" are computed in float64.
     """
 
     kind: str
@@ -183,8 +185,8 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
     names = ", ".join(map(" ".join, bad_machines))
     if KINDS[kind].uses_bank and np.isposinf(scores[is_bad]).all():
         raise UserError(
-            f"{path}: the checkpoint has no embeddings of training clips of {names}, so there is "
-            "no nearest clip; choose another --scoring"
+            f"{path}: the checkpoint has no embeddings of training clips of {names}, which "
+            f"{kind} needs; choose another --scoring"
         )
     raise UserError(
         f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names}); choose "
@@ -195,24 +197,24 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
 # ---- Over the windows of a recording ----
 
 
-def over_windows(values: np.ndarray, recording: np.ndarray, rule: str) -> np.ndarray:
+def over_windows(values: np.ndarray, clip_recordings: np.ndarray, rule: str) -> np.ndarray:
     """Combine values `(n, ...)` of clips to the "mean" or "max" of each recording.
 
-    `recording` `(n,)` is the number of the recording of each clip, in ascending order.
+    `clip_recordings` `(n,)` is the number of the recording of each clip, in ascending order.
     """
-    first = find_first_clips(recording)
+    first = find_first_clips(clip_recordings)
     if rule == "max":
         return np.maximum.reduceat(values, first)
     counts = np.diff(first, append=len(values)).astype(values.dtype)
     return (np.add.reduceat(values, first).T / counts).T
 
 
-def find_worst(values: np.ndarray, recording: np.ndarray) -> np.ndarray:
+def find_worst(values: np.ndarray, clip_recordings: np.ndarray) -> np.ndarray:
     """Return the number of the clip with the highest value `(n,)` of each recording."""
-    descending = np.lexsort((-values, recording))  # within each recording
-    return descending[find_first_clips(recording)]
+    descending = np.lexsort((-values, clip_recordings))  # within each recording
+    return descending[find_first_clips(clip_recordings)]
 
 
-def find_first_clips(recording: np.ndarray) -> np.ndarray:
+def find_first_clips(clip_recordings: np.ndarray) -> np.ndarray:
     """Return the number of the first clip of each recording."""
-    return np.flatnonzero(np.diff(recording, prepend=-1))
+    return np.flatnonzero(np.diff(clip_recordings, prepend=-1))

@@ -9,6 +9,7 @@ score.py, it does not resample and does not detect truncated WAV files.
 """
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -85,7 +86,7 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
-    if machine_id.isdecimal():
+    if re.fullmatch("[0-9]{1,9}", machine_id):
         machine_id = f"{int(machine_id):02d}"
     columns = []
     for column, (known_type, known_id) in enumerate(machines):

@@ -340,7 +340,7 @@ def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, 
     change_checkpoint(trained_copy / "run.pth", bank=bank)
     words = ("--data_root", data_root, "--device", "cpu", "--scoring", "nearest")
     message = (
-        "run.pth: the checkpoint has no embeddings of training clips of fan 02, so there is no"
+        "run.pth: the checkpoint has no embeddings of training clips of fan 02, which nearest needs"
     )
     fails(eval_script.main, trained_copy / "run.pth", *words, match=message)
 
