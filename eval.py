@@ -13,14 +13,13 @@ type, decisions, figures and a report.
     # metrics of score files, of this or another method
     python eval.py --score_files FOLDER
 
-Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint; for a file with
-weights alone they are those of the configuration. So are window and channel, unless they are given
-on the command line. The results of a checkpoint NAME.pth are written
-to the folder NAME/test beside it, or to NAME/evaluation for the evaluation clips: metrics.csv and
-metrics.json (fractions, with bootstrap intervals), results.md (percent), decisions.csv with the
-thresholds, and for each machine ID anomaly_score_<type>_id_<XX>.csv and
-decision_result_<type>_id_<XX>.csv in the format of the DCASE evaluators (after 2020
-..._section_<XX>_test.csv).
+Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint, or those of the
+configuration for a file with weights alone. Window and channel are those of the checkpoint, unless
+they are given on the command line. The results of a checkpoint NAME.pth are written to the folder
+NAME/test beside it, or to NAME/evaluation for the evaluation clips: metrics.csv and metrics.json
+(fractions, with bootstrap intervals), results.md (percent), decisions.csv with the thresholds, and
+for each machine ID anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv in the
+format of the DCASE evaluators (after 2020 ..._section_<XX>_test.csv).
 
 The names of the evaluation clips do not show which are anomalous. Metrics therefore require
 eval_data_list.csv in data_root or, after 2020, the folders ground_truth_data and
