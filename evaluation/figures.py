@@ -120,8 +120,9 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
     draws |= {"scores": draw_scores, "tastgram": draw_tastgram}
     if len(result.recordings) > 3:  # t-SNE needs a few
         draws["embedding"] = draw_embedding
-    if len(read_history(result.model.checkpoint)):
-        draws["history"] = draw_history
+    history = read_history(result.model.checkpoint)
+    if len(history):
+        draws["history"] = lambda _, path: draw_history(history, path)
     files = []
     for name, draw in draws.items():
         files.append(folder / f"{name}.png")
@@ -295,9 +296,8 @@ def project(embedding: np.ndarray) -> np.ndarray:
     return tsne.fit_transform(embedding.astype(np.float64))
 
 
-def draw_history(result: Result, path: Path) -> None:
+def draw_history(history: pd.DataFrame, path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs."""
-    history = read_history(result.model.checkpoint)
     epochs = history["epoch"]
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)

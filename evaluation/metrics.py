@@ -390,7 +390,7 @@ def combine_values(
 
 def combine_counts(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, float]:
     counts = np.array([list(row.counts.values()) for row in rows])
-    counts = counts[(counts > 0).all(axis=1)]  # without a row that combines none
+    counts = counts[(counts > 0).all(axis=1)]  # of rows with both conditions: others have no values
     combined = function(counts, axis=0).tolist() if len(counts) else [np.nan] * len(COUNTS)
     return dict(zip(COUNTS, combined, strict=True))
 
