@@ -127,11 +127,13 @@ def test_folders_without_machines(tmp_path):
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
     touch(tmp_path / "fan" / "train" / "normal_id_mean_1.wav")
-    message = r"fan/train: a machine ID cannot be named mean, which is reserved or invalid"
+    message = "fan/train: a machine ID cannot be named mean, which is reserved or invalid; "
+    message += "rename its recordings"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
     touch(tmp_path / "average" / "train" / "normal_id_00_1.wav")
-    message = r"/average: a machine type cannot have this name, which is reserved"
+    message = "/average: a machine type cannot have this name, which is reserved or invalid; "
+    message += "rename it"
     with pytest.raises(UserError, match=message):
         listed(tmp_path, "auto", "train")
 
