@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import distributed
-from utils import UserError, notice
+from errors import UserError
+from utils import notice
 
 # With fewer training clips, counted over all epochs, compiling takes longer on a CPU than it saves
 # (docs/speed.md).

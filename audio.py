@@ -2,31 +2,29 @@
 
 A recording is a WAV or FLAC file. It is read in windows of 10 s of one channel, as int16 samples at
 16 kHz; a recording shorter than a window is repeated. Only one window at a time is in memory.
+
+Needs numpy and soundfile and, for recordings with another sample rate, soxr.
 """
 
-import contextlib
-import os
-import struct
-from collections.abc import Iterator
+import math
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
-from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
-from utils import UserError
+from errors import UserError
+from formats import BLOCK_SIZE, Audio, open_audio
+
+SAMPLE_RATE = 16_000  # Hz
+SECONDS = 10  # of a window
+N_SAMPLES = SAMPLE_RATE * SECONDS
 
 # A recording may be this many seconds longer than a window without a notice: the ToyCar recordings
 # of DCASE 2020 are 1 s longer.
 TOLERATED_SECONDS = 2
-BLOCK_SIZE = 2**20  # samples of all channels together that are read at once
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's number of frames for a FLAC file written to a pipe
-
-# The WAV format.
-MAX_AUDIO_BYTES = 2**32 - 1
-UNKNOWN_BYTES = 0xFFFFFFFF  # size of the audio in a file written to a pipe
-UNCOMPRESSED = (1, 3, 0xFFFE)  # encodings: PCM, float, extensible
+FULL_SCALE = 32768  # of int16 samples; 1.0 of others
+MOST_CLIPPED = 0.01  # fraction of samples beyond full scale; with more the scale must be wrong
+FIRST_BLOCK = 4096  # frames; enough to find sound
 
 
 class Windows(NamedTuple):
@@ -52,24 +50,27 @@ class CheckedRecording(NamedTuple):
 
     starts: list[float]  # seconds at which its windows start
     changes: list[str]  # to its samples, as the end of a sentence: "are rounded to 16 bits"
+    n_clipped: int = 0  # samples beyond full scale
 
 
 def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> CheckedRecording:
     """Check that the windows of a recording can be used.
 
-    The header of a 16-bit PCM WAV file is compared with its size. Other files are decoded.
+    The header of a 16-bit PCM WAV file is compared with its size, and its beginning is decoded. Of
+    other files, all that is used is decoded.
 
     Raises:
         UserError: with the reason, if the file is unreadable, empty, truncated or damaged, lacks
-            the channel, or holds samples that are not finite.
+            the channel, is silent, or holds samples that are not finite or too often beyond full
+            scale.
     """
-    with open_audio(path) as file:
-        check_properties(file, windows)
-        changes = list_changes(file, windows)
-        is_checked_by_header = (file.format, file.subtype) == ("WAV", "PCM_16")
-        if not is_checked_by_header and decode_all(file, windows):
-            changes.append("exceed full scale and are clipped")
-        return CheckedRecording(find_starts(file, windows.hop), changes)
+    with open_audio(path) as audio:
+        check_properties(audio, windows.channel)
+        content = scan(audio, windows)
+        n_frames = content.n_frames if audio.n_frames is None else audio.n_frames
+        changes = list_changes(audio, windows, n_frames)
+        starts = find_starts(n_frames, audio.rate, windows.hop)
+        return CheckedRecording(starts, changes, content.n_clipped)
 
 
 def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int = 0) -> None:
@@ -80,137 +81,134 @@ def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int
             become too short for the window.
     """
     try:
-        with open_audio(path) as file:
-            check_properties(file, Windows(channel=channel))
-            decode(file, out, start, channel)
+        with open_audio(path) as audio:
+            check_properties(audio, channel)
+            decode(audio, out, start, channel)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def find_starts(file: soundfile.SoundFile, hop: float | None) -> list[float]:
+def find_starts(n_frames: int, rate: int, hop: float | None) -> list[float]:
     """Return the seconds at which the windows start. The last window ends with the recording."""
-    last = file.frames - SECONDS * file.samplerate
+    last = n_frames - SECONDS * rate
     if hop is None or last <= 0:
         return [0.0]
-    starts = [*range(0, last, round(hop * file.samplerate)), last]
-    return [start / file.samplerate for start in starts]
+    starts = [*range(0, last, round(hop * rate)), last]
+    return [start / rate for start in starts]
 
 
 # ---- Checks ----
 
 
-@contextlib.contextmanager
-def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open a WAV or FLAC file for reading, a WAV file after a check of its header.
-
-    Raises `UserError` for errors of the file, including those that occur while it is open.
-    """
-    try:
-        if not path.is_file():
-            raise UserError("unreadable: not a file")
-        with path.open("rb", buffering=0) as raw:  # unbuffered: libsndfile shares its position
-            check_wav(raw)
-            raw.seek(0)
-            with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
-                if file.format not in ("WAV", "WAVEX", "FLAC"):
-                    raise UserError(
-                        f"unreadable: it is {file.format}, neither WAV nor FLAC; convert it to FLAC"
-                    )
-                yield file
-    except soundfile.SoundFileError as error:
-        reason = getattr(error, "error_string", None) or str(error)
-        raise UserError(f"unreadable: {reason.strip().rstrip('.')}") from None
-    except OSError as error:
-        raise UserError(f"unreadable: {error.strerror}") from None
-
-
-def check_wav(file: BinaryIO) -> None:
-    """Check the header of a WAV file against itself and against the size of the file.
-
-    libsndfile reads a truncated or contradictory WAV file without an error: as sound at another
-    speed or pitch, or as noise. Files of other formats pass; FLAC has checksums.
-    """
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        raise UserError("empty")
-    file.seek(0)
-    byte_order = {b"RIFF": "<", b"RIFX": ">"}.get(file.read(12)[:4])
-    if byte_order is None:
-        return
-    while len(header := file.read(8)) == 8:
-        name, length = struct.unpack(f"{byte_order}4sI", header)
-        start = file.tell()
-        if name == b"data":
-            check_audio_size(size - start, length)
-            return
-        if name == b"fmt ":
-            check_format(file.read(16), byte_order)
-        file.seek(start + length + length % 2)  # chunks are padded to even lengths
-    raise UserError("damaged: no audio follows its header")
-
-
-def check_format(chunk: bytes, byte_order: str) -> None:
-    """Check that the numbers in the format chunk of an uncompressed WAV file agree."""
-    if len(chunk) < 16:
-        return
-    encoding, channels, rate, bytes_per_second, bytes_per_frame, bits = struct.unpack(
-        f"{byte_order}HHIIHH", chunk
-    )
-    if encoding not in UNCOMPRESSED:
-        return
-    has_frame_size = bytes_per_frame == channels * ((bits + 7) // 8)
-    if not has_frame_size or bytes_per_second != rate * bytes_per_frame:
-        raise UserError(
-            f"damaged: the header contradicts itself ({rate} Hz, {channels} channels of {bits} "
-            f"bits, {bytes_per_frame} bytes per frame, {bytes_per_second} bytes per second)"
-        )
-
-
-def check_audio_size(available: int, stated: int) -> None:
-    """Check that a WAV file has as many bytes of audio available as its header states."""
-    if available > MAX_AUDIO_BYTES:
-        raise UserError(
-            "unreadable: more audio than a WAV header can describe (4 GiB); convert it to FLAC"
-        )
-    if available < stated < UNKNOWN_BYTES:
-        raise UserError(f"truncated: it has {available} of {stated} bytes of audio")
-
-
-def check_properties(file: soundfile.SoundFile, windows: Windows) -> None:
-    """Raise `UserError` if the windows cannot be read from the open file."""
-    if not 1_000 <= file.samplerate <= 1_000_000:
-        raise UserError(f"unreadable: the header gives a sample rate of {file.samplerate} Hz")
-    if file.frames == 0:
+def check_properties(audio: Audio, channel: int) -> None:
+    """Raise `UserError` if no window of the channel can be read from an open recording."""
+    if not 1_000 <= audio.rate <= 1_000_000:
+        raise UserError(f"unreadable: the header gives a sample rate of {audio.rate} Hz")
+    if audio.n_frames == 0:
         raise UserError("empty: no samples")
-    if windows.channel >= file.channels:
-        count = f"{file.channels} channels, counted from 0"
-        if file.channels == 1:
+    if channel >= audio.channels:
+        count = f"{audio.channels} channels, counted from 0"
+        if audio.channels == 1:
             count = "a single channel"
-        raise UserError(f"no channel {windows.channel}: it has {count}")
-    if windows.hop is not None and file.frames == UNKNOWN_LENGTH:
+        raise UserError(f"no channel {channel}: it has {count}")
+
+
+class Content(NamedTuple):
+    """What was found in the samples of a recording."""
+
+    n_frames: int  # decoded
+    n_clipped: int  # samples beyond full scale
+
+
+def scan(audio: Audio, windows: Windows) -> Content:
+    """Decode the samples that are used once, as a check; of a file that is checked by its header,
+    those up to the first sound.
+
+    Raises:
+        UserError: If there are fewer samples than the header states, or if those of the channel
+            are not finite, all equal, or too often beyond full scale.
+    """
+    channel, count = windows.channel, None
+    if windows.hop is None:
+        is_known = audio.n_frames is not None
+        count = (SECONDS if is_known else SECONDS + TOLERATED_SECONDS + 1) * audio.rate
+    n_frames = n_clipped = 0
+    lowest, highest = np.full(audio.channels, np.inf), np.full(audio.channels, -np.inf)
+    for block in audio.read_blocks(count, FIRST_BLOCK if audio.is_checked else BLOCK_SIZE):
+        samples = scale(block)
+        if not np.isfinite(samples[:, channel]).all():
+            raise UserError("not finite: it holds NaN or infinite samples")
+        lowest = np.minimum(lowest, samples.min(axis=0))
+        highest = np.maximum(highest, samples.max(axis=0))
+        if audio.is_checked and lowest[channel] < highest[channel]:
+            return Content(len(block), 0)
+        n_frames += len(block)
+        if not audio.is_int16:
+            n_clipped += int((np.abs(samples[:, channel]) > FULL_SCALE).sum())
+    check_length(audio, n_frames, count)
+    has_more = count is not None and (audio.n_frames or n_frames) > count
+    check_range(lowest, highest, channel, has_more)
+    if n_clipped > MOST_CLIPPED * n_frames:
+        peak = max(-lowest[channel], highest[channel]) / FULL_SCALE
         raise UserError(
-            "unreadable: its header does not contain its length; encode it again (flac --decode, "
-            "then flac)"
+            f"beyond full scale: {n_clipped / n_frames:.0%} of its samples are, up to {peak:.6g}, "
+            "and full scale is 1; divide the samples by the largest value of their scale (32768 "
+            "for 16 bits)"
         )
+    return Content(n_frames, n_clipped)
 
 
-def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
-    """List how the samples of the windows differ from those in the file."""
-    rate, frames = file.samplerate, file.frames
+def check_length(audio: Audio, n_read: int, wanted: int | None) -> None:
+    """Raise `UserError` if an open recording has no samples, or fewer than its header states."""
+    if audio.n_frames is None:
+        if n_read == 0:
+            raise UserError("empty: no samples")
+        return
+    expected = audio.n_frames if wanted is None else min(audio.n_frames, wanted)
+    if n_read < expected:
+        raise UserError(f"truncated: {n_read} of {expected} samples can be read")
+
+
+def check_range(
+    lowest: np.ndarray, highest: np.ndarray, channel: int, has_more: bool = False
+) -> None:
+    """Raise `UserError` if a channel is silent: if all its samples, of which `lowest` and `highest`
+    are the extremes of each channel, are 0 or have another constant value. `has_more` says whether
+    more samples follow.
+    """
+    if lowest[channel] < highest[channel]:
+        return
+    others = np.flatnonzero(lowest < highest)
+    if len(others):
+        remedy = f"channel {others[0]} has sound: choose it with --channel {others[0]}"
+    elif has_more:
+        remedy = "use more of the recording with --window all"
+    else:
+        remedy = "record it again"
+    value = int(lowest[channel])
+    seconds = f" in the first {SECONDS} s" if has_more else ""
+    raise UserError(f"silent: all samples of channel {channel}{seconds} are {value}; {remedy}")
+
+
+def list_changes(audio: Audio, windows: Windows, n_frames: int) -> list[str]:
+    """List how the samples of the windows differ from those in the file, which has `n_frames`."""
+    rate = audio.rate
     changes = []
-    if file.channels > 1:
+    if audio.channels > 1:
         changes.append(f"have several channels, of which channel {windows.channel} is used")
     if rate != SAMPLE_RATE:
         changes.append(
             f"are resampled to {SAMPLE_RATE} Hz each time they are read; to do it only once, use "
             f"`sox IN.wav -r {SAMPLE_RATE} OUT.wav`"
         )
-    if file.subtype != "PCM_16":
+    if not audio.is_int16:
         changes.append("are rounded to 16 bits")
-    if frames < SECONDS * rate:
+    if not audio.states_length:
+        changes.append("do not state their exact length, and are read to their end")
+    if n_frames < SECONDS * rate:
         changes.append(f"are shorter than {SECONDS} s and are repeated")
     longest = SECONDS + TOLERATED_SECONDS
-    if windows.hop is None and longest * rate < frames < UNKNOWN_LENGTH:
+    if windows.hop is None and longest * rate < n_frames:
         changes.append(
             f"are longer than {longest} s, and only their first {SECONDS} s are used; to use the "
             "rest as well, add --window all"
@@ -221,81 +219,46 @@ def list_changes(file: soundfile.SoundFile, windows: Windows) -> list[str]:
 # ---- Samples ----
 
 
-def decode_all(file: soundfile.SoundFile, windows: Windows) -> bool:
-    """Decode each sample of the windows once, as a check. Returns whether any was clipped."""
-    hop = None if windows.hop is None else SECONDS
-    samples = np.empty(N_SAMPLES, dtype=np.int16)
-    is_clipped = False
-    for start in find_starts(file, hop):
-        is_clipped |= decode(file, samples, start, windows.channel)
-    return is_clipped
-
-
-def decode(file: soundfile.SoundFile, out: np.ndarray, start: float, channel: int) -> bool:
+def decode(audio: Audio, out: np.ndarray, start: float, channel: int) -> None:
     """Fill `out`, int16 `(N_SAMPLES,)`, with the window that starts at second `start`.
 
-    Returns whether any sample was clipped. Raises `UserError` if the file has fewer samples than
-    its header states, or samples that are not finite.
+    Raises `UserError` if the file has become shorter than it was when it was checked, or has
+    samples that are not finite.
     """
-    seek_window(file, start)
-    expected = min(file.frames, SECONDS * file.samplerate)
-    is_exact = file.subtype == "PCM_16" and file.samplerate == SAMPLE_RATE
-    if is_exact and file.channels == 1 and expected == N_SAMPLES:
-        samples = file.read(out=out)  # twice as fast as through another array
-    else:
-        samples = read_channel(file, channel, expected, "int16" if is_exact else "float64")
-    if len(samples) < expected:
-        raise UserError(f"truncated: {len(samples)} of {expected} samples can be read")
-    is_clipped = False
-    if not is_exact:
-        if not np.isfinite(samples).all():
-            raise UserError("not finite: it holds NaN or infinite samples")
-        samples, is_clipped = round_to_int16(resample(samples, file.samplerate))
-    if samples is not out:
-        out[:] = np.resize(samples, N_SAMPLES)
-    return is_clipped
-
-
-def seek_window(file: soundfile.SoundFile, start: float) -> None:
-    """Move to the first sample of the window that starts at second `start`."""
-    first = round(start * file.samplerate)
-    if first == 0:
-        return
-    if first + SECONDS * file.samplerate > file.frames:
+    count = SECONDS * audio.rate
+    first = round(start * audio.rate)
+    if first:
+        audio.skip(first)
+    elif audio.n_frames is not None:
+        count = min(count, audio.n_frames)
+    samples = audio.read_channel(count, channel)
+    may_be_short = first == 0 and audio.n_frames is None
+    if len(samples) < count and not (may_be_short and len(samples)):
         raise UserError(
-            f"truncated: it ends before second {start + SECONDS:g}; it was longer when it was "
-            "checked"
+            f"truncated: it ends before second {start + count / audio.rate:g}; it was longer "
+            "when it was checked"
         )
-    file.seek(first)
+    if not audio.is_checked and not np.isfinite(samples).all():
+        raise UserError("not finite: it holds NaN or infinite samples")
+    if audio.rate != SAMPLE_RATE:
+        samples = resample(samples, audio.rate)
+    if samples.dtype != np.int16:
+        samples = np.clip(scale(samples), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    out[:] = samples if len(samples) == N_SAMPLES else np.resize(samples, N_SAMPLES)
 
 
-def read_channel(file: soundfile.SoundFile, channel: int, count: int, dtype: str) -> np.ndarray:
-    """Read up to `count` samples of one channel.
-
-    All channels are read block by block, since together they may not fit into memory.
-    """
-    size = max(1, BLOCK_SIZE // file.channels)
-    blocks = []
-    for start in range(0, count, size):
-        block = file.read(min(size, count - start), dtype, always_2d=True)
-        blocks.append(block[:, channel].copy())
-    return np.concatenate(blocks)
+def scale(samples: np.ndarray) -> np.ndarray:
+    """Return samples in units of int16 samples: of float64 ones in [-1, 1), the rounded values."""
+    return samples if samples.dtype == np.int16 else np.round(samples * FULL_SCALE)
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Resample from `rate` in Hz to SAMPLE_RATE."""
-    if rate == SAMPLE_RATE:
-        return samples
-    import librosa  # slow to import, and most data sets do not need it
+    """Resample from `rate` in Hz to SAMPLE_RATE, as librosa.resample does. Returns float64."""
+    import soxr  # most data sets do not need it
 
-    return librosa.resample(samples, orig_sr=rate, target_sr=SAMPLE_RATE)
-
-
-def round_to_int16(samples: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Round samples in [-1, 1] to int16. Returns them, and whether any was clipped.
-
-    Full scale, 1.0, becomes 32767 and does not count as clipped.
-    """
-    scaled = np.round(samples * 32768.0)
-    is_clipped = bool((np.abs(scaled) > 32768).any())
-    return np.clip(scaled, -32768, 32767).astype(np.int16), is_clipped
+    if samples.dtype == np.int16:
+        samples = samples / FULL_SCALE
+    result = np.zeros(math.ceil(len(samples) * (SAMPLE_RATE / rate)))
+    resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")[: len(result)]
+    result[: len(resampled)] = resampled
+    return result

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
 from distributed import from_main
+from errors import UserError
 from evaluation.scores import Embeddings
-from utils import UserError, check_writable, notice, replace_file
+from utils import check_writable, lock, notice, remove_temporary, replace_file
 
 RESTART = "start again with --overwrite"
+# What wrappers of PyTorch put into the names of weights: for several processes, for compiled code
+WRAPPERS = ("module", "_orig_mod")
+SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 
 # ---- The files ----
 
@@ -54,23 +59,22 @@ def lock_run(files: RunFiles) -> Iterator[None]:
     Raises:
         UserError: If another process does, or if the files cannot be written.
     """
-    lock = filelock.FileLock(files.lock, timeout=0)
+    held = contextlib.ExitStack()
 
     def acquire() -> None:
         check_writable(files.best, "choose another file with --save_path")
         try:
-            lock.acquire()
+            held.enter_context(lock(files.lock, timeout=0))
         except filelock.Timeout:
             raise UserError(
                 f"{files.best}: another process is training this run; wait until it ends, or "
                 "choose another file with --save_path"
             ) from None
+        remove_temporary(files.best, files.last)
 
-    from_main(acquire)
-    try:
+    with held:
+        from_main(acquire)
         yield
-    finally:
-        lock.release()  # does nothing in a process that does not hold it
 
 
 # ---- Checkpoints ----
@@ -147,7 +151,7 @@ class Checkpoint:
         """Write the checkpoint to each of the paths in turn, whole or not at all.
 
         Raises:
-            OSError: If a disk is full; the file that was there before stays.
+            UserError: If a disk is full; the file that was there before stays.
         """
         buffer = io.BytesIO()  # for a full disk Python raises an OSError, torch another error
         torch.save(self._to_plain(), buffer)
@@ -163,7 +167,9 @@ class Checkpoint:
             UserError: If the file is missing, is no checkpoint, or holds more than tensors and
                 plain values; such a pickle could run code.
         """
-        if not path.is_file():
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a checkpoint, a file such as {path}.pth")
+        if not path.exists():
             raise UserError(
                 f"{path}: no such checkpoint; train one with `python train.py` or name another"
             )
@@ -173,9 +179,7 @@ class Checkpoint:
         try:
             return cls._from_plain(path, content)
         except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}: neither a checkpoint of this version nor a state dict of weights"
-            ) from None
+            raise UserError(f"{path}: {explain_content(content, path)}") from None
 
     def fill(self, network: nn.Module, omitted: Collection[str] = ()) -> None:
         """Load the weights into a network, except for the omitted ones.
@@ -184,16 +188,46 @@ class Checkpoint:
             UserError: If they do not have the names and shapes of those of the network.
         """
         weights = network.state_dict()
+        stored = self._name_weights(weights)
         keys = "input" if omitted else "machines, classes, input, sub_centers"
-        for name in sorted((weights.keys() | self.weights.keys()) - set(omitted)):
-            in_file, in_network = shape_of(self.weights, name), shape_of(weights, name)
+        for name in sorted((weights.keys() | stored.keys()) - set(omitted)):
+            in_file, in_network = shape_of(stored, name), shape_of(weights, name)
             if in_file != in_network:
                 raise UserError(
                     f"{self.path} does not fit the configuration ({keys}): {name} is {in_file} in "
                     f"the file and {in_network} in the model"
                 )
-            weights[name] = self.weights[name]
+            weights[name] = stored[name]
         network.load_state_dict(weights)
+
+    def _name_weights(self, known: Collection[str]) -> dict[str, Tensor]:
+        """Return the weights with names as in `known`, those of a network: without what wrappers of
+        a network (such as DistributedDataParallel) put in front. A notice says what is taken off.
+
+        Raises:
+            UserError: If no name is known.
+        """
+        stored = {}
+        for name, weight in self.weights.items():
+            if name != "n_averaged":  # of AveragedModel
+                parts = [part for part in name.split(".") if part not in WRAPPERS]
+                stored[".".join(parts)] = weight
+        first = next(iter(stored))
+        dots = [number for number, character in enumerate(first) if character == "."]
+        for end in (0, *(dot + 1 for dot in dots)):
+            prefix = first[:end]
+            named = {name.removeprefix(prefix): weight for name, weight in stored.items()}
+            if not named.keys().isdisjoint(known):
+                if named.keys() != self.weights.keys():
+                    notice(
+                        f"{self.path}: names of weights without those of wrappers: "
+                        f"{next(iter(self.weights))} is {next(iter(named))}"
+                    )
+                return named
+        raise UserError(
+            f"{self.path}: the weights of another network: none of its {len(stored)} names (such "
+            f"as {first}) is known; choose another file"
+        )
 
     def differences(self, config: Config, keys: Iterable[str]) -> list[str]:
         """Return the keys that have other values in `config` than in the configuration of the run.
@@ -231,6 +265,8 @@ class Checkpoint:
 
     @classmethod
     def _from_plain(cls, path: Path, content: dict[str, Any]) -> "Checkpoint":
+        if not isinstance(content, dict):
+            raise TypeError
         values = dict(content)
         if set(values["config"]) != set(KEYS) or not is_state_dict(values["model"]):
             raise KeyError
@@ -256,10 +292,45 @@ def load_file(path: Path) -> Any:
                     raise ValueError(damaged)
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises a dozen kinds for what is not a checkpoint
-        raise UserError(
-            f"{path}: not a readable checkpoint (another kind of file, or damaged)"
-        ) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises a dozen kinds for what is not a checkpoint
+        reason = explain_unreadable(path, error)
+        raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
+
+
+def explain_unreadable(path: Path, error: Exception) -> str:
+    """Return why torch cannot read a file without running code, and what to do."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds a Python object ({match[1]}), which could run code and is not read; save "
+            f"the weights alone: {SAVE_WEIGHTS}"
+        )
+    if "TorchScript" in str(error):
+        return f"a TorchScript program and no checkpoint; save the weights alone: {SAVE_WEIGHTS}"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "an empty file; copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; fetch the file with `git lfs pull`"
+    if start.startswith(b"PK"):
+        return "damaged or cut short; copy it again"
+    return "another kind of file, or damaged; name a file that train.py has written"
+
+
+def explain_content(content: Any, path: Path) -> str:
+    """Return why the content of a file is neither a checkpoint nor weights, and what to do."""
+    text = "neither a checkpoint of this version nor a state dict of weights"
+    inside = []
+    if isinstance(content, dict):
+        inside = [name for name, value in content.items() if is_state_dict(value)]
+    if not inside:
+        return f"{text}; name another file"
+    return (
+        f"{text}, but it holds weights as {inside[0]!r}; save these alone: "
+        f"torch.save(torch.load({str(path)!r})[{inside[0]!r}], 'weights.pth')"
+    )
 
 
 def is_state_dict(value: Any) -> bool:

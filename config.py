@@ -26,11 +26,12 @@ from pydantic import (
 )
 
 from audio import Windows, choose_windows
+from errors import UserError
 from evaluation.scores import KINDS
 from losses import MODES
 from model import CHANNELS
 from names import MACHINE_TYPE, format_id, is_machine_id
-from utils import OneLineParser, UserError, suggest
+from utils import OneLineParser, suggest
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 

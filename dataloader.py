@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import FIRST_WINDOW, CheckedRecording, Windows, check_recording, read_recording
+from audio import (
+    FIRST_WINDOW,
+    N_SAMPLES,
+    CheckedRecording,
+    Windows,
+    check_recording,
+    read_recording,
+)
 from classes import Classes, Machine
 from config import Config
 from distributed import from_main, world_size
-from model.tastgram import N_SAMPLES
+from errors import UserError
 from recordings import find_recordings
-from utils import SPLIT, UserError, notice, random_stream
+from utils import SPLIT, notice, random_stream
 
 
 class ClipSet:
@@ -41,6 +48,8 @@ class ClipSet:
         clip_starts: The start of each clip in its recording, in seconds `(n,)`.
         labels: The class of each clip `(n,)`; only where the table has the column `label`.
         samples: The clips, int16 `(n, T)`, once they are kept on a GPU.
+        unreadable: Why recordings that were checked cannot be read after all, by path: their clips
+            are zeros then. None where such a recording is an error.
     """
 
     labels: Tensor
@@ -62,6 +71,7 @@ class ClipSet:
         self.clip_recordings = np.repeat(np.arange(len(recordings)), counts)
         self.clip_starts = np.array([second for seconds in self.starts for second in seconds])
         self.samples: Tensor | None = None
+        self.unreadable: dict[Path, UserError] | None = None
         if "label" in recordings:
             labels = self.recordings["label"].to_numpy(np.int64)
             self.labels = torch.from_numpy(labels[self.clip_recordings])
@@ -140,14 +150,14 @@ class ClipSet:
             torch.empty((size, N_SAMPLES), dtype=torch.int16, pin_memory=is_cuda) for _ in range(2)
         ]
         upload = Upload(device) if is_cuda else None
-        paths, channel = self.paths.tolist(), self.windows.channel
+        paths = self.paths.tolist()
 
         def start_reading(step: int) -> list[Future[None]]:
             if upload:
                 upload.wait(step % 2)  # the buffer may still be on its way to the GPU
             rows = buffers[step % 2].numpy()
             return [
-                pool.submit(read_recording, paths[clip], row, self.clip_starts[clip], channel)
+                pool.submit(self.read_clip, paths[clip], self.clip_starts[clip], row)
                 for row, clip in zip(rows, plan[step], strict=False)
             ]
 
@@ -161,6 +171,16 @@ class ClipSet:
                     samples = upload.copy(samples, step % 2)
                 pending = start_reading(step + 1) if step + 1 < len(plan) else []
                 yield samples
+
+    def read_clip(self, path: Path, start: float, out: np.ndarray) -> None:
+        """Read the clip that starts at a second of a recording into `out`, int16 `(T,)`."""
+        try:
+            read_recording(path, out, start, self.windows.channel)
+        except UserError as error:
+            if self.unreadable is None:
+                raise
+            self.unreadable[path] = error
+            out.fill(0)
 
     def keep_on(self, device: torch.device) -> None:
         """Read all clips into the memory of a GPU."""
@@ -276,6 +296,12 @@ def select_usable(
     counts = Counter(change for recording in recordings.values() for change in recording.changes)
     for change, count in counts.items():
         notice(f"{count} of {len(recordings)} recordings {change}")
+    clipped = [x.n_clipped for x in recordings.values() if x.n_clipped]
+    if clipped:
+        notice(
+            f"{len(clipped)} of {len(recordings)} recordings exceed full scale: {sum(clipped)} "
+            "samples are clipped"
+        )
     return recordings
 
 

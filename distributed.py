@@ -23,13 +23,19 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 
 
+def environment(name: str, default: str = "") -> str:
+    """Return an environment variable; the default where it is not set, or empty."""
+    return os.environ.get(name) or default
+
+
 def is_started_by_torchrun() -> bool:
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(environment(name) for name in names)
 
 
 def planned_processes() -> int:
     """Return the number of processes that torchrun has started; valid before `join`, too."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(environment("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -42,7 +48,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Return the number of this process on its computer, which is the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(environment("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
@@ -61,7 +67,7 @@ def agent_store() -> dist.Store | None:
     (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). Restarts on several computers need separate stores,
     because the agents count attempts differently.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if environment("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)
@@ -73,7 +79,7 @@ def attempt_store() -> dist.Store | None:
     The agent (torch 2.11) has one store for all attempts: without a prefix, restarted processes
     would find the addresses of dead ones.
     """
-    store, attempt = agent_store(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, attempt = agent_store(), environment("TORCHELASTIC_RESTART_COUNT", "0")
     return None if store is None else dist.PrefixStore(f"attempt {attempt}", store)
 
 

@@ -42,13 +42,14 @@ from pathlib import Path
 from checkpoint import RunFiles
 from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
 from dataloader import load_clips
+from errors import UserError
 from evaluation.comparison import compare, group_by_configuration
 from evaluation.result import Result, evaluate
 from evaluation.score_files import evaluate_score_files
 from evaluation.scores import KINDS
 from evaluation.tables import write_result
 from inference import load_model
-from utils import OneLineParser, UserError, check_writable, run_script, use_device
+from utils import OneLineParser, check_writable, lock, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 
@@ -97,9 +98,10 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     clips = load_clips(config, model.classes, split, windows)
     results = evaluate(model, clips, config, split, kinds, device)
     chosen = results[kinds.index(config.scoring)]
-    write_result(chosen, folder)
-    if options.plots or options.report:
-        draw(chosen, folder, options.report)
+    with lock(folder.with_name(f".{split}.lock")):  # of several evaluations, the last one stays
+        write_result(chosen, folder)
+        if options.plots or options.report:
+            draw(chosen, folder, options.report)
     return results
 
 
@@ -124,8 +126,10 @@ def compare_all(config: Config, results: list[Result], output: Path, options: Na
 
         figure = "angles.png"
         chosen = {name: runs for name, runs in groups.items() if runs[0].kind == config.scoring}
-        draw_angles(chosen, output / figure)
-    compare(groups, output, figure)
+    with lock(output / ".comparison.lock"):
+        if figure:
+            draw_angles(chosen, output / figure)
+        compare(groups, output, figure)
 
 
 def main() -> None:

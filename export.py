@@ -28,8 +28,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
+from errors import UserError
 from inference import load_model, with_bank
-from utils import OneLineParser, UserError, check_writable, replace_file, run_script, use_device
+from utils import OneLineParser, check_writable, replace_file, run_script, use_device
 
 
 def export(config: Config, options: Namespace) -> None:

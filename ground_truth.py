@@ -8,6 +8,7 @@ ground_truth_data, domains in ground_truth_domain.
 from collections.abc import Collection
 from pathlib import Path
 
+from errors import UserError
 from names import (
     ANOMALOUS,
     GROUND_TRUTH,
@@ -21,7 +22,7 @@ from names import (
     Form,
     Recording,
 )
-from utils import UserError, read_rows
+from utils import read_rows
 
 # By (machine type, file name without its ending): condition and domain ("" where not known)
 GroundTruth = dict[tuple[str, str], tuple[str, str]]

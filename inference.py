@@ -16,10 +16,11 @@ from checkpoint import Checkpoint, HeldOut
 from classes import Classes
 from config import MODEL_KEYS, RECORDING_KEYS, Config
 from dataloader import ClipSet, cut_into_batches, fingerprint_of, load_clips
+from errors import UserError
 from evaluation.scores import KINDS, Embeddings, Scorer
 from losses import MODES, Objective
 from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, Outputs, TASTgramMFN, fold_batch_norm
-from utils import UserError, autocast, choose_precision, keep_freed_memory, notice, set_up_numerics
+from utils import autocast, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
 

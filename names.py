@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import UserError
+from errors import UserError
 
 NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a recording
 SOURCE, TARGET = "source", "target"  # domains of a recording
@@ -254,13 +254,19 @@ def list_files(
     check_folders(recordings, form)
     folders = form.folders[split]
     recordings = [recording for recording in recordings if recording.folder in folders]
+    check_copies(recordings)
     check_attributes(recordings)
     return form, recordings, [path for path in others if path.parent.name in folders]
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return the files of a folder by name; none if there is no such folder."""
-    return sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
+    """Return the files of a folder by name; none if there is no such folder. Hidden files, as macOS
+    puts them beside others on foreign disks, are no recordings.
+    """
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(paths, key=lambda path: path.name)
 
 
 def find_form(recordings: Iterable[Recording]) -> Form:
@@ -294,6 +300,20 @@ def check_folders(recordings: Sequence[Recording], form: Form) -> None:
             first = test_paths.setdefault((recording.machine_type, path.name), path)
             if first != path:
                 raise UserError(f"{path} is in {first.parent} too; remove one of them")
+
+
+def check_copies(recordings: Sequence[Recording]) -> None:
+    """Raise `UserError` for a recording that is in its folder twice, as WAV and FLAC file: copies
+    may be on both sides of the split.
+    """
+    first: dict[Path, Path] = {}
+    for recording in recordings:
+        path = first.setdefault(recording.path.with_suffix(""), recording.path)
+        if path != recording.path:
+            raise UserError(
+                f"{recording.path} and {path.name} are the same recording in two formats; remove "
+                "one of them"
+            )
 
 
 def check_attributes(recordings: Sequence[Recording]) -> None:

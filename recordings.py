@@ -9,6 +9,7 @@ import pandas as pd
 
 from classes import Classes, MachineClass
 from config import Config
+from errors import UserError
 from ground_truth import GroundTruth, read_lists
 from names import (
     ANOMALOUS,
@@ -25,7 +26,7 @@ from names import (
     is_machine_id,
     list_files,
 )
-from utils import UserError, notice
+from utils import notice
 
 MACHINE_COLUMNS = ["machine_type", "machine_id"]
 COLUMNS = ["path", *MACHINE_COLUMNS, "attributes", "domain", "condition", "part"]
@@ -52,6 +53,7 @@ def find_classes(config: Config) -> Classes:
         recordings = list_normal(root, list(machines)) if config.classes == "attributes" else []
     else:
         types = find_types(root)
+        report_deeper_types(root, types)
         recordings = list_normal(root, types)
         machines = find_machines(root, types, recordings)
         count = sum(map(len, machines.values()))
@@ -69,6 +71,20 @@ def find_types(root: Path) -> list[str]:
     folders = root.iterdir() if root.is_dir() else ()
     types = [path.name for path in folders if (path / "train").is_dir() and path.name[0] != "."]
     return sorted(types, key=lambda name: (name.casefold(), name))
+
+
+def report_deeper_types(root: Path, types: Sequence[str]) -> None:
+    """Print a notice of folders of machine types that lie one folder too deep."""
+    deeper = []
+    for folder in sorted(root.glob("*/*/train")):
+        parent = folder.parents[1]
+        if folder.is_dir() and parent.name not in types and not parent.name.startswith("."):
+            deeper.append(str(folder.parent))
+    if deeper:
+        notice(
+            f"{root}: passed over {', '.join(deeper)}, one folder too deep; move them into {root}, "
+            f"or set --data_root to the folder that they are in"
+        )
 
 
 def list_normal(root: Path, types: Sequence[str]) -> list[Recording]:

@@ -46,10 +46,11 @@ from config import (
     load_config,
     parse_command_line,
 )
+from errors import UserError
 from losses import MODES
 from model import PUBLISHED_CHANNELS
 from recordings import find_classes, find_recordings
-from utils import OneLineParser, UserError, check_writable, run_script
+from utils import OneLineParser, check_writable, run_script
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = (2023, 1, 2)

@@ -23,10 +23,13 @@ configuration, as in eval.py.
 """
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoint import RunFiles
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
+from errors import UserError
 from evaluation.single import (
     find_candidates,
     find_files,
@@ -36,7 +39,7 @@ from evaluation.single import (
     score_recordings,
 )
 from inference import load_model
-from utils import OneLineParser, UserError, check_writable, run_script, use_device
+from utils import OneLineParser, check_writable, run_script, use_device
 
 
 def score(config: Config, options: Namespace) -> None:
@@ -49,32 +52,50 @@ def score(config: Config, options: Namespace) -> None:
     window = config.window if "window" in config.given else "all"
     windows = model.windows(config, "test", window)
     check_effect(config, windows, [config.scoring])
-    files, device = find_files(options.recordings), use_device(config.device)
+    (files, problems), device = find_files(options.recordings), use_device(config.device)
     candidates = find_candidates(model, options.machine_type, options.machine_id)
     folder = RunFiles(options.checkpoint).timelines
     if options.plots:
         remedy = "copy the checkpoint to a writable folder, where the figures are written too"
         check_writable(folder / "picture.png", remedy)
     results = score_recordings(model, files, candidates, config, windows, device)
+    results += [{"file": str(path), "error": reason} for path, reason in problems.items()]
     if options.plots:
         name_figures(results, folder)
     if options.json:
         print_json(results, options.timeline)
     else:
         print_scores(results, options.timeline)
-    drawn = [row for row in results if "picture" in row]
-    if drawn:
-        from evaluation.figures import draw_timeline  # matplotlib takes a second to import
-
-        for row in drawn:
-            draw_timeline(row, config.scoring, windows.channel, Path(row["picture"]))
-        if not options.json:
-            print(f"{len(drawn)} timelines: {folder}")
+    n_drawn = draw(results, config.scoring, windows.channel) if options.plots else 0
+    if n_drawn and not options.json:
+        print(f"{n_drawn} timelines: {folder}")
     n_bad = sum("error" in row for row in results)
     if n_bad:
         raise UserError(
             f"{n_bad} of {len(results)} recordings could not be scored; see the reasons above"
         )
+
+
+def draw(results: Sequence[Mapping[str, Any]], kind: str, channel: int) -> int:
+    """Draw the recordings that have a file for a figure. Returns how many.
+
+    Raises:
+        UserError: At the end, if some could not be read again.
+    """
+    from evaluation.figures import draw_timeline  # matplotlib takes a second to import
+
+    chosen = [row for row in results if "picture" in row]
+    problems = []
+    for row in chosen:
+        try:
+            draw_timeline(row, kind, channel, Path(row["picture"]))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(chosen)} recordings could not be drawn: {'; '.join(problems)}"
+        )
+    return len(chosen)
 
 
 def main() -> None:

@@ -18,10 +18,11 @@ from checkpoint import Checkpoint, RunFiles, find_checkpoint, lock_run
 from config import TRAINING_KEYS, Config, check_effect, parse_command_line
 from dataloader import check_clips, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
+from errors import UserError
 from evaluation.tables import clear_results
 from recordings import find_classes
 from trainer import Trainer
-from utils import OneLineParser, UserError, remove_files, run_script, use_device
+from utils import OneLineParser, remove_files, run_script, use_device
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:

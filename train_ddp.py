@@ -16,11 +16,10 @@ with --max-restarts: the first attempt starts the run, and later ones continue i
 need the same recordings and, for restarts, the same save_path on a shared disk.
 """
 
-import os
-
-from distributed import is_started_by_torchrun, join, leave
+from distributed import environment, is_started_by_torchrun, join, leave
+from errors import UserError
 from train import parse_options, train
-from utils import UserError, run_script, use_device
+from utils import run_script, use_device
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
             "train_ddp.py was started without torchrun; use torchrun --standalone "
             "--nproc_per_node=N train_ddp.py, or for a single process python train.py"
         )
-    if overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if overwrite and environment("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError(
             "--overwrite would replace the run after every restart; remove the old run, and use "
             "--resume instead"

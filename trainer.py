@@ -30,12 +30,13 @@ from distributed import (
     sum_over_ranks,
     world_size,
 )
+from errors import UserError
 from evaluation.scores import Embeddings, Scorer
 from inference import build_network, run_network
 from losses import Mix, Objective
 from model import HEAD_WEIGHTS, FrontEnd, Outputs, TASTgramMFN
 from sampling import Batch, Sampler
-from utils import UserError, notice
+from utils import notice
 
 READ_EVERY = 20  # steps: reading their losses waits for the device
 ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision

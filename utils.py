@@ -5,7 +5,9 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import errno
 import functools
+import glob
 import io
 import os
 import platform
@@ -13,22 +15,22 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import filelock
 import numpy as np
 import pandas as pd
 import torch
 
 import distributed
+from errors import UserError, explain, give_reason
 
 # ---- Errors, notices, exit status ----
-
-
-class UserError(ValueError):
-    """An error that the user can fix. Its message is one line: what is wrong, where, what to do."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -57,6 +59,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        flush_output()
     except BaseException as error:
         # torchrun sends SIGTERM soon after another process of the job has failed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -64,8 +67,27 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     distributed.end_process(0)
 
 
+def flush_output() -> None:
+    """Write what was printed. Raises `UserError` if that is not possible, as on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard_output()
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"standard output: {explain(error)}") from None
+
+
+def discard_output() -> None:
+    """Discard what was printed and is not written, so that Python does not try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def report(error: BaseException) -> int:
     """Print why the script ends, once for all processes of a job. Returns the exit status."""
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        discard_output()  # the reader, such as `head`, has read enough
+        return 141
     if isinstance(error, KeyboardInterrupt):
         report_stop()
         return 130
@@ -104,13 +126,17 @@ def describe(error: BaseException) -> str | None:
             "the GPU is out of memory; lower batch_size, or read the recordings from their files "
             "with data_device: cpu (in training, precision: bf16 needs half the memory of fp32)"
         )
-    if isinstance(error, UserError | OSError):
+    if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError):
+        return explain(error)
     if isinstance(error, MemoryError):
         return "out of memory; lower batch_size"
     if isinstance(error, RuntimeError):
         if "can't allocate memory" in str(error):  # PyTorch's message for the memory of the CPU
             return "out of memory; lower batch_size"
+        if "can't start new thread" in str(error):
+            return "the system allows no more threads; lower num_workers, or raise `ulimit -u`"
         if distributed.is_started_by_torchrun() and distributed.is_lost_connection(error):
             return "another process of the job has ended or does not respond; see its message"
     return None
@@ -124,7 +150,7 @@ def notice(message: str) -> None:
 
 def one_line(message: str) -> str:
     """Escape control characters in a message, such as line breaks in file names."""
-    return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], message)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], message)
 
 
 def suggest(word: str, words: Sequence[str]) -> str:
@@ -227,24 +253,69 @@ def versions() -> dict[str, str]:
     }
 
 
-# ---- Atomic writing of files ----
+# ---- Writing of files ----
+
+# Errors of disks, mostly in networks, that have no file locks
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; once its file is written, it replaces `path`.
 
-    No reader ever sees an incomplete file.
+    No reader ever sees an incomplete file, and other processes may replace it at the same time.
+
+    Raises:
+        UserError: If it cannot be written; the file that was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows needs it open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
+            raise  # it concerns another file
+        raise UserError(f"{path} cannot be written: {give_reason(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(*paths: Path) -> None:
+    """Remove the temporary files that killed processes have left of these files."""
+    for path in paths:
+        remove_files(path.parent, [f".{glob.escape(path.name)}.????????.tmp"])
+
+
+@contextlib.contextmanager
+def lock(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock, of which `path` is the file, for at most one process at a time; wait up to
+    `timeout` seconds for it (-1: without a limit).
+
+    Raises:
+        filelock.Timeout: If another process still holds it then.
+        UserError: If its file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(path, timeout, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except filelock.Timeout:  # a kind of OSError
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(explain(error, path)) from None
+        notice(
+            f"{path.parent}: the disk has no file locks ({error.strerror}), so two programs that "
+            "write there at the same time do not notice each other; start one at a time"
+        )
+    try:
+        yield
+    finally:
+        held.release()  # does nothing if it is not held
 
 
 def write_text(path: Path, text: str) -> None:
@@ -271,7 +342,7 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
-        rows = list(csv.reader(text.splitlines()))
+        rows = list(csv.reader(io.StringIO(text, newline="")))
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error):
@@ -285,17 +356,18 @@ def remove_files(folder: Path, patterns: Sequence[str]) -> None:
     """Remove the files whose names match, and the folder if it is empty then."""
     for pattern in patterns:
         for file in list(folder.glob(pattern)):
-            file.unlink()
+            file.unlink(missing_ok=True)  # another process may do the same
     with contextlib.suppress(OSError):  # it holds other files, or does not exist
         folder.rmdir()
 
 
 def check_writable(path: Path, remedy: str) -> None:
     """Raise `UserError`, ending with the remedy, if a file cannot be written at `path`."""
-    probe = path.with_name(f"{path.name}.probe")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; {remedy}")
     try:
-        with replace_file(probe) as temporary:
-            temporary.touch()
-        probe.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"a byte")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); {remedy}") from None

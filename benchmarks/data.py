@@ -30,11 +30,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from audio import read_recording
+from audio import N_SAMPLES, SAMPLE_RATE, read_recording
 from config import Config, load_config, parse_command_line
 from dataloader import ClipSet, check_clips, load_clips
 from model import FrontEnd, LogMel
-from model.tastgram import N_SAMPLES, POWER_FLOOR, SAMPLE_RATE
+from model.tastgram import POWER_FLOOR
 from recordings import find_classes, find_recordings
 from trainer import Trainer
 from utils import OneLineParser, run_script, versions

@@ -43,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import acceleration
 from acceleration import find_reason
+from audio import N_SAMPLES, SAMPLE_RATE
 from benchmarks.processes import stop_and_resume
 from benchmarks.throughput import (
     CLASSES,
@@ -55,11 +56,11 @@ from benchmarks.throughput import (
 )
 from config import Config, load_config
 from dataloader import ClipSet
+from errors import UserError
 from inference import Model, run_model
-from model.tastgram import N_SAMPLES, SAMPLE_RATE
 from sampling import Sampler
 from trainer import Trainer, Validation
-from utils import OneLineParser, UserError, run_script, use_device, write_text
+from utils import OneLineParser, run_script, use_device, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 # Losses of the first steps on a CPU, by batch size and precision

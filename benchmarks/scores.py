@@ -31,6 +31,7 @@ from checkpoint import Checkpoint, RunFiles
 from classes import Classes, Machine
 from config import Config, parse_command_line
 from dataloader import load_clips
+from errors import UserError
 from evaluation.comparison import difference
 from evaluation.metrics import Metrics, measure
 from evaluation.scores import Embeddings, cosine_similarity, over_windows
@@ -41,7 +42,7 @@ from names import MEAN, MIN
 from reproduce import SEEDS, plan_runs
 from train import train
 from trainer import Trainer
-from utils import OneLineParser, UserError, run_script, use_device, write_csv, write_text
+from utils import OneLineParser, run_script, use_device, write_csv, write_text
 
 NEIGHBOURS = (1, 2, 4, 8)
 PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs

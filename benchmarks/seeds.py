@@ -53,6 +53,7 @@ from checkpoint import Checkpoint, check_configuration
 from classes import Classes
 from config import Config, make_config, parse_command_line
 from dataloader import ClipSet, check_clips, load_clips
+from errors import UserError
 from evaluation.metrics import COVERAGE
 from evaluation.result import evaluate
 from evaluation.scores import KINDS
@@ -62,15 +63,7 @@ from losses import MODES
 from names import SUMMARY_ROWS
 from recordings import find_classes
 from trainer import Trainer
-from utils import (
-    OneLineParser,
-    UserError,
-    check_writable,
-    run_script,
-    use_device,
-    write_csv,
-    write_text,
-)
+from utils import OneLineParser, check_writable, run_script, use_device, write_csv, write_text
 
 METRICS = ("AUC", "pAUC")
 

@@ -31,17 +31,19 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audio import N_SAMPLES
 from checkpoint import Checkpoint
 from config import Config, load_config
 from dataloader import ClipSet, cut_into_batches
+from errors import UserError
 from inference import Model, build_network, run_model
 from losses import Objective
 from model import LogMel
-from model.tastgram import N_SAMPLES, POWER_FLOOR
+from model.tastgram import POWER_FLOOR
 from recordings import MACHINE_COLUMNS, find_classes
 from sampling import draw_mix
 from trainer import Averages, Trainer
-from utils import OneLineParser, UserError, keep_freed_memory, run_script, set_up_numerics, versions
+from utils import OneLineParser, keep_freed_memory, run_script, set_up_numerics, versions
 
 CLASSES = find_classes(load_config())  # the 41 machines of the published recipe
 STAGES = ("front end", "training step", "validation", "scoring")

@@ -35,14 +35,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from audio import Windows
+from audio import SAMPLE_RATE, SECONDS, Windows
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.result import evaluate
 from evaluation.scores import over_windows
 from evaluation.single import format_time
 from inference import Model, load_model, run_model, with_bank
-from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_recordings
 from utils import OneLineParser, run_script, use_device

@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import requests
 import yaml
 from requests.adapters import HTTPAdapter
@@ -43,7 +44,8 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import OneLineParser, UserError, run_script, write_text
+from errors import UserError
+from utils import OneLineParser, lock, run_script, write_text
 
 TABLE = Path(__file__).resolve().with_name("dcase2020_task2.yaml")
 
@@ -106,16 +108,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     session = make_session()
     try:
-        downloads.mkdir(parents=True, exist_ok=True)
-        for item in missing:
-            shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
-        check_space(missing, output)
-        if labels_missing:
-            fetch_labels(session, labels, options.url, output, downloads)
-        for item in missing:
-            fetch_zip(session, item, output)
+        with lock(downloads / ".lock", timeout=0):
+            for item in missing:
+                shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
+            check_space(missing, output)
+            if labels_missing:
+                fetch_labels(session, labels, options.url, output, downloads)
+            for item in missing:
+                fetch_zip(session, item, output)
     except requests.RequestException as error:
         raise UserError(f"{error}; check --url, or run this again later to continue") from None
+    except filelock.Timeout:
+        raise UserError(
+            f"{output}: another process is downloading to it; wait until it ends"
+        ) from None
     except OSError as error:  # such as a full disk, or a folder without write permission
         reason = error.strerror or error
         raise UserError(f"{output}: {reason}; fix this, and run this again to continue") from None
@@ -233,7 +239,8 @@ def fetch_zip(session: requests.Session, item: Zip, output: Path) -> None:
         (item.unpacking / clip).replace(output / clip)
     shutil.rmtree(item.unpacking)
     counts = Counter(clip.removesuffix(".wav").rpartition("_")[0] for clip in clips)
-    os.sync()  # the marker reaches the disk after the clips: a zip without one is unpacked again
+    if hasattr(os, "sync"):  # not on Windows
+        os.sync()  # the marker reaches the disk after the clips: without one, it is unpacked again
     write_text(item.marker, json.dumps({"md5": item.md5, "clips": counts}, indent=2) + "\n")
     item.path.unlink()
 

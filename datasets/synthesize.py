@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import OneLineParser, UserError, run_script
+from errors import UserError
+from utils import OneLineParser, run_script
 
 RATE = 16000  # Hz
 SAMPLES = 10 * RATE
@@ -239,7 +240,7 @@ def remove_clips(output: Path) -> None:
             folder = output / clip.folder
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(clip.pattern):
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may do the same
 
 
 def write_clips(output: Path, clips: list[Clip], seed: int) -> None:

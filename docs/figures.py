@@ -26,16 +26,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audio import SAMPLE_RATE, SECONDS
 from config import EVALUATION_KEYS, Config, parse_command_line
 from dataloader import load_clips
+from errors import UserError
 from evaluation.comparison import group_by_configuration
 from evaluation.figures import CONDITIONS, draw_angles, figure, read_samples
 from evaluation.result import Result, evaluate
 from inference import load_model
 from model import PUBLISHED_CHANNELS, FrontEnd
-from model.tastgram import SAMPLE_RATE, SECONDS
 from names import ANOMALOUS, NORMAL
-from utils import OneLineParser, UserError, run_script, use_device
+from utils import OneLineParser, run_script, use_device
 
 DOCS = Path(__file__).resolve().parent
 MACHINE = ("slider", "00")  # of the synthetic set

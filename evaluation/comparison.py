@@ -9,6 +9,7 @@ import pandas as pd
 import scipy.stats
 
 from config import COMPUTATION_KEYS
+from errors import UserError
 from evaluation.metrics import COUNTS, COVERAGE, Metrics
 from evaluation.result import Result
 from evaluation.tables import (
@@ -23,7 +24,7 @@ from evaluation.tables import (
     titles_of,
 )
 from names import AVERAGE
-from utils import UserError, write_csv, write_text
+from utils import write_csv, write_text
 
 EXPLANATION = f"""\
 Configurations: mean ± standard deviation over the seeds.

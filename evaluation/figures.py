@@ -4,37 +4,33 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; n
 also differ in line or marker.
 """
 
+import functools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
+from matplotlib.text import Text
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from audio import read_recording
+from audio import N_SAMPLES, SAMPLE_RATE, SECONDS, read_recording
 from checkpoint import read_history
 from evaluation.metrics import MAX_FPR
 from evaluation.result import Result
 from evaluation.scores import KINDS, Kind
 from model import CHANNELS, FrontEnd
-from model.tastgram import (
-    HOP_LENGTH,
-    N_FRAMES,
-    N_MELS,
-    N_SAMPLES,
-    SAMPLE_RATE,
-    SECONDS,
-    temporal_gate,
-)
+from model.tastgram import HOP_LENGTH, N_FRAMES, N_MELS, temporal_gate
 from names import ANOMALOUS, AVERAGE, NORMAL, POOLED, UNLABELLED
 from recordings import MACHINE_COLUMNS
 from utils import replace_file
@@ -51,7 +47,9 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^v<>"
 # The colour and line of each condition.
 CONDITIONS = {NORMAL: (BLUE, "-"), ANOMALOUS: (RED, "--"), UNLABELLED: ("0.6", "-")}
+FONT = "DejaVu Sans"  # matplotlib's
 STYLE = {
+    "font.family": [FONT],
     "font.size": 8,
     "axes.titlesize": 8,
     "legend.fontsize": 7,
@@ -72,9 +70,10 @@ COLUMNS_PER_SECOND = 15
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of this size (inches), and write it to `path` at the end. Needs no display."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's settings are
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
+        choose_fonts(drawn)
         with replace_file(path) as temporary:
             drawn.savefig(temporary, format="png")
 
@@ -96,10 +95,48 @@ def panels(
 
 
 def escape(text: str) -> str:
-    """Escape a text for matplotlib: "$", which would begin a formula, and bytes of a file name that
-    are not UTF-8.
+    """Escape a text for matplotlib: "$" would begin a formula, "_" hide the entry of a legend."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def choose_fonts(drawn: Figure) -> None:
+    """Draw letters that FONT lacks with other fonts that are installed; spell out those that no
+    font has, and bytes of a file name that are not UTF-8.
     """
-    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    for text in drawn.findobj(Text):
+        content = text.get_text()
+        fonts = {letter: find_font(letter) for letter in content if not letter.isspace()}
+        for letter, font in fonts.items():
+            if font is None:
+                spelt = letter.encode("ascii", "backslashreplace").decode()
+                content = content.replace(letter, spelt)
+        families = [FONT, *sorted({font for font in fonts.values() if font} - {FONT})]
+        if len(families) > 1:
+            text.set_fontfamily(families)
+        if content != text.get_text():
+            text.set_text(content)
+
+
+@functools.cache
+def find_font(letter: str) -> str | None:
+    """Return the name of an installed font that has a letter, or None: FONT, or else the first in
+    alphabetical order.
+    """
+    names = {font.name for font in fontManager.ttflist} - {FONT}
+    for name in (FONT, *sorted(names)):
+        if ord(letter) in letters_of(name) and "Last Resort" not in name:  # it draws boxes
+            return name
+    return None
+
+
+@functools.cache
+def letters_of(font: str) -> Collection[int]:
+    """Return the letters, as numbers of Unicode, of the regular face of a font."""
+    try:
+        return get_font(fontManager.findfont(font, fallback_to_default=False)).get_charmap().keys()
+    except (ValueError, OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+        return ()
 
 
 def read_samples(path: Path, start: float, channel: int) -> Tensor:

@@ -18,15 +18,16 @@ import pandas as pd
 import torch
 from onnxscript import opset18 as op
 
+from audio import N_SAMPLES, SAMPLE_RATE, SECONDS
 from config import Config
 from dataloader import ClipSet
+from errors import UserError
 from evaluation.graph import ScoringGraph
 from evaluation.scores import check_scores
 from evaluation.thresholds import explain_thresholds, find_thresholds
 from inference import Model, run_model
 from model import TASTgramMFN
-from model.tastgram import N_SAMPLES, SAMPLE_RATE, SECONDS
-from utils import UserError, versions
+from utils import versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
 RELATIVE, ABSOLUTE = 1e-3, 1e-4  # by the larger of the two a score may differ from that of eval.py

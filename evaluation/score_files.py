@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from errors import UserError
 from evaluation.metrics import find_rule, measure
 from evaluation.tables import show_metrics
 from ground_truth import GroundTruth, read_lists
@@ -20,11 +21,15 @@ from names import (
     parse_path,
 )
 from recordings import known_recordings, make_table
-from utils import UserError, check_writable, notice, read_rows, versions
+from utils import check_writable, notice, read_rows, versions
 
+# The organisers' baseline since 2023 adds the year and the seed, as in
+# anomaly_score_DCASE2023T2ToyDrone_section_00_test_seed13711_id(0_)_Eval.csv.
 FILE_NAME = re.compile(
-    rf"anomaly_score_(?P<machine_type>(?!{AVERAGE}_).+)_"
-    rf"(?:id_(?P<id>[^_]+)|section_(?P<section>\d\d)_(?P<folder>{'|'.join(TEST_FOLDERS)}))\.csv"
+    r"anomaly_score_(?:DCASE20\d\dT2(?=.*_seed\d))?"
+    rf"(?P<machine_type>(?!{AVERAGE}_).+?)_"
+    rf"(?:id_(?P<id>[^_]+)|section_(?P<section>\d\d)_(?P<folder>{'|'.join(TEST_FOLDERS)}))"
+    r"(?:_seed\d+.*)?\.csv"
 )
 FILE_NAMES = "anomaly_score_<type>_id_<XX>.csv or anomaly_score_<type>_section_<XX>_test.csv"
 
@@ -77,6 +82,7 @@ def read_score_files(folder: Path) -> Scores:
     if not paths:
         raise UserError(f"{folder}: no score files ({FILE_NAMES})")
     scores: Scores = {}
+    files: dict[Recording, Path] = {}
     for path in paths:
         machine_type, folder_name, machine_id = parse_file_name(path)
         lines = read_rows(path)
@@ -89,6 +95,11 @@ def read_score_files(folder: Path) -> Scores:
                 raise UserError(
                     f"{where}: {cells[0]} is not a recording of {machine_type} {machine_id}; "
                     "correct or remove the line"
+                )
+            if files.setdefault(recording, path) != path:
+                raise UserError(
+                    f"{where}: {cells[0]} is in {files[recording].name} too; keep the files of one "
+                    "run"
                 )
             if recording in scores:
                 raise UserError(f"{where}: {cells[0]} appears twice; remove one line")

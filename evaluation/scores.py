@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classes import Classes, Machine
+from errors import UserError
 from losses import Objective
 from model import Outputs
-from utils import UserError
 
 
 class Embeddings(NamedTuple):

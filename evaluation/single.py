@@ -15,24 +15,33 @@ from audio import CheckedRecording, Windows
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
+from errors import UserError, give_reason
 from evaluation.scores import check_scores, over_windows
 from evaluation.thresholds import explain_thresholds, find_thresholds
 from inference import Model, run_model, with_bank
-from names import ANOMALOUS, NORMAL, format_id
-from utils import UserError
+from names import ANOMALOUS, NORMAL, format_id, list_folder
+from utils import one_line
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among the paths, and the WAV and FLAC files in folders; each once."""
+def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Return the files among the paths, and the WAV and FLAC files in folders, except for hidden
+    ones; each once. Also returns the folders of which none is returned, with the reason.
+    """
     files: list[Path] = []
+    problems: dict[Path, str] = {}
     for path in paths:
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(x for x in path.iterdir() if x.suffix.lower() in (".wav", ".flac"))
+        if not path.is_dir():
+            files.append(path)
+            continue
+        try:
+            inside = [x for x in list_folder(path) if x.suffix.lower() in (".wav", ".flac")]
+        except OSError as error:
+            problems[path] = give_reason(error)
+            continue
         if not inside:
-            raise UserError(f"{path}: no WAV or FLAC files in this folder")
+            problems[path] = "no WAV or FLAC files in this folder"
         files += inside
-    return list(dict.fromkeys(files))
+    return list(dict.fromkeys(files)), problems
 
 
 def find_candidates(model: Model, machine_type: str, machine_id: str | None) -> list[Machine]:
@@ -89,10 +98,13 @@ def score_usable(
     windows: Windows,
     device: torch.device,
 ) -> dict[Path, dict[str, Any]]:
-    """Score recordings that can be used, as `score_recordings` does."""
+    """Score recordings that can be used, as `score_recordings` does. What cannot be read after all
+    has an error.
+    """
     table = pd.DataFrame({"path": list(recordings)})
     starts = [recording.starts for recording in recordings.values()]
     clips = ClipSet(table, config.num_workers, windows, starts)
+    clips.unreadable = {}
     outputs = run_model(model, clips, config, device)
     scorer = model.scorer(config.scoring, config.neighbours)
     # (windows, candidates)
@@ -115,6 +127,8 @@ def score_usable(
             starts[number],
             parts[number][:, column].tolist(),
         )
+    for path, error in clips.unreadable.items():
+        results[path] = {"error": str(error).removeprefix(f"{path}: ")}
     return results
 
 
@@ -179,12 +193,13 @@ def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> No
     score, decision.
     """
     for row in results:
+        file = one_line(row["file"])  # a tab or line break in its name would end the cell
         if "error" in row:
-            print(f"{row['file']}\terror: {row['error']}")
+            print(f"{file}\terror: {one_line(row['error'])}")
             continue
         threshold = "-" if row["threshold"] is None else f"{row['threshold']:.6g}"
         machine = f"{row['machine_type']} {row['machine_id']}"
-        cells = [row["file"], machine, f"{row['score']:.6g}", threshold, row["decision"] or "-"]
+        cells = [file, machine, f"{row['score']:.6g}", threshold, row["decision"] or "-"]
         if row["n_windows"] > 1:
             cells.append(describe_worst(row))
         print("\t".join(cells))

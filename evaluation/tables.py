@@ -3,6 +3,7 @@ score files.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,7 +188,12 @@ def markdown_header(title: str, columns: Sequence[str]) -> list[str]:
 
 
 def markdown_row(name: str, cells: Sequence[str]) -> str:
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {' | '.join(map(escape_markdown, (name, *cells)))} |"
+
+
+def escape_markdown(text: str) -> str:
+    """Escape the characters with a meaning in Markdown or HTML. A "_" within a word has none."""
+    return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def markdown_table(metrics: Metrics) -> str:
@@ -307,12 +313,13 @@ def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
         f"recordings within {strata}). Pooled: one AUC over all recordings of a machine type. "
         "mAUC: the lowest AUC of an ID."
     )
-    paragraphs = [f"# {title}", markdown_table(metrics), " ".join([explanation, *texts])]
+    heading = f"# {escape_markdown(title)}"
+    paragraphs = [heading, markdown_table(metrics), " ".join([explanation, *texts])]
     if rule.text:
         paragraphs.append(
             f"Harmonic means: over the IDs of a type, for `average` over all IDs; {rule.text}."
         )
-    lines = [f"- {name}: {in_words(value)}" for name, value in about.items()]
+    lines = [f"- {name}: {escape_markdown(in_words(value))}" for name, value in about.items()]
     paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs) + "\n"
 

@@ -1,5 +1,6 @@
 """Decisions: a threshold for each machine, from the scores of normal clips that were held out."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def fit_thresholds(
     """Fit a threshold for each machine, above which a score counts as anomalous.
 
     `held_out` has `machine_type`, `machine_id` and `score` of normal clips; `percentile` percent of
-    them should lie below. `method` is "gamma" or "quantile", see `fit_threshold`.
+    them should lie below. `method` is "gamma" (see `fit_gamma`) or "quantile", which also replaces
+    a distribution that does not fit.
 
     Returns:
         For each (machine type, machine ID) the `threshold`; the `held_out` clips that it comes
@@ -64,38 +66,49 @@ def fit_thresholds(
         and the number `held_out_of_id` of the machine. A type without clips has no rows.
     """
     rows = []
+    without_fit = []
     for machine_type, machine_id in machines:
         of_type = held_out[held_out["machine_type"] == machine_type]
         of_machine = of_type[of_type["machine_id"] == machine_id]
         if of_type.empty:
             continue
         chosen, source = (of_machine, "ID") if len(of_machine) >= LEAST_CLIPS else (of_type, "type")
-        threshold = fit_threshold(chosen["score"].to_numpy(float), method, percentile)
+        scores = np.maximum(chosen["score"].to_numpy(float), np.finfo(np.float64).eps)
+        threshold = fit_gamma(scores, percentile) if method == "gamma" else None
+        if threshold is None:
+            threshold = float(np.percentile(scores, percentile))
+            without_fit.append(f"{machine_type} {machine_id}")
         description = f"{len(chosen)} clips of the {source}"
         rows.append((machine_type, machine_id, threshold, description, len(of_machine)))
+    if without_fit and method == "gamma":
+        notice(
+            "no gamma distribution fits the scores of the held-out clips, so the threshold is "
+            f"their quantile: {', '.join(without_fit)}"
+        )
     columns = [*MACHINE_COLUMNS, "threshold", "held_out", "held_out_of_id"]
     return (
         pd.DataFrame(rows, columns=columns).astype({"threshold": float}).set_index(MACHINE_COLUMNS)
     )
 
 
-def fit_threshold(scores: np.ndarray, method: str, percentile: float) -> float:
-    """Return the percentile of a gamma distribution fitted to the scores ("gamma"), or of the
-    scores themselves ("quantile").
+def fit_gamma(scores: np.ndarray, percentile: float) -> float | None:
+    """Return the percentile of a gamma distribution fitted to scores above 0; None if none fits, as
+    to scores that are nearly equal.
 
     The fit is that of the DCASE baselines, except that the location is fixed at 0, since no score
-    is negative: with a free location the fit is worse and sometimes fails. If the scores differ by
-    at most 1e-4 of their mean, or the fit fails, the quantile is returned.
+    is negative: with a free location the fit is worse and sometimes fails.
     """
-    values = np.maximum(scores, np.finfo(np.float64).eps)
-    if method == "gamma" and np.ptp(values) > 1e-4 * values.mean():
-        import scipy.stats  # takes half a second
+    import scipy.stats  # takes half a second
 
-        shape, _, scale = scipy.stats.gamma.fit(values, floc=0)
-        threshold = float(scipy.stats.gamma.ppf(percentile / 100, shape, scale=scale))
-        if np.isfinite(threshold):
-            return threshold
-    return float(np.percentile(values, percentile))
+    if np.ptp(scores) <= 1e-4 * scores.mean():
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            shape, _, scale = scipy.stats.gamma.fit(scores, floc=0)
+            threshold = float(scipy.stats.gamma.ppf(percentile / 100, shape, scale=scale))
+    except (ValueError, ArithmeticError, RuntimeError):
+        return None
+    return threshold if np.isfinite(threshold) else None
 
 
 def explain_thresholds(thresholds: pd.DataFrame, machines: Sequence[Machine], path: Path) -> None:

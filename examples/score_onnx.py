@@ -2,67 +2,48 @@
 
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
-Requires onnxruntime, numpy and soundfile. Prints the same line as score.py, except for the last
-digit of the scores: file, machine, score, threshold, decision, and for a longer recording the
-window with the highest score. Without a machine ID, the ID with the lowest score is used. Unlike
-score.py, it does not resample and does not detect truncated WAV files.
+Prints the same line as score.py, except for the last digit of the scores: file, machine, score,
+threshold, decision, and for a longer recording the window with the highest score. Without a machine
+ID, the ID with the lowest score is used.
+
+Requires onnxruntime, numpy, soundfile and, for recordings at another sample rate than 16 kHz, soxr;
+and of this project audio.py, formats.py, names.py and errors.py, which may also lie beside this
+file. They read recordings as training does, and refuse the same ones.
 """
 
 import json
-import re
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audio import N_SAMPLES, Windows, check_recording, read_recording
+from errors import UserError
+from names import format_id
 
 
 def score_windows(
-    session: onnxruntime.InferenceSession, about: dict[str, str], recording: str
+    session: onnxruntime.InferenceSession, about: Mapping[str, str], recording: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score each window of a recording against each machine ID.
 
     `about` is the metadata of the model's file. Returns the seconds at which the windows start
-    `(windows,)` and the scores `(windows, machines)`.
+    `(windows,)` and the scores `(windows, machines)`. A notice says how samples are changed.
     """
-    rate, channel = int(about["sample_rate"]), int(about["channel"])
-    length = round(float(about["window"]) * rate)
-    hop = round(float(about["hop"]) * rate)
+    windows = Windows(float(about["hop"]), int(about["channel"]))
+    checked = check_recording(recording, windows)
+    for change in checked.changes:
+        print(f"notice: its samples {change}", file=sys.stderr)
     scores = []
-    with soundfile.SoundFile(recording) as file:
-        check_properties(file, rate, channel)
-        last = max(file.frames - length, 0)
-        starts = [*range(0, last, hop), last]
-        for start in starts:
-            file.seek(start)
-            samples = convert(file.read(length, always_2d=True)[:, channel], length)
-            scores.append(session.run(["scores"], {"samples": samples})[0][0].astype(float))
-    return np.array(starts) / rate, np.array(scores)
-
-
-def check_properties(file: soundfile.SoundFile, rate: int, channel: int) -> None:
-    """Raise `ValueError` if the model cannot score the recording."""
-    if file.samplerate != rate:
-        raise ValueError(
-            f"its sample rate is {file.samplerate} Hz, not {rate} Hz; convert it with sox IN.wav "
-            f"-r {rate} OUT.wav"
-        )
-    if file.frames == 0 or channel >= file.channels:
-        raise ValueError(
-            f"it has {file.frames} samples in {file.channels} channels, but channel {channel} is "
-            "needed; use another recording"
-        )
-
-
-def convert(samples: np.ndarray, length: int) -> np.ndarray:
-    """Round samples to 16 bits, as in training, and repeat a short recording up to the length.
-
-    Returns float32 `(1, length)`.
-    """
-    if not np.isfinite(samples).all():
-        raise ValueError("it contains NaN or infinite samples; use another recording")
-    rounded = np.clip(np.round(samples * 32768), -32768, 32767) / 32768
-    return np.resize(rounded, (1, length)).astype(np.float32)
+    samples = np.empty(N_SAMPLES, dtype=np.int16)
+    for start in checked.starts:
+        read_recording(recording, samples, start, windows.channel)
+        inputs = {"samples": samples[np.newaxis].astype(np.float32) / 32768}
+        scores.append(session.run(["scores"], inputs)[0][0].astype(float))
+    return np.array(checked.starts), np.array(scores)
 
 
 def format_time(seconds: float) -> str:
@@ -86,17 +67,15 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
     machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
-    if re.fullmatch("[0-9]{1,9}", machine_id):
-        machine_id = f"{int(machine_id):02d}"
     columns = []
     for column, (known_type, known_id) in enumerate(machines):
-        if known_type == machine_type and machine_id in ("", known_id):
+        if known_type == machine_type and format_id(machine_id) in ("", known_id):
             columns.append(column)
     if not columns:
         known = ", ".join(" ".join(machine) for machine in machines)
-        raise ValueError(f"{model} was not trained on this machine; use one of {known}")
+        raise UserError(f"{model} was not trained on this machine; use one of {known}")
 
-    starts, window_scores = score_windows(session, about, recording)
+    starts, window_scores = score_windows(session, about, Path(recording))
     rule = np.max if about["over_windows"] == "max" else np.mean
     scores = {column: rule(window_scores[:, column]) for column in columns}
     best = min(columns, key=lambda column: scores[column])
@@ -117,5 +96,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except Exception as error:  # also the exceptions of onnxruntime and soundfile
-        sys.exit(f"error: {' '.join(sys.argv[1:])}: {str(error) or repr(error)}")
+    except Exception as error:  # also the exceptions of onnxruntime
+        print(f"error: {sys.argv[2]}: {str(error) or repr(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-SAMPLE_RATE = 16_000  # Hz
-SECONDS = 10  # of a clip
-N_SAMPLES = SAMPLE_RATE * SECONDS
+from audio import N_SAMPLES, SAMPLE_RATE
+
 N_FFT = 2048  # samples; also the length of the window
 HOP_LENGTH = 512  # samples
 N_MELS = 128

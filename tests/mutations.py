@@ -27,6 +27,7 @@ from conftest import tone, write_clip, write_set
 NOBODY = 65534  # an ordinary user
 HEADER = 44  # bytes before the samples, in a WAV file with the chunks "fmt " and "data" alone
 NOT_A_CLIP = "passed over"  # its name is not that of a clip
+HIDDEN = "passed over without a word"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Spoilt:
 
     path: Path
     damage: str
-    # the samples that must be read; None: it must be refused; NOT_A_CLIP: it must be passed over
+    # the samples that must be read; None: it must be refused; NOT_A_CLIP, HIDDEN: it must be
+    # passed over
     expected: np.ndarray | str | None
 
 
@@ -73,16 +75,25 @@ def audio_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
 
 
 def data_size_too_large(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    excess = rng.choice([1, 2, 1000, 2**20, 2**31 - 400_000, 2**32 - 2 - len(content)])
+    excess = rng.choice([1, 2, 1000, 2**20, 2**31 - 2**19, 2**32 - 2**19])
     size = len(content) - HEADER + excess
     return content[:40] + struct.pack("<I", size) + content[44:], None
 
 
 def data_size_too_small(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
     """Looks like a shorter clip with something else behind it."""
-    size = rng.choice([0, 2, 1000, rng.randrange(0, len(content) - HEADER - 100)])
-    damaged = content[:40] + struct.pack("<I", size) + content[44:]
-    return damaged, samples[: size // 2] if size >= 2 else None
+    size = rng.choice([40, 1000, 1001, rng.randrange(40, len(content) - HEADER - 100)])
+    return content[:40] + struct.pack("<I", size) + content[44:], samples[: size // 2]
+
+
+def data_size_unknown(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """A recorder that lost its power leaves 0, a program that writes to a pipe a number near the
+    largest that 31 or 32 bits hold; the last sample may be incomplete.
+    """
+    size = rng.choice([0, 0x7FFF_F000, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFD0, 0xFFFF_FFFF])
+    lost = rng.choice([0, 1, 2, 999, len(samples)])
+    audio = content[HEADER : len(content) - lost]
+    return content[:40] + struct.pack("<I", size) + audio, samples[: len(audio) // 2]
 
 
 def riff_size_lies(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
@@ -113,6 +124,33 @@ def not_finite(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
     floats = samples.astype(np.float32) / 32768
     floats[rng.randrange(len(floats))] = rng.choice([np.nan, np.inf, -np.inf])
     return wav(floats, kind=3, bits=32), None
+
+
+def digital_silence(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """A microphone that is not connected, or whose converter has an offset."""
+    return wav(np.full_like(samples, rng.choice([0, 0, -8, 32767])), kind=1, bits=16), None
+
+
+def without_scaling(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """16-bit values that were saved as floating-point numbers."""
+    return wav(samples.astype(np.float32), kind=3, bits=32), None
+
+
+def tag_in_front(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    tag = b"ID3\3\0\0" + bytes([0, 0, 1, 4]) + rng.randbytes(132)
+    return tag + content, samples
+
+
+def tag_in_front_and_cut(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    whole, _ = tag_in_front(content, samples, rng)
+    return whole[: rng.randrange(len(whole) // 2, len(whole))], None
+
+
+def four_bytes_for_24_bits(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
+    """As `arecord -f S24_LE` writes them."""
+    made = bytearray(wav(samples.astype("<i4") << 8, kind=1, bits=32))
+    made[34:36] = struct.pack("<H", 24)
+    return bytes(made), None
 
 
 def empty(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
@@ -161,8 +199,13 @@ def other_encoding(content: bytes, samples: np.ndarray, rng: random.Random) -> M
 
 
 def fewer_samples(content: bytes, samples: np.ndarray, rng: random.Random) -> Made:
-    shorter = samples[: rng.randrange(1, len(samples))]
+    shorter = samples[: rng.randrange(20, len(samples))]
     return wav(shorter, kind=1, bits=16), shorter
+
+
+def without_length(content: bytes) -> bytes:
+    """Set the number of samples of a FLAC file to 0, as encoders do that write to a pipe."""
+    return content[:21] + bytes([content[21] & 0xF0, 0, 0, 0, 0]) + content[26:]
 
 
 def flac(path: Path, samples: np.ndarray) -> bytes:
@@ -171,15 +214,16 @@ def flac(path: Path, samples: np.ndarray) -> bytes:
 
 
 CONTENT: list[Callable[[bytes, np.ndarray, random.Random], Made]] = [
-    header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small, riff_size_lies,
-    format_size_lies, format_changed, chunk_name_changed, not_finite, empty, no_samples, noise,
-    zeros, header_alone, web_page, further_chunks, foreign_bytes_behind, other_encoding,
-    fewer_samples,
+    header_cut, start_lost, audio_cut, data_size_too_large, data_size_too_small,
+    data_size_unknown, riff_size_lies, format_size_lies, format_changed, chunk_name_changed,
+    not_finite, digital_silence, without_scaling, tag_in_front, tag_in_front_and_cut,
+    four_bytes_for_24_bits, empty, no_samples, noise, zeros, header_alone, web_page,
+    further_chunks, foreign_bytes_behind, other_encoding, fewer_samples,
 ]  # fmt: skip
 FILES = [
-    "flac named wav", "flac cut", "flac flipped", "ogg named wav", "folder", "link to nothing",
-    "link to itself", "pipe", "unreadable", "name not UTF-8", "line break in the name",
-    "wrong ending",
+    "flac named wav", "flac cut", "flac flipped", "flac without length", "flac with 20 bits",
+    "ogg named wav", "mp4 named wav", "folder", "link to nothing", "link to itself", "pipe",
+    "unreadable", "name not UTF-8", "line break in the name", "wrong ending", "hidden",
 ]  # fmt: skip
 DAMAGES = [*CONTENT, *FILES]
 
@@ -218,8 +262,17 @@ def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random)
         content = bytearray(flac(path, samples))
         content[rng.randrange(9000, len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
+    elif damage == "flac without length":
+        path.write_bytes(without_length(flac(path, samples)))
+        expected = samples
+    elif damage == "flac with 20 bits":
+        content = bytearray(flac(path, samples))
+        content[20:22] = content[20] | 1, content[21] & 0x0F | 0x30  # in STREAMINFO: less one
+        path.write_bytes(content)
     elif damage == "ogg named wav":
         soundfile.write(path, samples, 16_000, format="OGG")
+    elif damage == "mp4 named wav":
+        path.write_bytes(b"\0\0\0\x20ftypM4A " + rng.randbytes(5000))
     elif damage == "folder":
         path.unlink()
         path.mkdir()
@@ -239,6 +292,8 @@ def spoil_file(path: Path, damage: str, samples: np.ndarray, rng: random.Random)
     elif damage == "wrong ending":
         path = path.rename(path.with_suffix(rng.choice([".mp3", ".wav.part", ".wav~", ".txt", ""])))
         expected = NOT_A_CLIP
+    elif damage == "hidden":
+        path, expected = path.rename(path.with_name(f"._{path.name}")), HIDDEN
     return Spoilt(path, damage, expected)
 
 
@@ -279,7 +334,6 @@ each_damage_and_200 = pytest.mark.parametrize(
 BROKEN = {  # kind of damage: reason that is to be given
     "empty": "empty",
     "no samples": "empty",
-    "size 0": "empty|damaged",
     "cut in half": "truncated",
     "header only": "damaged|truncated",
     "no audio": "unreadable|damaged",
@@ -290,7 +344,12 @@ BROKEN = {  # kind of damage: reason that is to be given
     "ogg": "it is OGG",
     "absurd rate": "sample rate of 3 Hz",
     "folder": "unreadable: not a file",
-    "flac cut": "truncated|unreadable",
+    "flac cut": "truncated|damaged: libsndfile cannot decode it",
+    "silent": "silent: all samples of channel 0 are 0; record it again",
+    "not scaled": "beyond full scale: 1?[0-9]+% of its samples are, up to [0-9.]+, and full",
+    "24 bits in 4 bytes": "unreadable: 24 bits in four bytes per sample, as arecord -f S24_LE",
+    "mp4": r"it is MP4 \(such as M4A\), neither WAV nor FLAC; convert it to FLAC",
+    "mp3 in wav": "WAV with the codec MP3; convert it to FLAC",
     "big-endian, cut": "truncated",
     "float, cut": "truncated",
     "pipe": "unreadable: not a file",
@@ -306,8 +365,6 @@ def broken(kind: str, path: Path) -> None:
         path.write_bytes(b"")
     elif kind == "no samples":
         write_clip(path, np.zeros(0))
-    elif kind == "size 0":
-        path.write_bytes(content[:40] + bytes(4) + content[44:])
     elif kind == "cut in half":
         path.write_bytes(content[: len(content) // 2])
     elif kind == "header only":
@@ -345,6 +402,18 @@ def broken(kind: str, path: Path) -> None:
     elif kind == "float, cut":
         write_clip(path, tone(0, 2.0), subtype="FLOAT")
         path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "silent":
+        write_clip(path, np.zeros(32_000))
+    elif kind == "not scaled":
+        path.write_bytes(wav(np.float32(32768 * tone(0, 2.0)), kind=3, bits=32))
+    elif kind == "24 bits in 4 bytes":
+        made = bytearray(wav(np.arange(32_000, dtype="<i4"), kind=1, bits=32))
+        made[34] = 24
+        path.write_bytes(made)
+    elif kind == "mp4":
+        path.write_bytes(b"\0\0\0\x20ftypM4A " + content)
+    elif kind == "mp3 in wav":
+        path.write_bytes(wav(np.zeros(32_000, np.uint8), kind=0x55, bits=8))
     elif kind == "pipe":
         path.unlink()
         os.mkfifo(path)

@@ -15,9 +15,9 @@ from audio import Windows
 from checkpoint import Checkpoint, RunFiles, find_checkpoint, load_newest, lock_run
 from classes import Classes
 from config import KEYS, Config, load_config
+from errors import UserError
 from inference import build_network, load_model
 from model import HEAD_WEIGHTS
-from utils import UserError
 
 # ---- Writing ----
 
@@ -60,7 +60,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, fails):
             return os.system, (f"touch {tmp_path / 'harm'}",)
 
     torch.save({"model": Harm(), "config": {}}, tmp_path / "a.pth")
-    fails(lambda: Checkpoint.load(tmp_path / "a.pth"), match="a.pth: not a readable checkpoint")
+    fails(
+        lambda: Checkpoint.load(tmp_path / "a.pth"),
+        match="holds a Python object .*system.*, which could run code and is not read; save",
+    )
     assert not (tmp_path / "harm").exists()
 
 
@@ -96,7 +99,7 @@ def test_flipped_bytes_are_noticed(trained_copy):
     for offset in range(100):  # more than the padding between members of the archive
         content[len(content) // 2 + offset] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"run.pth: not a readable checkpoint .*damaged"):
+    with pytest.raises(UserError, match=r"run.pth: not a readable checkpoint: damaged"):
         Checkpoint.load(path)
 
 
@@ -222,7 +225,7 @@ def test_a_damaged_last_state_falls_back_to_the_best_weights(trained_copy, capsy
         files.last.write_bytes(whole)
     assert fallen_back > 8
     notice = (
-        f"{files.last}: not a readable checkpoint (another kind of file, or damaged); continuing "
+        f"{files.last}: not a readable checkpoint: damaged or cut short; copy it again; continuing "
         "from the best weights, of epoch 1"
     )
     assert capsys.readouterr().err.count(notice) == fallen_back

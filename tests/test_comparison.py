@@ -13,6 +13,7 @@ import scipy.stats
 from evaluated import make_recordings, make_result, read_csv
 
 from classes import Classes, MachineClass
+from errors import UserError
 from evaluation.comparison import (
     compare,
     difference,
@@ -23,7 +24,6 @@ from evaluation.comparison import (
 from evaluation.metrics import NO_DOMAINS, Metric, area, measure
 from evaluation.result import Result
 from recordings import COLUMNS
-from utils import UserError
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from config import (
     parse_command_line,
     read_yaml,
 )
+from errors import UserError
 from names import format_id
-from utils import OneLineParser, UserError
+from utils import OneLineParser
 
 
 def parse(*words: str):

@@ -15,10 +15,11 @@ from mutations import BROKEN, NOT_A_CLIP, broken, each_damage_and_200, spoilt_re
 
 import dataloader
 import train
+from audio import N_SAMPLES
 from dataloader import ClipSet, cut_into_batches, keep_on_gpu
-from model.tastgram import N_SAMPLES
+from errors import UserError
 from recordings import COLUMNS, MACHINE_COLUMNS, NAMES_SHOWN
-from utils import UserError, one_line
+from utils import one_line
 
 NAME = "normal_id_00_00000000.wav"
 CPU = torch.device("cpu")
@@ -84,6 +85,7 @@ def test_training_names_each_spoilt_recording_that_cannot_be_used(count, fails):
         names = sorted(one_line(one.path.name) for one in spoilt if one.expected is NOT_A_CLIP)
         assert all(name in errors for name in names[:NAMES_SHOWN])
         assert f"skipped {len(names)} files not named" in errors
+        assert "._normal" not in errors, "hidden files are passed over without a word"
 
 
 # ---- Batches ----

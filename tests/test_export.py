@@ -26,13 +26,13 @@ from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import Config, load_config
 from dataloader import ClipSet
+from errors import UserError
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
 from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
 from evaluation.scores import KINDS, Embeddings
 from inference import Model, build_network, load_model, run_model
 from model import CHANNELS, EMBEDDING_SIZE
-from utils import UserError
 
 ROOT = Path(export_script.__file__).parent
 SCORER = ROOT / "examples" / "score_onnx.py"
@@ -325,14 +325,8 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
 @pytest.mark.parametrize(
     ("samples", "rate", "words", "match"),
     [
-        (
-            tone(1, 1.0, rate=8000),
-            8000,
-            ["fan"],
-            r"its sample rate is 8000 Hz, not 16000 Hz; convert it with sox IN.wav -r 16000",
-        ),
-        (np.zeros(0), 16000, ["fan"], "it has 0 samples in 1 channels, but channel 0 is needed"),
-        (np.full(9, np.nan), 16000, ["fan"], "it contains NaN or infinite samples"),
+        (np.zeros(0), 16000, ["fan"], "empty: no samples"),
+        (np.full(9, np.nan), 16000, ["fan"], "not finite: it holds NaN or infinite samples"),
         (
             tone(1, 1.0),
             16000,
@@ -340,7 +334,7 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
             "was not trained on this machine; use one of fan 00, fan 02, valve 01",
         ),
     ],
-    ids=["8 kHz", "empty", "NaN", "machine"],
+    ids=["empty", "NaN", "machine"],
 )
 def test_what_the_example_cannot_score(samples, rate, words, match, exported, tmp_path):
     file = write_clip(tmp_path / "new.wav", samples, rate, "FLOAT")
@@ -348,18 +342,18 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
 
 
 def refuses(model: Path, file: Path, *words: str, match: str) -> None:
-    """Check that the example ends with one line that names both files."""
+    """Check that the example ends with one line that names the recording."""
     process = print_score(model, str(file), *words)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr.count("\n") == 1, process.stderr
-    assert re.fullmatch(f"error: {model} {file} .*: .*({match}).*\n", process.stderr)
+    assert re.fullmatch(f"error: {file}: .*({match}).*\n", process.stderr)
 
 
 def test_files_that_the_example_cannot_read(exported, tmp_path):
     file, text = write_clip(tmp_path / "new.wav", tone(1, 1.0)), tmp_path / "text.wav"
     text.write_text("no sound")
-    refuses(exported / "run.onnx", tmp_path / "none.wav", "fan", match="opening .*none.wav")
+    refuses(exported / "run.onnx", tmp_path / "none.wav", "fan", match="unreadable: not a file")
     refuses(exported / "run.onnx", text, "fan", match="Format not recognised")
     refuses(tmp_path / "none.onnx", file, "fan", match="File doesn't exist")
     refuses(exported / "traced.onnx", file, "fan", match="machines")
@@ -399,7 +393,7 @@ def test_a_full_disk(without_tracing, exported_copy, fails, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", fail)
     before = sorted(exported_copy.iterdir())
-    match = r"No space left on device: .*run.onnx"
+    match = r"run.onnx cannot be written: No space left on device; free some space"
     fails(export_script.main, exported_copy / "run.pth", match=match)
     assert sorted(exported_copy.iterdir()) == before
 

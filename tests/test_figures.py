@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from audio import Windows, check_recording
 from checkpoint import RunFiles, read_history
 from config import load_config
+from errors import UserError
 from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_samples
 from evaluation.result import Result, evaluate
 from inference import load_model
 from model import LogMel
 from recordings import MACHINE_COLUMNS
-from utils import UserError
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from ground_truth import read_label_list
 from names import ANOMALOUS, LABEL_LIST, NORMAL
-from utils import UserError
 
 PUBLISHED_LABELS = Path(__file__).with_name("data") / LABEL_LIST
 

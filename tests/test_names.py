@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import touch
 
+from errors import UserError
 from names import ANOMALOUS, NORMAL, SECTION_FORM, UNLABELLED, Recording, list_files, parse_path
-from utils import UserError
 
 
 @pytest.mark.parametrize(

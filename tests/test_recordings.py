@@ -9,9 +9,9 @@ from conftest import MACHINES, tone, touch, write_clip, write_set
 
 from classes import MachineClass
 from config import load_config
+from errors import UserError
 from names import ANOMALOUS, LABEL_LIST, NORMAL, UNLABELLED
 from recordings import COLUMNS, NAMES_SHOWN, find_classes, find_recordings
-from utils import UserError
 
 
 def listed(root: Path, machines, split: str, **keys) -> pd.DataFrame:
@@ -39,8 +39,7 @@ def test_find_clips(tmp_path, capsys):
     assert clips["path"][5] == root / "fan/train/normal_id_02_00000001.wav"
     errors = capsys.readouterr().err
     for notice in (
-        "skipped 2 files not named normal_id_XX_*.wav or .flac: "
-        "._normal_id_00_00000000.wav, notes.txt\n",
+        "skipped 1 file not named normal_id_XX_*.wav or .flac: notes.txt\n",
         "skipped 1 file whose machine ID is not in machines: normal_id_07_00000000.wav",
         "skipped 1 file named anomaly (training uses normal recordings only): "
         "anomaly_id_00_00000000.wav",

@@ -76,8 +76,11 @@ def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_pa
     fails(score_script.main, *words, match=message)
     fails(score_script.main, lively / "run.pth", good, match="required: --machine_type")
     (tmp_path / "empty").mkdir()
-    words = (lively / "run.pth", tmp_path / "empty", "--machine_type", "fan")
-    fails(score_script.main, *words, match="empty: no WAV or FLAC files in this folder")
+    status, output, errors = score(call, lively, tmp_path / "empty", good, *machine)
+    assert status == 2
+    lines = output.splitlines()
+    assert lines[0].split("\t")[:2] == [str(good), "fan 02"]
+    assert lines[1] == f"{tmp_path / 'empty'}\terror: no WAV or FLAC files in this folder"
 
 
 # ---- Recordings of any length ----

@@ -390,7 +390,7 @@ def test_the_same_clips_in_two_files(tmp_path, fails):
         eval_script.main,
         "--score_files",
         tmp_path,
-        match="fan_id_00.csv, line 1: normal_id_00_0.wav appears twice",
+        match="fan_id_00.csv, line 1: normal_id_00_0.wav is in anomaly_score_fan_id_0.csv too",
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from config import load_config
+from errors import UserError
 from recordings import find_classes, find_recordings
-from utils import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
 

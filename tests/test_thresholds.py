@@ -1,6 +1,7 @@
 """Thresholds from held-out scores, and the decisions they make."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from evaluation.thresholds import (
     count_decisions,
     decide,
     explain_thresholds,
-    fit_threshold,
+    fit_gamma,
     fit_thresholds,
 )
 from recordings import MACHINE_COLUMNS
@@ -21,8 +22,13 @@ from recordings import MACHINE_COLUMNS
 def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
     scores = scipy.stats.gamma.rvs(2.0, scale=3.0, size=5000, random_state=0)
     expected = scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0)
-    assert fit_threshold(scores, "gamma", 90) == pytest.approx(expected, rel=0.03)
-    assert fit_threshold(scores, "quantile", 95) == np.percentile(scores, 95)
+    assert fit_gamma(scores, 90) == pytest.approx(expected, rel=0.03)
+
+
+def held_out_of(scores: list[float]) -> pd.DataFrame:
+    """The scores of held-out clips of the machine fan 00."""
+    rows = [("fan", "00", score) for score in scores]
+    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "score"])
 
 
 @pytest.mark.parametrize(
@@ -30,8 +36,25 @@ def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
     [[0.0] * 30, [5.0 + 1e-7 * x for x in range(30)], [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10],
 )
 def test_thresholds_of_odd_scores_are_finite(scores):
-    assert np.isfinite(fit_threshold(np.array(scores), "gamma", 90))
-    assert fit_threshold(np.array(scores), "gamma", 90) >= 0
+    thresholds = fit_thresholds([("fan", "00")], held_out_of(scores), "gamma", 90)
+    assert np.isfinite(thresholds["threshold"].item())
+    assert thresholds["threshold"].item() >= 0
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-7, "a fit that fails"])
+def test_a_fit_that_fails_is_replaced_by_the_quantile_and_said(spread, capsys, monkeypatch):
+    scores = [2.0 + spread * x if isinstance(spread, float) else 2.0 + x for x in range(21)]
+    if not isinstance(spread, float):
+        error = ValueError("`f` must have different signs at the two ends of the bracket")
+        monkeypatch.setattr(scipy.stats.gamma, "fit", Mock(side_effect=error))
+    thresholds = fit_thresholds([("fan", "00")], held_out_of(scores), "gamma", 90)
+    assert thresholds["threshold"].item() == np.percentile(scores, 90)
+    notices = capsys.readouterr().err
+    assert notices.count("\n") == 1
+    assert "no gamma distribution fits the scores of the held-out clips" in notices
+    assert "so the threshold is their quantile: fan 00" in notices
+    fit_thresholds([("fan", "00")], held_out_of(scores), "quantile", 90)
+    assert capsys.readouterr().err == ""
 
 
 def test_few_held_out_clips_are_pooled_with_a_notice(capsys):

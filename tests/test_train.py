@@ -344,7 +344,7 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     status, _, errors = call(train.main, *arguments(trained_copy, data_root), "--resume")
     assert status == 0
     notice = (
-        "run.last.pth: not a readable checkpoint (another kind of file, or damaged); continuing "
+        "run.last.pth: not a readable checkpoint: damaged or cut short; copy it again; continuing "
         "from the"
     )
     assert notice in errors

@@ -16,6 +16,7 @@ from conftest import CLASSES, arguments, clips_in_memory, clips_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from audio import N_SAMPLES
 from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import load_config
@@ -23,7 +24,6 @@ from dataloader import ClipSet, keep_on_gpu
 from inference import run_network
 from losses import MODES, Mix
 from model import Outputs
-from model.tastgram import N_SAMPLES
 from sampling import Batch, draw_mix
 from trainer import Averages, Trainer
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from errors import UserError
 from utils import choose_precision, random_stream, replace_file, set_up_numerics, use_device
 
 
@@ -71,7 +72,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
             temporary.write_text("half of")
             raise OSError(28, os.strerror(28))
 
-    with pytest.raises(OSError, match="No space left"):
+    match = "a.txt cannot be written: No space left on device; free some space"
+    with pytest.raises(UserError, match=match):
         fill_the_disk()
     assert path.read_text() == "one"
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
