@@ -168,7 +168,7 @@ class Checkpoint:
                 plain values; such a pickle could run code.
         """
         if path.is_dir():
-            raise UserError(f"{path} is a folder; name a checkpoint, a file such as {path}.pth")
+            raise UserError(f"{path} is a folder; name a checkpoint, which is a file")
         if not path.exists():
             raise UserError(
                 f"{path}: no such checkpoint; train one with `python train.py` or name another"

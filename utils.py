@@ -7,6 +7,7 @@ import ctypes
 import difflib
 import errno
 import functools
+import getpass
 import glob
 import io
 import os
@@ -57,6 +58,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # File names may hold characters that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
+    provide_user_name()
     try:
         main()
         flush_output()
@@ -67,15 +69,27 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     distributed.end_process(0)
 
 
+def provide_user_name() -> None:
+    """Make a user name for PyTorch, which names folders of compiled code after it: in a container
+    the number of the user may have no name.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = "nobody"
+
+
 def flush_output() -> None:
     """Write what was printed. Raises `UserError` if that is not possible, as on a full disk."""
+    if sys.stdout is None:  # it was closed before the start
+        return
     try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
         discard_output()
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise UserError(f"standard output: {explain(error)}") from None
+        raise UserError(explain(error, "standard output")) from None
 
 
 def discard_output() -> None:
@@ -129,7 +143,9 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return explain(error)
+        # `replace_file` names files that cannot be written.
+        is_output = error.filename is None and error.errno == errno.ENOSPC
+        return explain(error, "standard output" if is_output else None)
     if isinstance(error, MemoryError):
         return "out of memory; lower batch_size"
     if isinstance(error, RuntimeError):
@@ -270,7 +286,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield temporary
         with temporary.open("r+b") as file:  # Windows needs it open for writing
             os.fsync(file.fileno())
@@ -282,6 +298,14 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may exist. Raises `OSError` if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(folder)) from None
 
 
 def remove_temporary(*paths: Path) -> None:
@@ -299,7 +323,7 @@ def lock(path: Path, timeout: float = -1) -> Iterator[None]:
         filelock.Timeout: If another process still holds it then.
         UserError: If its file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     held = filelock.FileLock(path, timeout, fallback_to_soft=False)
     try:
         held.acquire()
@@ -363,10 +387,10 @@ def remove_files(folder: Path, patterns: Sequence[str]) -> None:
 
 def check_writable(path: Path, remedy: str) -> None:
     """Raise `UserError`, ending with the remedy, if a file cannot be written at `path`."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; {remedy}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; {remedy}")
+        make_folder(path.parent)
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(b"a byte")
     except OSError as error:

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError
+from errors import UserError, explain
 from utils import OneLineParser, run_script
 
 RATE = 16000  # Hz
@@ -227,10 +227,13 @@ def list_clips(form: str, train: int, test: int) -> list[Clip]:
 
 
 def write_clip(clip: Clip, output: Path, seed: int) -> None:
-    samples = np.round(32767 * synthesize(clip, seed)).astype("<i2")
-    with wave.open(str(output / clip.name), "wb") as file:
-        file.setparams((1, 2, RATE, SAMPLES, "NONE", ""))
-        file.writeframes(samples.tobytes())
+    samples, path = np.round(32767 * synthesize(clip, seed)).astype("<i2"), output / clip.name
+    try:
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, RATE, SAMPLES, "NONE", ""))
+            file.writeframes(samples.tobytes())
+    except OSError as error:
+        raise UserError(explain(error, path)) from None
 
 
 def remove_clips(output: Path) -> None:

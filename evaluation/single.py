@@ -30,11 +30,10 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     files: list[Path] = []
     problems: dict[Path, str] = {}
     for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
         try:
-            inside = [x for x in list_folder(path) if x.suffix.lower() in (".wav", ".flac")]
+            inside = [path]
+            if path.is_dir():
+                inside = [x for x in list_folder(path) if x.suffix.lower() in (".wav", ".flac")]
         except OSError as error:
             problems[path] = give_reason(error)
             continue

@@ -1,14 +1,17 @@
 """Checkpoint files: writing, safe reading and finding them; locking and clearing a run."""
 
+import argparse
 import os
 import random
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
-from conftest import CLASSES, MACHINES, arguments, change_checkpoint
+from conftest import CLASSES, MACHINES, arguments, change_checkpoint, touch
 
 import train
 from audio import Windows
@@ -290,3 +293,115 @@ def test_clearing_removes_the_run_and_nothing_else(tmp_path):
     train.clear(files)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
     assert not files.results("evaluation").exists()
+
+
+# ---- Weights of other programs ----
+
+
+def save_as(names: Callable[[str], str], to: Path) -> dict[str, torch.Tensor]:
+    """Save weights under other names; return them under those of the network."""
+    weights = build_network(load_config(), CLASSES).state_dict()
+    torch.save({names(name): weight for name, weight in weights.items()}, to)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"model.net.{name}",
+        lambda name: name.replace("mobilefacenet.", "mobilefacenet._orig_mod."),
+    ],
+    ids=["parallel", "compiled", "both", "another program", "compiled in part"],
+)
+def test_names_of_weights_without_those_of_wrappers(tmp_path, names, capsys):
+    weights = save_as(names, tmp_path / "a.pth")
+    network = build_network(load_config(seed=1), CLASSES)
+    Checkpoint.load(tmp_path / "a.pth").fill(network)
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    notice = capsys.readouterr().err
+    assert notice.startswith(f"notice: {tmp_path / 'a.pth'}: names of weights without those of wr")
+    assert notice.count("\n") == 1
+
+
+def test_a_moving_average_of_the_weights(tmp_path):
+    weights = save_as(lambda name: f"module.{name}", tmp_path / "a.pth")
+    stored = torch.load(tmp_path / "a.pth") | {"n_averaged": torch.tensor(7)}
+    torch.save(stored, tmp_path / "a.pth")
+    network = build_network(load_config(seed=1), CLASSES)
+    Checkpoint.load(tmp_path / "a.pth").fill(network)
+    assert network.state_dict().keys() == weights.keys()
+
+
+def test_a_bare_state_dict_needs_no_notice(tmp_path, capsys):
+    save_as(str, tmp_path / "a.pth")
+    Checkpoint.load(tmp_path / "a.pth").fill(build_network(load_config(), CLASSES))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_weights_of_another_network(tmp_path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
+    checkpoint = Checkpoint.load(tmp_path / "a.pth")
+    message = "a.pth: the weights of another network: none of its 2 names .such as weight. is known"
+    with pytest.raises(UserError, match=message):
+        checkpoint.fill(build_network(load_config(), CLASSES))
+
+
+WEIGHTS = {"a.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"state_dict": WEIGHTS, "options": argparse.Namespace()},
+            r"it holds a Python object \(argparse.Namespace\), which could run code and is not read"
+            "; save the weights alone: torch.save",
+        ),
+        ({"best": np.float64(1), **WEIGHTS}, r"Python object \(numpy\._core\.multiarray\.scalar\)"),
+        (torch.nn.Linear(2, 2), r"Python object \(torch.nn.modules.linear.Linear\)"),
+        (
+            {"epoch": 3, "weights": WEIGHTS},
+            r"but it holds weights as 'weights'; save these alone: torch.save\(torch.load\('.*a.pt"
+            r"h'\)\['weights'\], 'weights.pth'\)",
+        ),
+        ([1, 2], "neither a checkpoint of this version nor a state dict of weights; name another"),
+    ],
+    ids=["object", "scalar", "network", "weights inside", "list"],
+)
+def test_what_else_a_file_may_hold(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"a.pth: .*{message}"):
+        Checkpoint.load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "an empty file; copy it again"),
+        (b"PK\x03\x04 and no more", "damaged or cut short; copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS; fetch the file"),
+        (b"<html>", "another kind of file, or damaged; name a file that train.py has written"),
+    ],
+)
+def test_files_that_torch_has_not_written(tmp_path, content, message):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.pth: not a readable checkpoint: {message}"):
+        Checkpoint.load(tmp_path / "a.pth")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a checkpoint, which is a file"):
+        Checkpoint.load(tmp_path)
+
+
+def test_a_run_removes_what_a_killed_one_has_left(tmp_path):
+    files = RunFiles(tmp_path / "run.pth")
+    left = [tmp_path / f".{file.name}.0123abcd.tmp" for file in (files.best, files.last)]
+    touch(*left, tmp_path / ".run.pth.keep")
+    with lock_run(files):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".run.lock", ".run.pth.keep"}

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from conftest import (
     change_checkpoint,
     copy_test_clips,
     remove_bank,
+    tone,
     train_in,
     write_clip,
     write_sections,
@@ -36,6 +39,9 @@ from evaluation.scores import Embeddings
 from inference import build_network, load_model, run_model, with_bank
 from losses import Objective
 from model import TASTgramMFN
+from utils import lock
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def evaluate(call, folder: Path, data_root: Path, *words: str):
@@ -621,3 +627,56 @@ def test_scores_that_are_not_finite(tmp_path, fails):
     torch.save(model.state_dict(), tmp_path / "run.pth")
     options = ("--data_root", root, "--machines", machines, "--device", "cpu")
     fails(eval_script.main, tmp_path / "run.pth", *options, match="4 of 4 scores are not finite")
+
+
+# ---- Several programs, and few recordings ----
+
+
+def test_an_evaluation_waits_while_another_one_writes(trained_copy, data_root):
+    held = lock(trained_copy / "run" / ".test.lock")
+    command = [sys.executable, ROOT / "eval.py", trained_copy / "run.pth", "--data_root", data_root]
+    with held:
+        process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(12)
+        assert not (trained_copy / "run" / "test" / "metrics.csv").exists()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (trained_copy / "run" / "test" / "metrics.csv").exists()
+
+
+@pytest.mark.slow
+def test_three_evaluations_at_once(trained_copy, data_root):
+    """All end well, and the files are those of one of them."""
+    command = [sys.executable, ROOT / "eval.py", trained_copy / "run.pth", "--data_root", data_root]
+    processes = [
+        subprocess.Popen(
+            [*command, "--scoring", kind, "--report"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for kind in ("published", "angle", "nearest")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    folder = trained_copy / "run" / "test"
+    about = json.loads((folder / "metrics.json").read_text())["about"]
+    assert f"{about['scoring']} score" in (folder / "report.html").read_text()
+    assert f"{about['scoring']} score" in (folder / "results.md").read_text()
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("condition", ["normal", "anomaly", "both"])
+@pytest.mark.parametrize("scoring", ["published", "angle"])
+def test_one_recording(trained_copy, tmp_path, call, condition, scoring):
+    """One machine type, one machine and one window, of one condition or of each."""
+    for name in ("normal", "anomaly") if condition == "both" else (condition,):
+        write_clip(tmp_path / f"data/fan/test/{name}_id_02_0.wav", tone(len(name), 10.0))
+    words = ("--scoring", scoring, "--report")
+    status, output, errors = evaluate(call, trained_copy, tmp_path / "data", *words)
+    assert status == 0, errors
+    assert "Warning" not in errors
+    assert f"{2 if condition == 'both' else 1} scores and metrics" in output
+    decisions = read_csv(trained_copy / "run" / "test" / "anomaly_score_fan_id_02.csv")
+    assert len(decisions) == (2 if condition == "both" else 1)

@@ -18,6 +18,7 @@ import pytest
 import reference
 import torch
 from conftest import clips_in_memory, make_lively, tone, write_clip
+from mutations import broken, without_length
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import export as export_script
@@ -357,6 +358,46 @@ def test_files_that_the_example_cannot_read(exported, tmp_path):
     refuses(exported / "run.onnx", text, "fan", match="Format not recognised")
     refuses(tmp_path / "none.onnx", file, "fan", match="File doesn't exist")
     refuses(exported / "traced.onnx", file, "fan", match="machines")
+
+
+@pytest.mark.parametrize("kind", ["silent", "24 bits in 4 bytes", "cut in half", "mp4"])
+def test_the_example_says_what_score_says(kind, exported, tmp_path, call):
+    """Both read recordings with the same code, and refuse the same ones with the same words."""
+    file = tmp_path / "new.wav"
+    broken(kind, file)
+    words = ("--machine_type", "fan")
+    status, expected, _ = call(score_script.main, exported / "run.pth", file, *words)
+    process = print_score(exported / "run.onnx", str(file), "fan")
+    assert (status, process.returncode) == (2, 2)
+    assert process.stderr == expected.replace(f"{file}\terror: ", f"error: {file}: ")
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac"])
+def test_the_example_reads_what_score_reads(ending, exported, tmp_path, call):
+    """A stereo recording at another sample rate, of which the writer did not know the length."""
+    file = tmp_path / f"new.{ending}"
+    samples = np.stack([tone(7, 12.0, rate=22_050), np.zeros(264_600)], axis=1)
+    write_clip(file, samples, rate=22_050, subtype="PCM_24")
+    content = file.read_bytes()
+    if ending == "flac":
+        file.write_bytes(without_length(content))
+    else:
+        size = content.index(b"data") + 4
+        file.write_bytes(content[:size] + b"\xff\xff\xff\xff" + content[size + 4 :])
+    words = ("--machine_type", "fan")
+    _, expected, notices = call(score_script.main, exported / "run.pth", file, *words)
+    process = print_score(exported / "run.onnx", str(file), "fan")
+    assert process.returncode == 0, process.stderr
+    assert rounded(process.stdout) == rounded(expected)
+    assert process.stderr.count("notice: its samples") == notices.count("of 1 recordings") == 4
+
+
+@pytest.mark.parametrize("machine_id", ["2", "02", "0000000002", "2.0", "two"])
+def test_the_example_takes_the_machine_ids_that_score_takes(machine_id, exported, tmp_path, call):
+    file = write_clip(tmp_path / "new.wav", tone(1, 1.0))
+    words = ("--machine_type", "fan", "--machine_id", machine_id)
+    status, _, _ = call(score_script.main, exported / "run.pth", file, *words)
+    assert print_score(exported / "run.onnx", str(file), "fan", machine_id).returncode == status
 
 
 # ---- What can go wrong ----

@@ -1,10 +1,14 @@
 """The figures of an evaluation and of a recording, read back from matplotlib's objects."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -13,17 +17,30 @@ import torch
 from conftest import clips_of, make_lively, tone, write_clip
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from audio import Windows, check_recording
 from checkpoint import RunFiles, read_history
 from config import load_config
 from errors import UserError
-from evaluation.figures import MAX_COLUMNS, draw_all, draw_angles, draw_timeline, read_samples
+from evaluation.figures import (
+    FONT,
+    MAX_COLUMNS,
+    draw_all,
+    draw_angles,
+    draw_timeline,
+    escape,
+    figure,
+    find_font,
+    letters_of,
+    read_samples,
+)
 from evaluation.result import Result, evaluate
 from inference import load_model
 from model import LogMel
 from recordings import MACHINE_COLUMNS
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -255,3 +272,69 @@ def test_a_timeline_without_a_threshold_has_no_decisions(timeline_row, tmp_path,
     assert [len(line.get_xdata()) for line in axis.lines] == [len(windows)] * 2
     assert [text.get_text() for text in written[0].legends[0].get_texts()] == ["worst window"]
     assert written[0].get_suptitle() == "a.wav: fan b, score 3.1"
+
+
+# ---- Text ----
+
+
+def draw_text(path: Path, label: str, title: str) -> Figure:
+    with figure(path, 3.5, 2.0) as drawn:
+        axis = drawn.subplots()
+        axis.plot([0, 1], label=escape(label))
+        axis.set_title(escape(title))
+        axis.legend()
+    return drawn
+
+
+def texts_of(drawn: Figure) -> dict[str, list[str]]:
+    """Return the fonts of each text of a figure."""
+    return {text.get_text(): text.get_fontfamily() for text in drawn.findobj(Text)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_spelt_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "evaluation.figures.find_font", lambda letter: FONT if letter < "\u0530" else None
+    )
+    texts = texts_of(draw_text(tmp_path / "a.png", "\u6a5f 1", "\udcff.wav \u00fc $5"))
+    assert texts[r"\u6a5f 1"] == [FONT]
+    assert r"\udcff.wav \u00fc \$5".replace(r"\u00fc", "\u00fc") in texts
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_another_font_has_are_drawn_with_it(tmp_path):
+    """STIXGeneral, which comes with matplotlib, has a letter that FONT lacks."""
+    letter = next(chr(number) for number in letters_of("STIXGeneral") if chr(number) not in known())
+    assert find_font("a") == FONT
+    assert find_font(letter) not in (FONT, None)
+    texts = texts_of(draw_text(tmp_path / "a.png", "a", f"a {letter}"))
+    assert texts["a"] == [FONT]
+    assert texts[f"a {letter}"] == [FONT, find_font(letter)]
+
+
+def known() -> set[str]:
+    return {chr(number) for number in letters_of(FONT)}
+
+
+def test_a_font_of_boxes_is_none():
+    assert find_font(chr(0x10FFFD)) is None
+
+
+def test_a_name_may_begin_with_an_underscore(tmp_path):
+    assert " _press" in texts_of(draw_text(tmp_path / "a.png", "_press", "_press"))
+
+
+def test_figures_need_no_backend_from_outside():
+    """Notebooks set one that may not be installed."""
+    environment = os.environ | {"MPLBACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
+    code = "import evaluation, matplotlib; print(matplotlib.get_backend())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("agg\n", "")
+
+
+def test_figures_do_not_depend_on_the_settings_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 30.0)
+    drawn = draw_text(tmp_path / "a.png", "a", "b")
+    assert {text.get_fontsize() for text in drawn.findobj(Text)} <= {7.0, 8.0}
+    assert matplotlib.rcParams["font.size"] == 30.0

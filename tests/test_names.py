@@ -143,3 +143,28 @@ def test_attributes_need_not_be_pairs_where_all_clips_have_as_many(tmp_path):
     ]
     touch(*(tmp_path / "pump/train" / f"section_{name}.wav" for name in names))
     assert len(list_files(tmp_path, ["pump"], "train")[1]) == 5
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    folder = tmp_path / "fan" / "train"
+    names = ["normal_id_00_1.wav", "._normal_id_00_1.wav", ".DS_Store", ".normal_id_00_2.wav"]
+    touch(*(folder / name for name in names))
+    _, recordings, others = list_files(tmp_path, ["fan"], "train")
+    assert [recording.path.name for recording in recordings] == ["normal_id_00_1.wav"]
+    assert others == []
+
+
+@pytest.mark.parametrize("other", ["normal_id_00_1.flac", "normal_id_00_1.WAV"])
+def test_a_recording_in_two_formats_is_an_error(tmp_path, other):
+    folder = tmp_path / "fan" / "train"
+    touch(folder / "normal_id_00_1.wav", folder / other, folder / "normal_id_00_2.flac")
+    message = f"{other}.* are the same recording in two formats; remove one of them"
+    with pytest.raises(UserError, match=message) as error:
+        list_files(tmp_path, ["fan"], "train")
+    assert "normal_id_00_1.wav" in str(error.value)
+
+
+def test_recordings_of_two_folders_may_have_the_same_name(tmp_path):
+    for split, ending in (("train", "wav"), ("test", "flac")):
+        touch(tmp_path / "fan" / split / f"normal_id_00_1.{ending}")
+    assert len(list_files(tmp_path, ["fan"], "train")[1]) == 1

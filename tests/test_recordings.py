@@ -327,3 +327,19 @@ def test_a_machine_without_recordings_has_a_class(tmp_path):
     config = load_config(data_root=str(tmp_path), machines=machines, classes="attributes")
     entries = find_classes(config).entries
     assert entries == (MachineClass("valve", "00", "pat_01"), MachineClass("valve", "01", ""))
+
+
+def test_machine_types_that_lie_too_deep_are_named(tmp_path, capsys):
+    root = write_set(tmp_path / "data")
+    shutil.move(root / "valve", tmp_path / "valve")
+    for folder in (root / "extra", root / ".hidden"):
+        folder.mkdir()
+        shutil.copytree(tmp_path / "valve", folder / "valve")
+    find_classes(load_config(data_root=str(root), machines="auto"))
+    notices = capsys.readouterr().err
+    assert f"{root}: passed over {root / 'extra' / 'valve'}, one folder too deep; move" in notices
+    assert ".hidden" not in notices
+    shutil.rmtree(root / "fan")
+    with pytest.raises(UserError, match="no machines found"):
+        find_classes(load_config(data_root=str(root), machines="auto"))
+    assert "one folder too deep" in capsys.readouterr().err

@@ -15,7 +15,9 @@ from test_eval import evaluate
 import eval as eval_script
 import score as score_script
 import train as train_script
+from audio import read_recording
 from checkpoint import Checkpoint, HeldOut
+from errors import UserError
 
 FAN = ("--machine_type", "fan", "--machine_id", "0")
 
@@ -254,3 +256,86 @@ def test_own_machines_from_recordings_to_a_decision(tmp_path, call, fails):
     )
     words = (tmp_path / "run.pth", "--data_root", root, "--channel", "2")
     fails(eval_script.main, *words, match=message)
+
+
+# ---- Files that are not as they seem ----
+
+
+def test_each_recording_has_its_line_where_reading_fails_after_the_check(
+    lively, tmp_path, call, monkeypatch
+):
+    """As if the recordings were on a disk whose connection is lost."""
+    good = write_clip(tmp_path / "a.wav", tone(5, 2.0))
+    bad = [write_clip(tmp_path / f"{name}.wav", tone(6, 22.0)) for name in "bc"]
+
+    def read(path: Path, *rest: object) -> None:
+        if path in bad:
+            raise UserError(f"{path}: unreadable: Input/output error; check the disk")
+        read_recording(path, *rest)
+
+    expected = score(call, lively, good, *FAN)[1]
+    monkeypatch.setattr("dataloader.read_recording", read)
+    status, output, errors = score(call, lively, bad[0], good, bad[1], *FAN)
+    assert status == 2
+    reason = "error: unreadable: Input/output error; check the disk\n"
+    assert output == f"{bad[0]}\t{reason}{expected}{bad[1]}\t{reason}"
+    assert "error: 2 of 3 recordings could not be scored" in errors
+    status, output, _ = score(call, lively, *bad, *FAN, "--json")
+    assert [row["error"] for row in json.loads(output)] == [reason.strip()[7:]] * 2
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_end_the_others(lively, tmp_path, call, monkeypatch):
+    paths = [write_clip(tmp_path / f"{name}.wav", tone(5, 2.0)) for name in "ab"]
+
+    def read(path: Path, *rest: object) -> None:
+        if path == paths[0]:
+            raise UserError(f"{path}: unreadable: Input/output error")
+        read_recording(path, *rest)
+
+    monkeypatch.setattr("evaluation.figures.read_recording", read)
+    status, output, errors = score(call, lively, *paths, *FAN, "--plots")
+    assert status == 2
+    assert output.count("fan 00") == 2
+    assert f"1 of 2 recordings could not be drawn: {paths[0]}: unreadable" in errors
+    drawn = [path.name for path in (lively / "run" / "timelines").iterdir()]
+    assert drawn == ["b.wav.png"]
+
+
+def test_hidden_files_of_a_folder_are_passed_over(lively, tmp_path, call):
+    write_clip(tmp_path / "folder" / "a.wav", tone(5, 2.0))
+    (tmp_path / "folder" / "._a.wav").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(16))
+    status, output, _ = score(call, lively, tmp_path / "folder", *FAN)
+    assert status == 0
+    assert output.count("\n") == 1
+
+
+def test_a_name_does_not_break_its_line(lively, tmp_path, call):
+    path = write_clip(tmp_path / "a\tb\n\x85.wav", tone(5, 2.0))
+    _, output, _ = score(call, lively, path, tmp_path / "c\td.wav", *FAN)
+    lines = output.splitlines()
+    assert lines[0].startswith(f"{tmp_path}/a\\tb\\n\\x85.wav\tfan 00\t")
+    assert lines[1] == f"{tmp_path}/c\\td.wav\terror: unreadable: not a file"
+
+
+def test_a_folder_that_cannot_be_read(lively, tmp_path, call, monkeypatch):
+    good = write_clip(tmp_path / "a.wav", tone(5, 2.0))
+    folder = tmp_path / "locked"
+    folder.mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    status, output, _ = score(call, lively, folder, good, *FAN)
+    assert status == 2
+    assert output.splitlines()[1].startswith(f"{folder}\terror: Permission denied; change its perm")
+
+
+def test_samples_that_are_clipped_are_counted(lively, tmp_path, call):
+    paths = []
+    for number in range(3):
+        samples = tone(number, 2.0)
+        samples[:number] = 2.0
+        paths.append(write_clip(tmp_path / f"{number}.wav", samples, subtype="FLOAT"))
+    _, _, errors = score(call, lively, *paths, *FAN)
+    assert "notice: 2 of 3 recordings exceed full scale: 3 samples are clipped\n" in errors

@@ -7,12 +7,15 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import count_first_pairs, count_pairs
 
 import eval as eval_script
 from evaluation.metrics import OFFICIAL, RULE_2022, Row, combine_harmonically
+from evaluation.score_files import read_score_files
 from names import AVERAGE
+from utils import write_csv
 
 Scores = dict[str, float]  # by the name of the clip
 EPSILON = Fraction(1, 2**52)  # the spacing of floating-point numbers at 1
@@ -452,3 +455,46 @@ def test_score_files_stand_alone(tmp_path, fails):
         tmp_path,
         match="checkpoint has no effect with --score_files",
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DCASE2023T2ToyDrone_section_00_test_seed13711_id(0_)_Eval",
+        "DCASE2024T2ToyDrone_section_00_test_seed13711_id(0_)",
+        "ToyDrone_section_00_test_seed1tag_Eval",
+        "ToyDrone_section_00_test_seed1",
+    ],
+)
+def test_the_names_of_the_organisers_baseline(tmp_path, name, call):
+    scores = {}
+    for number, condition in enumerate(("normal", "anomaly", "normal", "anomaly")):
+        scores[f"section_00_source_test_{condition}_{number:04d}_a_1.wav"] = float(number)
+    write_scores(tmp_path, name, scores)
+    status, _, errors = call(eval_script.main, "--score_files", tmp_path)
+    assert status == 0, errors
+    table = pd.read_csv(tmp_path / "metrics" / "metrics.csv")
+    assert set(table["machine_type"]) == {"ToyDrone", "average"}
+    assert table["AUC"][0] == 0.75
+
+
+def test_a_machine_type_may_begin_with_the_name_of_the_challenge(tmp_path):
+    write_scores(tmp_path, "DCASE2023T2fan_section_00_test", {"section_00_0000.wav": 1.0})
+    (recording,) = read_score_files(tmp_path)
+    assert recording.machine_type == "DCASE2023T2fan"
+
+
+def test_the_files_of_two_seeds_are_an_error(tmp_path, fails):
+    for seed in (1, 2):
+        name = f"DCASE2023T2fan_section_00_test_seed{seed}_Eval"
+        write_scores(tmp_path, name, {"section_00_0000.wav": 1.0})
+    match = "seed2_Eval.csv, line 1: section_00_0000.wav is in .*seed1_Eval.csv too; keep the fil"
+    fails(eval_script.main, "--score_files", tmp_path, match=match)
+
+
+@pytest.mark.parametrize("letter", ["\x0b", "\x1c", "\x85", "\u2028", '"', "'", ",", "="])
+def test_names_may_hold_any_letter(tmp_path, letter):
+    name = f"normal_id_00_{letter}1.wav"
+    table = pd.DataFrame({"file": [name, "normal_id_00_2.wav"], "score": [1.0, 2.0]})
+    write_csv(tmp_path / "anomaly_score_fan_id_00.csv", table, header=False)
+    assert [x.path.name for x in read_score_files(tmp_path)] == [name, "normal_id_00_2.wav"]

@@ -22,7 +22,9 @@ from evaluation.metrics import NO_DOMAINS, RULE_2022, Metric, area, measure
 from evaluation.result import Result
 from evaluation.tables import (
     PUBLISHED_IDS,
+    escape_markdown,
     format_table,
+    markdown_row,
     markdown_table,
     published_rows,
     write_per_machine,
@@ -235,3 +237,23 @@ def test_file_names_with_commas_are_quoted(tmp_path):
     write_per_machine(tmp_path, "anomaly_score", recordings, "score")
     (path,) = tmp_path.iterdir()
     assert read_csv(path) == [['normal_id_00_a,"b".wav', "1.5"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        ("noisy_arcmix", "noisy_arcmix"),
+        ("check_points/a_1.pth", "check_points/a_1.pth"),
+        ("91.20 (88.15 to 93.80)", "91.20 (88.15 to 93.80)"),
+        ("a|b", r"a\|b"),
+        ("_press_", r"\_press\_"),
+        ("**press**", r"\*\*press\*\*"),
+        ("<b>press</b>", r"\<b\>press\</b\>"),
+        ("[press](x)", r"\[press\](x)"),
+        ("`press`", r"\`press\`"),
+        ("a\\b", r"a\\b"),
+    ],
+)
+def test_names_are_escaped_in_markdown(name, escaped):
+    assert escape_markdown(name) == escaped
+    assert markdown_row(name, [name]) == f"| {escaped} | {escaped} |"

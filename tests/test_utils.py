@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+import distributed
 from errors import UserError
 from utils import choose_precision, random_stream, replace_file, set_up_numerics, use_device
 
@@ -77,3 +78,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         fill_the_disk()
     assert path.read_text() == "one"
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_variable_that_is_empty_counts_as_not_set(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    assert distributed.planned_processes() == 1
+    assert distributed.local_rank() == 0
+    assert not distributed.is_started_by_torchrun()
+    assert use_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "")
+    assert distributed.attempt_store() is None
