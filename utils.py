@@ -1,4 +1,4 @@
-"""Errors and exit status, random numbers, device and precision, atomic writing of files."""
+"""Exit status, random numbers, device and precision, atomic writing of files."""
 
 import argparse
 import contextlib
