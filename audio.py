@@ -64,7 +64,7 @@ def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> CheckedRecor
             the channel, is silent, or holds samples that are not finite or too often beyond full
             scale.
     """
-    with open_audio(path) as audio:
+    with open_audio(path) as audio, np.errstate(over="ignore", invalid="ignore"):
         check_properties(audio, windows.channel)
         content = scan(audio, windows)
         n_frames = content.n_frames if audio.n_frames is None else audio.n_frames
@@ -81,7 +81,7 @@ def read_recording(path: Path, out: np.ndarray, start: float = 0.0, channel: int
             become too short for the window.
     """
     try:
-        with open_audio(path) as audio:
+        with open_audio(path) as audio, np.errstate(over="ignore", invalid="ignore"):
             check_properties(audio, channel)
             decode(audio, out, start, channel)
     except UserError as error:

@@ -187,7 +187,7 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
     skip_tags(file)
     riff = file.read(12)
     byte_order = {b"RIFF": "<", b"RIFX": ">"}.get(riff[:4])
-    if byte_order is None:
+    if byte_order is None or riff[8:] != b"WAVE":
         return None
     form = None
     while len(header := file.read(8)) == 8:
@@ -235,7 +235,7 @@ def parse_format(chunk: bytes, byte_order: str) -> Format | None:
             f"convert this file with `tail -c +45 IN.wav | sox -t raw -r {form.rate} -e signed "
             f"-b 32 -c {form.channels} - -b 24 OUT.flac vol 256`"
         )
-    has_frame_size = form.frame_size == form.channels * ((form.bits + 7) // 8)
+    has_frame_size = form.frame_size == form.channels * ((form.bits + 7) // 8) > 0
     if not has_frame_size or form.bytes_per_second != form.rate * form.frame_size:
         raise UserError(
             f"damaged: the header contradicts itself ({form.rate} Hz, {form.channels} channels of "
@@ -289,10 +289,11 @@ UNKNOWN_LENGTH = 2**63 - 1  # its number of samples of a FLAC file that was writ
 STEP = 4096  # frames; how many are read at once of a file of unknown length
 MPEG = (0x50, 0x55)  # its estimates of the number of samples may be too low
 CODECS = {
-    0x02: "Microsoft ADPCM", 0x06: "A-law", 0x07: "mu-law", 0x11: "IMA ADPCM",
-    0x20: "Yamaha ADPCM", 0x31: "GSM 6.10", 0x40: "G.721", 0x45: "G.726", 0x50: "MPEG audio",
-    0x55: "MP3", 0x64: "G.726", 0xFF: "AAC", 0x160: "WMA", 0x161: "WMA", 0x162: "WMA",
-    0x163: "WMA", 0x2000: "AC-3", 0x566F: "Vorbis", 0x674F: "Vorbis", 0xF1AC: "FLAC",
+    PCM: "PCM", 0x02: "Microsoft ADPCM", FLOAT: "float", 0x06: "A-law", 0x07: "mu-law",
+    0x11: "IMA ADPCM", 0x20: "Yamaha ADPCM", 0x31: "GSM 6.10", 0x40: "G.721", 0x45: "G.726",
+    0x50: "MPEG audio", 0x55: "MP3", 0x64: "G.726", 0xFF: "AAC", 0x160: "WMA", 0x161: "WMA",
+    0x162: "WMA", 0x163: "WMA", 0x2000: "AC-3", 0x566F: "Vorbis", 0x674F: "Vorbis",
+    0xF1AC: "FLAC",
 }  # fmt: skip
 # Formats that it does not know, by the first bytes of a file; a full stop is any byte
 SIGNATURES = {
@@ -387,6 +388,8 @@ def open_decoder(path: Path, file: BinaryIO, header: WavHeader | None) -> Decode
 
 def name_codec(form: Format) -> str:
     codec = CODECS.get(form.encoding, f"number 0x{form.encoding:04X}")
+    if form.encoding in (PCM, FLOAT):
+        codec = f"{codec} of {form.bits} bits"
     return f"unreadable: WAV with the codec {codec}; convert it to FLAC"
 
 

@@ -238,12 +238,32 @@ def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path):
         b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(99): "it is WMA, .*; convert it to FLAC",
         wav(np.zeros(99, np.uint8), kind=0x161, bits=8): "WAV with the codec WMA; convert it to FL",
         wav(np.zeros(99, np.uint8), kind=0x999, bits=8): "codec number 0x0999; convert it to FLAC",
+        wav(np.zeros(99, "<i8"), kind=1, bits=64): "WAV with the codec PCM of 64 bits; convert it",
         b"version https://git-lfs.github.com/spec/v1\n": "a pointer of Git LFS; fetch the recordi",
         b"nothing that is known": "neither WAV nor FLAC, or damaged: .*; convert it to FLAC",
     }
     for file_content, match in cases.items():
         path.write_bytes(file_content)
         refuses(path, f"unreadable: .*{match}")
+
+
+@pytest.mark.filterwarnings("error")
+def test_samples_of_any_size(tmp_path):
+    """The largest numbers, and those that signal that they are none."""
+    path = tmp_path / "a.wav"
+    for value in (1.7e308, -1e305, np.nan):
+        path.write_bytes(wav(np.full(99, value), kind=3, bits=64))
+        refuses(path, "not finite: it holds NaN or infinite samples")
+    path.write_bytes(wav(np.full(99, 0x7F800001, "<u4"), kind=3, bits=32))
+    refuses(path, "not finite: it holds NaN or infinite samples")
+
+
+def test_no_channels(tmp_path):
+    content = bytearray(wav(np.zeros(99, "<i2"), kind=1, bits=16))
+    content[22:24] = content[32:34] = bytes(2)
+    content[28:32] = bytes(4)
+    (tmp_path / "a.wav").write_bytes(content)
+    refuses(tmp_path / "a.wav", "damaged: the header contradicts itself .*, 0 channels")
 
 
 def test_too_many_open_files(tmp_path, monkeypatch):
