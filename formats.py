@@ -372,8 +372,10 @@ def open_decoder(path: Path, file: BinaryIO, header: WavHeader | None) -> Decode
     """
     if header and header.format.encoding in MPEG:
         raise UserError(name_codec(header.format))
+    # soundfile opens any name as bytes or, on Windows, as text.
+    name = str(path) if os.name == "nt" else os.fsencode(path)
     try:
-        decoder = Decoder(os.fsencode(path))
+        decoder = Decoder(name)
     except soundfile.SoundFileError as error:
         raise UserError(explain_unreadable(file, header, error)) from None
     if decoder.format in ("WAV", "WAVEX", "FLAC"):
