@@ -64,7 +64,7 @@ def lock_run(files: RunFiles) -> Iterator[None]:
     def acquire() -> None:
         check_writable(files.best, "choose another file with --save_path")
         try:
-            held.enter_context(lock(files.lock, timeout=0))
+            held.enter_context(lock(files.lock))
         except filelock.Timeout:
             raise UserError(
                 f"{files.best}: another process is training this run; wait until it ends, or "

@@ -98,7 +98,8 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     clips = load_clips(config, model.classes, split, windows)
     results = evaluate(model, clips, config, split, kinds, device)
     chosen = results[kinds.index(config.scoring)]
-    with lock(folder.with_name(f".{split}.lock")):  # of several evaluations, the last one stays
+    # Of several evaluations at once, the files of the last one stay.
+    with lock(folder.with_name(f".{split}.lock"), waits=True):
         write_result(chosen, folder)
         if options.plots or options.report:
             draw(chosen, folder, options.report)
@@ -126,7 +127,7 @@ def compare_all(config: Config, results: list[Result], output: Path, options: Na
 
         figure = "angles.png"
         chosen = {name: runs for name, runs in groups.items() if runs[0].kind == config.scoring}
-    with lock(output / ".comparison.lock"):
+    with lock(output / ".comparison.lock", waits=True):
         if figure:
             draw_angles(chosen, output / figure)
         compare(groups, output, figure)

@@ -271,6 +271,7 @@ def versions() -> dict[str, str]:
 
 # ---- Writing of files ----
 
+SHORT_WAIT = 3  # seconds for which waiting needs no notice
 # Errors of disks, mostly in networks, that have no file locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -315,18 +316,23 @@ def remove_temporary(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock, of which `path` is the file, for at most one process at a time; wait up to
-    `timeout` seconds for it (-1: without a limit).
+def lock(path: Path, waits: bool = False) -> Iterator[None]:
+    """Hold a lock, of which `path` is the file, for at most one process at a time. If another one
+    holds it, wait for it, or raise `filelock.Timeout`.
 
     Raises:
-        filelock.Timeout: If another process still holds it then.
         UserError: If its file cannot be written.
     """
     make_folder(path.parent)
-    held = filelock.FileLock(path, timeout, fallback_to_soft=False)
+    held = filelock.FileLock(path, fallback_to_soft=False)
     try:
-        held.acquire()
+        try:
+            held.acquire(timeout=SHORT_WAIT if waits else 0)
+        except filelock.Timeout:
+            if not waits:
+                raise
+            notice(f"{path.parent}: waiting for another program that writes there")
+            held.acquire()
     except filelock.Timeout:  # a kind of OSError
         raise
     except OSError as error:

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     session = make_session()
     try:
-        with lock(downloads / ".lock", timeout=0):
+        with lock(downloads / ".lock"):
             for item in missing:
                 shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
             check_space(missing, output)
