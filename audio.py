@@ -135,9 +135,9 @@ def scan(audio: Audio, windows: Windows) -> Content:
     n_frames = n_clipped = 0
     lowest, highest = np.full(audio.channels, np.inf), np.full(audio.channels, -np.inf)
     for block in audio.read_blocks(count, FIRST_BLOCK if audio.is_checked else BLOCK_SIZE):
-        samples = scale(block)
-        if not np.isfinite(samples[:, channel]).all():
+        if not np.isfinite(block[:, channel]).all():
             raise UserError("not finite: it holds NaN or infinite samples")
+        samples = scale(block)
         lowest = np.minimum(lowest, samples.min(axis=0))
         highest = np.maximum(highest, samples.max(axis=0))
         if audio.is_checked and lowest[channel] < highest[channel]:
@@ -146,8 +146,6 @@ def scan(audio: Audio, windows: Windows) -> Content:
         if not audio.is_int16:
             n_clipped += int((np.abs(samples[:, channel]) > FULL_SCALE).sum())
     check_length(audio, n_frames, count)
-    has_more = count is not None and (audio.n_frames or n_frames) > count
-    check_range(lowest, highest, channel, has_more)
     if n_clipped > MOST_CLIPPED * n_frames:
         peak = max(-lowest[channel], highest[channel]) / FULL_SCALE
         raise UserError(
@@ -155,6 +153,8 @@ def scan(audio: Audio, windows: Windows) -> Content:
             "and full scale is 1; divide the samples by the largest value of their scale (32768 "
             "for 16 bits)"
         )
+    has_more = count is not None and (audio.n_frames or n_frames) > count
+    check_range(lowest, highest, channel, has_more)
     return Content(n_frames, n_clipped)
 
 
@@ -187,7 +187,9 @@ def check_range(
         remedy = "record it again"
     value = int(lowest[channel])
     seconds = f" in the first {SECONDS} s" if has_more else ""
-    raise UserError(f"silent: all samples of channel {channel}{seconds} are {value}; {remedy}")
+    raise UserError(
+        f"silent: all samples of channel {channel}{seconds} are {value} at 16 bits; {remedy}"
+    )
 
 
 def list_changes(audio: Audio, windows: Windows, n_frames: int) -> list[str]:
@@ -205,6 +207,8 @@ def list_changes(audio: Audio, windows: Windows, n_frames: int) -> list[str]:
         changes.append("are rounded to 16 bits")
     if not audio.states_length:
         changes.append("do not state their exact length, and are read to their end")
+    if audio.has_excess:
+        changes.append("go on behind the length that their header states, where they are not read")
     if n_frames < SECONDS * rate:
         changes.append(f"are shorter than {SECONDS} s and are repeated")
     longest = SECONDS + TOLERATED_SECONDS
@@ -258,6 +262,7 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
     if samples.dtype == np.int16:
         samples = samples / FULL_SCALE
+    samples = np.clip(samples, -1.0, 1.0)  # or a peak beyond would spread to the samples around it
     result = np.zeros(math.ceil(len(samples) * (SAMPLE_RATE / rate)))
     resampled = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")[: len(result)]
     result[: len(resampled)] = resampled

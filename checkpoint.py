@@ -25,6 +25,7 @@ from utils import check_writable, lock, notice, remove_temporary, replace_file
 RESTART = "start again with --overwrite"
 # What wrappers of PyTorch put into the names of weights: for several processes, for compiled code
 WRAPPERS = ("module", "_orig_mod")
+AVERAGED = "n_averaged"  # beside the weights of AveragedModel
 SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 
 # ---- The files ----
@@ -62,6 +63,11 @@ def lock_run(files: RunFiles) -> Iterator[None]:
     held = contextlib.ExitStack()
 
     def acquire() -> None:
+        if files.best.name.endswith(".last.pth"):
+            raise UserError(
+                f"{files.best}: names that end in .last.pth are those of the last states of runs; "
+                "choose another file with --save_path"
+            )
         check_writable(files.best, "choose another file with --save_path")
         try:
             held.enter_context(lock(files.lock))
@@ -198,31 +204,38 @@ class Checkpoint:
                     f"the file and {in_network} in the model"
                 )
             weights[name] = stored[name]
-        network.load_state_dict(weights)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError:
+            raise UserError(
+                f"{self.path}: weights of a kind that cannot be copied (quantised, sparse, or "
+                "without values); save them as ordinary tensors"
+            ) from None
 
     def _name_weights(self, known: Collection[str]) -> dict[str, Tensor]:
         """Return the weights with names as in `known`, those of a network: without what wrappers of
-        a network (such as DistributedDataParallel) put in front. A notice says what is taken off.
+        a network (such as DistributedDataParallel) and other programs put in front. A notice says
+        so.
 
         Raises:
             UserError: If no name is known.
         """
         stored = {}
         for name, weight in self.weights.items():
-            if name != "n_averaged":  # of AveragedModel
+            if name != AVERAGED:
                 parts = [part for part in name.split(".") if part not in WRAPPERS]
                 stored[".".join(parts)] = weight
-        first = next(iter(stored))
+        first = next(iter(stored), "")
         dots = [number for number, character in enumerate(first) if character == "."]
         for end in (0, *(dot + 1 for dot in dots)):
             prefix = first[:end]
             named = {name.removeprefix(prefix): weight for name, weight in stored.items()}
             if not named.keys().isdisjoint(known):
-                if named.keys() != self.weights.keys():
-                    notice(
-                        f"{self.path}: names of weights without those of wrappers: "
-                        f"{next(iter(self.weights))} is {next(iter(named))}"
-                    )
+                before = [name for name in self.weights if name != AVERAGED]
+                pairs = zip(before, named, strict=False)
+                changed = [f"{old} is read as {new}" for old, new in pairs if old != new]
+                if changed:
+                    notice(f"{self.path}: names of weights without prefixes: {changed[0]}")
                 return named
         raise UserError(
             f"{self.path}: the weights of another network: none of its {len(stored)} names (such "
@@ -314,7 +327,7 @@ def explain_unreadable(path: Path, error: Exception) -> str:
         return "an empty file; copy it again"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS; fetch the file with `git lfs pull`"
-    if start.startswith(b"PK"):
+    if start.startswith(b"PK") and (isinstance(error, ValueError) or not zipfile.is_zipfile(path)):
         return "damaged or cut short; copy it again"
     return "another kind of file, or damaged; name a file that train.py has written"
 

@@ -32,6 +32,7 @@ class Audio:
         channels: The number of channels.
         n_frames: The number of samples of each channel; None where only decoding shows it.
         states_length: Whether the header states this number.
+        has_excess: Whether what seems to be more sound follows these samples.
         is_int16: Whether the samples have 16 bits.
         is_checked: Whether header and size show that all samples can be read and are finite.
     """
@@ -40,6 +41,7 @@ class Audio:
     channels: int
     n_frames: int | None
     states_length: bool
+    has_excess: bool = False
     is_int16: bool
     is_checked: bool
 
@@ -132,6 +134,7 @@ class WavHeader(NamedTuple):
     start: int  # of the audio, in bytes
     size: int  # of the audio, in bytes
     states_size: bool
+    has_excess: bool  # whether more than a second follows that is no further chunk
 
 
 class Wav(Audio):
@@ -141,7 +144,7 @@ class Wav(Audio):
         self.file, self.format, self.byte_order = file, header.format, header.byte_order
         self.rate, self.channels = header.format.rate, header.format.channels
         self.n_frames = self.n_left = header.size // header.format.frame_size
-        self.states_length = header.states_size
+        self.states_length, self.has_excess = header.states_size, header.has_excess
         self.is_int16 = header.format.dtype == "i2"
         self.is_checked = header.format.encoding == PCM
         file.seek(header.start)
@@ -197,7 +200,10 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
             form = parse_format(file.read(min(stated, 40)), byte_order)
         elif name == b"data" and form:
             size = find_audio_size(file, start, stated, byte_order)
-            return WavHeader(form, byte_order, start, size, size == stated)
+            rest = start + size + size % 2
+            is_long = end - rest > form.bytes_per_second
+            has_excess = is_long and not has_chunks(file, rest, byte_order)
+            return WavHeader(form, byte_order, start, size, size == stated, has_excess)
         file.seek(start + stated + stated % 2)  # chunks are padded to even lengths
     raise UserError("damaged: no audio follows its header; replace it")
 
@@ -286,7 +292,8 @@ def has_chunks(file: BinaryIO, start: int, byte_order: str) -> bool:
 # Encodings of which it counts the samples; of others it estimates their number
 COUNTED = ("PCM_S8", "PCM_16", "PCM_24", "ALAW", "ULAW")
 UNKNOWN_LENGTH = 2**63 - 1  # its number of samples of a FLAC file that was written to a pipe
-STEP = 4096  # frames; how many are read at once of a file of unknown length
+# Frames that are read at once of a file of unknown length; encoders have blocks of multiples of it.
+STEP = 128
 MPEG = (0x50, 0x55)  # its estimates of the number of samples may be too low
 CODECS = {
     PCM: "PCM", 0x02: "Microsoft ADPCM", FLOAT: "float", 0x06: "A-law", 0x07: "mu-law",
@@ -379,6 +386,8 @@ def open_decoder(path: Path, file: BinaryIO, header: WavHeader | None) -> Decode
     except soundfile.SoundFileError as error:
         raise UserError(explain_unreadable(file, header, error)) from None
     if decoder.format in ("WAV", "WAVEX", "FLAC"):
+        if header and header.size and decoder.frames == 0:  # the header states a length of 0
+            raise UserError(name_codec(header.format))
         if decoder.is_counted:
             return decoder
         decoder.close()
@@ -418,4 +427,7 @@ def explain_unreadable(
     for signature, name in SIGNATURES.items():
         if re.match(re.escape(signature).replace(rb"\.", b"."), start, re.DOTALL):
             return f"unreadable: it is {name}, neither WAV nor FLAC; convert it to FLAC"
-    return f"unreadable: neither WAV nor FLAC, or damaged: {name_reason(error)}; convert it to FLAC"
+    return (
+        f"unreadable: neither WAV nor FLAC, or damaged: {name_reason(error)}; replace it, or "
+        "convert it to FLAC"
+    )

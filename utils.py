@@ -375,7 +375,9 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
         rows = list(csv.reader(io.StringIO(text, newline="")))
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except OSError as error:
+        raise UserError(explain(error, path)) from None
+    except (UnicodeDecodeError, csv.Error):
         raise UserError(
             f"{path}: not a list of labels or scores; remove it, or replace it with the right one"
         ) from None

@@ -15,6 +15,7 @@ from evaluation.result import Result
 from evaluation.tables import (
     Column,
     columns_of,
+    escape_markdown,
     in_words,
     markdown_header,
     markdown_row,
@@ -134,7 +135,8 @@ def compare(groups: Groups, folder: Path, figure: str = "") -> None:
         comparison_table(groups, AVERAGE, columns),
     )
     for machine_type in machine_types:
-        lines += section(machine_type, comparison_table(groups, machine_type, columns))
+        title = escape_markdown(machine_type)
+        lines += section(title, comparison_table(groups, machine_type, columns))
     lines += section("Runs, average over machine types", run_table(results, columns))
     text = "\n".join([*lines, EXPLANATION])
     if metrics.rule.text:

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 from torch import Tensor
@@ -106,11 +107,10 @@ def choose_fonts(drawn: Figure) -> None:
     """
     for text in drawn.findobj(Text):
         content = text.get_text()
-        fonts = {letter: find_font(letter) for letter in content if not letter.isspace()}
+        fonts = {letter: find_font(letter) for letter in content if letter != "\n"}
         for letter, font in fonts.items():
             if font is None:
-                spelt = letter.encode("ascii", "backslashreplace").decode()
-                content = content.replace(letter, spelt)
+                content = content.replace(letter, letter.encode("unicode_escape").decode())
         families = [FONT, *sorted({font for font in fonts.values() if font} - {FONT})]
         if len(families) > 1:
             text.set_fontfamily(families)
@@ -240,6 +240,7 @@ def draw_scores(result: Result, path: Path) -> None:
                 axis.axvline(position, color="black", linestyle=":", label="threshold")
             axis.set_title(escape(f"{machine[0]} {machine[1]}"))
             if kind.is_logarithmic:
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.xaxis.set_major_formatter(format_power)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles[label] = handle

@@ -37,6 +37,8 @@ def score_windows(
     checked = check_recording(recording, windows)
     for change in checked.changes:
         print(f"notice: its samples {change}", file=sys.stderr)
+    if checked.n_clipped:
+        print(f"notice: {checked.n_clipped} samples are clipped", file=sys.stderr)
     scores = []
     samples = np.empty(N_SAMPLES, dtype=np.int16)
     for start in checked.starts:
@@ -64,9 +66,12 @@ def describe_worst(starts: np.ndarray, scores: np.ndarray, threshold: float | No
 
 def main(model: str, recording: str, machine_type: str, machine_id: str = "") -> None:
     """Score a recording, and print a line."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    about = session.get_modelmeta().custom_metadata_map
-    machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
+    try:
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        about = session.get_modelmeta().custom_metadata_map
+        machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
+    except Exception as error:  # onnxruntime has a dozen kinds
+        raise UserError(f"{model}: not a file that export.py has written ({error!r})") from None
     columns = []
     for column, (known_type, known_id) in enumerate(machines):
         if known_type == machine_type and format_id(machine_id) in ("", known_id):
@@ -75,7 +80,10 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
         known = ", ".join(" ".join(machine) for machine in machines)
         raise UserError(f"{model} was not trained on this machine; use one of {known}")
 
-    starts, window_scores = score_windows(session, about, Path(recording))
+    try:
+        starts, window_scores = score_windows(session, about, Path(recording))
+    except UserError as error:
+        raise UserError(f"{recording}: {str(error).removeprefix(f'{recording}: ')}") from None
     rule = np.max if about["over_windows"] == "max" else np.mean
     scores = {column: rule(window_scores[:, column]) for column in columns}
     best = min(columns, key=lambda column: scores[column])
@@ -94,8 +102,9 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
 if __name__ == "__main__":
     if len(sys.argv) not in (4, 5):
         sys.exit(__doc__)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         main(*sys.argv[1:])
-    except Exception as error:  # also the exceptions of onnxruntime
-        print(f"error: {sys.argv[2]}: {str(error) or repr(error)}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -345,7 +345,7 @@ BROKEN = {  # kind of damage: reason that is to be given
     "absurd rate": "sample rate of 3 Hz",
     "folder": "unreadable: not a file",
     "flac cut": "truncated|damaged: libsndfile cannot decode it",
-    "silent": "silent: all samples of channel 0 are 0; record it again",
+    "silent": "silent: all samples of channel 0 are 0 at 16 bits; record it again",
     "not scaled": "beyond full scale: 1?[0-9]+% of its samples are, up to [0-9.]+, and full",
     "24 bits in 4 bytes": "unreadable: 24 bits in four bytes per sample, as arecord -f S24_LE",
     "mp4": r"it is MP4 \(such as M4A\), neither WAV nor FLAC; convert it to FLAC",

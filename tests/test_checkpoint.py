@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -323,7 +324,8 @@ def test_names_of_weights_without_those_of_wrappers(tmp_path, names, capsys):
     for name, weight in network.state_dict().items():
         assert torch.equal(weight, weights[name]), name
     notice = capsys.readouterr().err
-    assert notice.startswith(f"notice: {tmp_path / 'a.pth'}: names of weights without those of wr")
+    before = f"notice: {tmp_path / 'a.pth'}: names of weights without prefixes: "
+    assert re.fullmatch(f"{re.escape(before)}(\\S+) is read as (\\S+)\n", notice)
     assert notice.count("\n") == 1
 
 
@@ -334,6 +336,23 @@ def test_a_moving_average_of_the_weights(tmp_path):
     network = build_network(load_config(seed=1), CLASSES)
     Checkpoint.load(tmp_path / "a.pth").fill(network)
     assert network.state_dict().keys() == weights.keys()
+
+
+def test_weights_that_cannot_be_copied(tmp_path):
+    weights = save_as(str, tmp_path / "a.pth")
+    torch.save({name: weight.to_sparse() for name, weight in weights.items()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a.pth: weights of a kind that cannot be copied \(quant"):
+        Checkpoint.load(tmp_path / "a.pth").fill(build_network(load_config(), CLASSES))
+    torch.save({"n_averaged": torch.tensor(1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="the weights of another network: none of its 0 names"):
+        Checkpoint.load(tmp_path / "a.pth").fill(build_network(load_config(), CLASSES))
+
+
+def test_the_name_of_a_last_state_is_no_name_for_a_run(tmp_path):
+    files = RunFiles(tmp_path / "a.last.pth")
+    message = "names that end in .last.pth are those of the last states of runs"
+    with pytest.raises(UserError, match=message), lock_run(files):
+        pass
 
 
 def test_a_bare_state_dict_needs_no_notice(tmp_path, capsys):
@@ -391,6 +410,12 @@ def test_files_that_torch_has_not_written(tmp_path, content, message):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=f"a.pth: not a readable checkpoint: {message}"):
         Checkpoint.load(tmp_path / "a.pth")
+
+
+def test_an_archive_of_another_kind_is_not_damaged(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="not a readable checkpoint: another kind of file"):
+        Checkpoint.load(tmp_path / "a.npz")
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):

@@ -343,21 +343,31 @@ def test_what_the_example_cannot_score(samples, rate, words, match, exported, tm
 
 
 def refuses(model: Path, file: Path, *words: str, match: str) -> None:
-    """Check that the example ends with one line that names the recording."""
+    """Check that the example ends with one line that names the file to blame."""
     process = print_score(model, str(file), *words)
     assert process.returncode == 2
     assert process.stdout == ""
     assert process.stderr.count("\n") == 1, process.stderr
-    assert re.fullmatch(f"error: {file}: .*({match}).*\n", process.stderr)
+    assert re.fullmatch(f"error: .*({match}).*\n", process.stderr)
 
 
 def test_files_that_the_example_cannot_read(exported, tmp_path):
     file, text = write_clip(tmp_path / "new.wav", tone(1, 1.0)), tmp_path / "text.wav"
     text.write_text("no sound")
-    refuses(exported / "run.onnx", tmp_path / "none.wav", "fan", match="unreadable: not a file")
-    refuses(exported / "run.onnx", text, "fan", match="Format not recognised")
-    refuses(tmp_path / "none.onnx", file, "fan", match="File doesn't exist")
-    refuses(exported / "traced.onnx", file, "fan", match="machines")
+    refuses(
+        exported / "run.onnx",
+        tmp_path / "none.wav",
+        "fan",
+        match="none.wav: unreadable: not a file",
+    )
+    refuses(exported / "run.onnx", text, "fan", match="text.wav: .*Format not recognised")
+    refuses(
+        tmp_path / "none.onnx",
+        file,
+        "fan",
+        match="none.onnx: not a file that export.py has .*File doesn't exist",
+    )
+    refuses(exported / "traced.onnx", file, "fan", match="traced.onnx: not a file that export.py")
 
 
 @pytest.mark.parametrize("kind", ["silent", "24 bits in 4 bytes", "cut in half", "mp4"])

@@ -302,6 +302,18 @@ def test_letters_that_no_font_has_are_spelt_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
+def test_control_characters_are_spelt_out(tmp_path):
+    assert r"a\tb" in texts_of(draw_text(tmp_path / "a.png", "a\tb", "title"))
+
+
+def test_ticks_of_a_logarithmic_axis_are_whole_powers(result, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    draw_scores(result, tmp_path / "scores.png")
+    for axis in written[0].axes:
+        assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+@pytest.mark.filterwarnings("error")
 def test_letters_that_another_font_has_are_drawn_with_it(tmp_path):
     """STIXGeneral, which comes with matplotlib, has a letter that FONT lacks."""
     letter = next(chr(number) for number in letters_of("STIXGeneral") if chr(number) not in known())

@@ -15,6 +15,7 @@ from audio import N_SAMPLES, CheckedRecording, Windows, check_recording, read_re
 from errors import UserError
 from formats import STEP, open_audio
 
+EXCESS = "go on behind the length that their header states, where they are not read"
 UNSTATED = "do not state their exact length, and are read to their end"
 ALL = Windows(hop=5.0)
 
@@ -116,6 +117,42 @@ def test_short_flac_from_a_pipe(tmp_path):
     refuses(path, "empty: no samples")
 
 
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), bytes(1000)])
+def test_what_follows_flac_from_a_pipe_costs_no_samples(tmp_path, samples, tail):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, samples, 16_000)
+    path.write_bytes(without_length(path.read_bytes()) + tail)
+    assert_windows(path, samples)
+
+
+@pytest.mark.parametrize("codec", ["ULAW", "ALAW", "IMA_ADPCM", "GSM610"])
+def test_a_codec_with_a_length_of_0(tmp_path, samples, codec):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, samples, 16_000, subtype=codec)
+    content = path.read_bytes()
+    place = content.index(b"data") + 4
+    path.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
+    refuses(path, "unreadable: WAV with the codec .*; convert it to FLAC")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sound_behind_the_stated_length_is_noticed(tmp_path, samples, order):
+    """As of a recorder that updates the header from time to time, and lost its power."""
+    content = bytearray(wav(samples.astype(f"{order}i2"), kind=1, bits=16, order=order))
+    content[40:44] = struct.pack(f"{order}I", 2 * 12 * 16_000)
+    path = tmp_path / "a.wav"
+    path.write_bytes(content)
+    checked = check_recording(path, ALL)
+    assert checked.changes == [EXCESS]
+    assert checked.starts == [0, 2]
+    content[40:44] = struct.pack(f"{order}I", 2 * 22 * 16_000 + 2)
+    path.write_bytes(content)
+    assert check_recording(path, ALL).changes == [], "less than a second more"
+    note = b"bext" + struct.pack("<I", 50_000) + bytes(50_000)
+    path.write_bytes(wav(samples, kind=1, bits=16) + note)
+    assert check_recording(path, ALL).changes == [], "a chunk"
+
+
 def test_damage_in_the_middle_of_flac_without_a_length_is_an_error(tmp_path, samples):
     path = tmp_path / "a.flac"
     soundfile.write(path, samples, 16_000)
@@ -186,8 +223,8 @@ def test_a_silent_channel_cannot_be_used(tmp_path, subtype, value):
     path = write_clip(tmp_path / "a.wav", np.stack([silent, tone(0, 2.0)], axis=1), subtype=subtype)
     refuses(
         path,
-        f"silent: all samples of channel 0 are {round(32768 * value)}; channel 1 has sound: choose "
-        "it with --channel 1",
+        f"silent: all samples of channel 0 are {round(32768 * value)} at 16 bits; channel 1 has "
+        "sound: choose it with --channel 1",
     )
     assert check_recording(path, Windows(channel=1)).starts == [0]
     write_clip(path, silent, subtype=subtype)
@@ -199,8 +236,8 @@ def test_silence_before_the_sound(tmp_path, name):
     path = write_clip(tmp_path / name, np.concatenate([np.zeros(200_000), tone(0, 1.0)]))
     refuses(
         path,
-        "silent: all samples of channel 0 in the first 10 s are 0; use more of the recording with "
-        "--window all",
+        "silent: all samples of channel 0 in the first 10 s are 0 at 16 bits; use more of the "
+        "recording with --window all",
         windows=Windows(),
     )
     assert check_recording(path, ALL).starts == [0, 3.5]
@@ -215,6 +252,19 @@ def test_more_than_a_hundredth_beyond_full_scale(tmp_path, count, is_refused):
         refuses(path, "beyond full scale: 1% of its samples are, up to 3, and full scale is 1; div")
     else:
         assert check_recording(path).n_clipped == count
+
+
+def test_a_peak_beyond_full_scale_does_not_spread(tmp_path):
+    samples = tone(0, 10.0, rate=48_000)
+    expected = read_all(*checked_as_float(tmp_path / "a.wav", samples))[0].astype(int)
+    samples[100_000] = 1e30
+    decoded = read_all(*checked_as_float(tmp_path / "a.wav", samples))[0].astype(int)
+    assert (np.abs(decoded - expected) > 1000).sum() < 10
+
+
+def checked_as_float(path: Path, samples: np.ndarray) -> tuple[Path, CheckedRecording]:
+    write_clip(path, samples, rate=48_000, subtype="DOUBLE")
+    return path, check_recording(path)
 
 
 def test_resampling_may_exceed_full_scale(tmp_path):
@@ -240,7 +290,7 @@ def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path):
         wav(np.zeros(99, np.uint8), kind=0x999, bits=8): "codec number 0x0999; convert it to FLAC",
         wav(np.zeros(99, "<i8"), kind=1, bits=64): "WAV with the codec PCM of 64 bits; convert it",
         b"version https://git-lfs.github.com/spec/v1\n": "a pointer of Git LFS; fetch the recordi",
-        b"nothing that is known": "neither WAV nor FLAC, or damaged: .*; convert it to FLAC",
+        b"nothing that is known": "neither WAV nor FLAC, or damaged: .*; replace it, or convert",
     }
     for file_content, match in cases.items():
         path.write_bytes(file_content)
@@ -251,9 +301,9 @@ def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path):
 def test_samples_of_any_size(tmp_path):
     """The largest numbers, and those that signal that they are none."""
     path = tmp_path / "a.wav"
-    for value in (1.7e308, -1e305, np.nan):
+    for value in (1.7e308, -1e305):
         path.write_bytes(wav(np.full(99, value), kind=3, bits=64))
-        refuses(path, "not finite: it holds NaN or infinite samples")
+        refuses(path, "beyond full scale: 100% of its samples are, up to inf, and full scale is 1")
     path.write_bytes(wav(np.full(99, 0x7F800001, "<u4"), kind=3, bits=32))
     refuses(path, "not finite: it holds NaN or infinite samples")
 
