@@ -28,6 +28,7 @@ from evaluation.figures import (
     MAX_COLUMNS,
     draw_all,
     draw_angles,
+    draw_scores,
     draw_timeline,
     escape,
     figure,
