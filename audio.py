@@ -56,8 +56,8 @@ class CheckedRecording(NamedTuple):
 def check_recording(path: Path, windows: Windows = FIRST_WINDOW) -> CheckedRecording:
     """Check that the windows of a recording can be used.
 
-    The header of a 16-bit PCM WAV file is compared with its size, and its beginning is decoded. Of
-    other files, all that is used is decoded.
+    The header of a WAV file with integer samples is compared with its size, and the file is decoded
+    up to its first sound. Of other files, all that is used is decoded.
 
     Raises:
         UserError: with the reason, if the file is unreadable, empty, truncated or damaged, lacks
@@ -169,9 +169,7 @@ def check_length(audio: Audio, n_read: int, wanted: int | None) -> None:
         raise UserError(f"truncated: {n_read} of {expected} samples can be read")
 
 
-def check_range(
-    lowest: np.ndarray, highest: np.ndarray, channel: int, has_more: bool = False
-) -> None:
+def check_range(lowest: np.ndarray, highest: np.ndarray, channel: int, has_more: bool) -> None:
     """Raise `UserError` if a channel is silent: if all its samples, of which `lowest` and `highest`
     are the extremes of each channel, are 0 or have another constant value. `has_more` says whether
     more samples follow.

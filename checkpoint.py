@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
 from distributed import from_main
-from errors import UserError
+from errors import LFS_POINTER, UserError
 from evaluation.scores import Embeddings
 from utils import check_writable, lock, notice, remove_temporary, replace_file
 
@@ -325,7 +325,7 @@ def explain_unreadable(path: Path, error: Exception) -> str:
         start = file.read(64)
     if not start:
         return "an empty file; copy it again"
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER):
         return "a pointer of Git LFS; fetch the file with `git lfs pull`"
     if start.startswith(b"PK") and (isinstance(error, ValueError) or not zipfile.is_zipfile(path)):
         return "damaged or cut short; copy it again"

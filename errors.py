@@ -8,6 +8,8 @@ class UserError(ValueError):
     """An error that the user can fix. Its message is one line: what is wrong, where, what to do."""
 
 
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what Git LFS has put in place of a file
+
 REMEDIES = {
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import soundfile
 
-from errors import UserError, give_reason
+from errors import LFS_POINTER, UserError, give_reason
 
 BLOCK_SIZE = 2**20  # samples of all channels together that are read at once
 
@@ -199,10 +199,10 @@ def read_wav_header(file: BinaryIO) -> WavHeader | None:
         if name == b"fmt ":
             form = parse_format(file.read(min(stated, 40)), byte_order)
         elif name == b"data" and form:
-            size = find_audio_size(file, start, stated, byte_order)
+            size = find_audio_size(file, start, end, stated, byte_order)
             rest = start + size + size % 2
             is_long = end - rest > form.bytes_per_second
-            has_excess = is_long and not has_chunks(file, rest, byte_order)
+            has_excess = is_long and not has_chunks(file, rest, end, byte_order)
             return WavHeader(form, byte_order, start, size, size == stated, has_excess)
         file.seek(start + stated + stated % 2)  # chunks are padded to even lengths
     raise UserError("damaged: no audio follows its header; replace it")
@@ -251,20 +251,20 @@ def parse_format(chunk: bytes, byte_order: str) -> Format | None:
     return form
 
 
-def find_audio_size(file: BinaryIO, start: int, stated: int, byte_order: str) -> int:
+def find_audio_size(file: BinaryIO, start: int, end: int, stated: int, byte_order: str) -> int:
     """Return the number of bytes of audio from `start`: the stated one or, if the writer of the
-    file did not know it, all that is there.
+    file did not know it, all up to its `end`.
 
     Raises:
         UserError: If there are fewer than a believable header states, or too many for a header.
     """
-    available = file.seek(0, os.SEEK_END) - start
+    available = end - start
     if available > MAX_AUDIO_BYTES:
         raise UserError(
             "unreadable: more audio than a WAV header can describe (4 GiB); convert it to FLAC"
         )
     if stated == 0:
-        return 0 if has_chunks(file, start, byte_order) else available
+        return 0 if has_chunks(file, start, end, byte_order) else available
     if stated <= available:
         return stated
     # A program that writes to a pipe states a size near the largest that 31 or 32 bits hold.
@@ -273,11 +273,10 @@ def find_audio_size(file: BinaryIO, start: int, stated: int, byte_order: str) ->
     raise UserError(f"truncated: it has {available} of {stated} bytes of audio")
 
 
-def has_chunks(file: BinaryIO, start: int, byte_order: str) -> bool:
-    """Whether a file consists of chunks from byte `start` to its end; true where nothing but the
+def has_chunks(file: BinaryIO, start: int, end: int, byte_order: str) -> bool:
+    """Whether a file consists of chunks from byte `start` to its `end`; true where nothing but the
     padding of a chunk follows.
     """
-    end = file.seek(0, os.SEEK_END)
     while start + 8 <= end:
         file.seek(start)
         name, length = struct.unpack(f"{byte_order}4sI", file.read(8))
@@ -418,7 +417,7 @@ def explain_unreadable(
         return name_codec(header.format)
     skip_tags(file)
     start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER):
         return "unreadable: a pointer of Git LFS; fetch the recording with `git lfs pull`"
     if start.startswith(b"fLaC") and len(start) > 21:
         bits = ((start[20] & 1) << 4 | start[21] >> 4) + 1  # in the block STREAMINFO

@@ -123,11 +123,17 @@ def find_font(letter: str) -> str | None:
     """Return the name of an installed font that has a letter, or None: FONT, or else the first in
     alphabetical order.
     """
-    names = {font.name for font in fontManager.ttflist} - {FONT}
-    for name in (FONT, *sorted(names)):
-        if ord(letter) in letters_of(name) and "Last Resort" not in name:  # it draws boxes
+    for name in font_names():
+        if ord(letter) in letters_of(name):
             return name
     return None
+
+
+@functools.cache
+def font_names() -> list[str]:
+    """Return the names of the installed fonts, FONT first, without one that draws boxes."""
+    names = {font.name for font in fontManager.ttflist}
+    return [FONT, *sorted(name for name in names - {FONT} if "Last Resort" not in name)]
 
 
 @functools.cache
