@@ -30,7 +30,7 @@ from classes import Classes, Machine
 from config import Config
 from distributed import from_main, world_size
 from errors import UserError
-from recordings import find_recordings
+from recordings import MACHINE_COLUMNS, find_recordings
 from utils import SPLIT, notice, random_stream
 
 
@@ -92,13 +92,22 @@ class ClipSet:
         return [machines[number] for number in self.clip_recordings]
 
     def split(self, ratio: float, seed: int) -> tuple["ClipSet", "ClipSet"]:
-        """Draw `int(ratio * n)` of the n recordings at random, for training; the others are for
-        validation.
+        """Draw `int(ratio * n)` of the n recordings of each machine at random, for training; the
+        others are for validation. Each class keeps a recording to train on, and the classes of a
+        machine are held out in proportion to their sizes.
         """
-        n_recordings = len(self.recordings)
-        order = random_stream(seed, SPLIT).permutation(n_recordings)
-        is_training = np.isin(np.arange(n_recordings), order[: int(ratio * n_recordings)])
-        return self.select(is_training), self.select(~is_training)
+        order = random_stream(seed, SPLIT).permutation(len(self.recordings))
+        shuffled = self.recordings.iloc[order]
+        of_class = shuffled.groupby("label")["label"]
+        number = of_class.cumcount()  # the first recording of a class stays in training
+        quantile = (number + 0.5) / of_class.transform("size")
+        in_turn = shuffled.assign(quantile=quantile)[number > 0]
+        in_turn = in_turn.sort_values("quantile", ascending=False, kind="stable")
+        place = in_turn.groupby(MACHINE_COLUMNS).cumcount()
+        size = shuffled.groupby(MACHINE_COLUMNS)["label"].transform("size")
+        n_held_out = size - (ratio * size).astype(int)
+        is_held_out = self.recordings.index.isin(in_turn.index[place < n_held_out[in_turn.index]])
+        return self.select(~is_held_out), self.select(is_held_out)
 
     def select(self, is_chosen: np.ndarray) -> "ClipSet":
         """Return the clips of the recordings for which `is_chosen` `(recordings,)` is true."""
@@ -308,15 +317,12 @@ def select_usable(
 # ---- Whether the clips can be trained on ----
 
 
-def check_clips(
-    config: Config, classes: Classes, train_clips: ClipSet, valid_clips: ClipSet
-) -> None:
-    """Check that a run can be trained on these clips. A notice names the machines of classes that
-    have no training clips.
+def check_clips(config: Config, train_clips: ClipSet, valid_clips: ClipSet) -> None:
+    """Check that a run can be trained on these clips.
 
     Raises:
-        UserError: If there are too few clips for a step, if a machine has no training clips, or if
-            the processes have different clips.
+        UserError: If there are too few clips for a step or none to validate, or if the processes
+            have different clips.
     """
     least = max(2, world_size())
     reason = (
@@ -327,19 +333,16 @@ def check_clips(
             f"too few training clips ({len(train_clips)}): {reason}; add recordings or raise "
             "split_ratio"
         )
+    if len(valid_clips) == 0:
+        raise UserError(
+            f"{config.data_root}: each class has a single recording, so none can be held out for "
+            "validation; add more (a long one can be cut into several)"
+        )
     if config.batch_size < least:
         raise UserError(
             f"batch_size: {config.batch_size} clips per step are too few: {reason}; raise it"
         )
-    trained = set(train_clips.machines)
-    unseen = [machine for machine in dict.fromkeys(valid_clips.machines) if machine not in trained]
-    if unseen:
-        names = ", ".join(map(" ".join, unseen))
-        raise UserError(
-            f"all recordings of {names} are held out for validation: add more (a long one can be "
-            "cut into several), or raise split_ratio"
-        )
-    report_unlearned(classes, train_clips, valid_clips)
+
     fingerprint = fingerprint_of(train_clips, valid_clips)
     if from_main(lambda: fingerprint) != fingerprint:
         raise UserError(
@@ -351,18 +354,6 @@ def check_clips(
 def fingerprint_of(train_clips: ClipSet, valid_clips: ClipSet) -> str:
     """Return a hash of the clips of a run, see `ClipSet.fingerprint`."""
     return f"{train_clips.fingerprint()}/{valid_clips.fingerprint()}"
-
-
-def report_unlearned(classes: Classes, train_clips: ClipSet, valid_clips: ClipSet) -> None:
-    """Print a notice of the machines with classes whose clips are all held out."""
-    unlearned = set(valid_clips.labels.tolist()) - set(train_clips.labels.tolist())
-    if unlearned:
-        machines = dict.fromkeys(classes.entries[label].machine for label in sorted(unlearned))
-        notice(
-            f"all recordings of {len(unlearned)} classes are held out for validation, so these "
-            f"classes are not trained (attributes of {', '.join(map(' '.join, machines))}); raise "
-            "split_ratio or change the seed to train them"
-        )
 
 
 # ---- Batches ----

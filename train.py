@@ -33,7 +33,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
         start = from_main(lambda: find_start(config, files, resume, overwrite))
         clips = load_clips(config, start.classes, "train", config.windows("train"))
         train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-        check_clips(config, start.classes, train_clips, valid_clips)
+        check_clips(config, train_clips, valid_clips)
         trainer = Trainer(config, start.classes, device, train_clips, valid_clips)
         if start.history:
             trainer.resume(start)

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -230,7 +231,7 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     device, table = torch.device(device), train_clips(data_root).recordings
     repeated = ClipSet(table.iloc[np.arange(150) % 12], 2)  # read in more than one batch
     part, _ = repeated.split(0.9, seed=0)
-    plan, before = shuffled_batches(135, 50), part.fingerprint()
+    plan, before = shuffled_batches(134, 50), part.fingerprint()
     from_files = [
         (samples.cpu().clone(), labels.cpu()) for samples, labels in part.batches(plan, device)
     ]
@@ -243,7 +244,7 @@ def test_samples_kept_in_memory_give_the_same_batches(data_root, device):
     for index, path in enumerate(part.paths[:12]):
         assert np.array_equal(part.samples[index].cpu().numpy(), samples_of(path))
     from_memory = list(part.batches(plan, device))
-    assert [len(labels) for _, labels in from_memory] == [50, 50, 35]
+    assert [len(labels) for _, labels in from_memory] == [50, 50, 34]
     for one, other in zip(from_files, from_memory, strict=True):
         assert other[0].device.type == other[1].device.type == device.type
         assert torch.equal(one[0], other[0].cpu())
@@ -289,7 +290,8 @@ def test_the_windows_of_a_recording_stay_together(tmp_path):
     windows = dict(zip(clips.recordings["path"], clips.starts, strict=True))
     for seed in range(5):
         parts = clips.split(0.6, seed)
-        assert [len(part.recordings) for part in parts] == [4, 4]  # int(0.6 * 8) to train on
+        # int(0.6 * 4) of each machine to train on
+        assert [len(part.recordings) for part in parts] == [4, 4]
         for part in parts:
             assert part.starts == [windows[path] for path in part.recordings["path"]]
 
@@ -308,7 +310,8 @@ def test_the_fingerprint_tells_windows(tmp_path):
 def test_the_split_is_random_complete_and_seeded(data_root):
     clips = train_clips(data_root)
     training, validation = clips.split(0.8, seed=1)
-    assert (len(training), len(validation)) == (9, 3)  # int(0.8 * 12) to train on
+    # int(0.8 * 4) of each of three machines to train on
+    assert (len(training), len(validation)) == (9, 3)
     paths = [*training.paths, *validation.paths]
     assert len(paths) == 12
     assert set(paths) == set(clips.paths)
@@ -321,6 +324,50 @@ def test_the_split_is_random_complete_and_seeded(data_root):
     expected = np.stack([samples_of(validation.paths.iloc[index]) for index in range(3)])
     assert np.array_equal(samples.numpy(), expected)
     assert labels.tolist() == validation.labels.tolist()
+
+
+def labelled(sizes: list[list[int]]) -> ClipSet:
+    """Clips of machines whose classes have so many recordings."""
+    labels = [(machine, size) for machine, of_machine in enumerate(sizes) for size in of_machine]
+    rows = []
+    for label, (machine, size) in enumerate(labels):
+        rows += [(Path(f"{label}_{x}.wav"), "fan", f"{machine:02d}", label) for x in range(size)]
+    return ClipSet(pd.DataFrame(rows, columns=["path", *MACHINE_COLUMNS, "label"]), 1)
+
+
+def held_out_counts(sizes: list[list[int]], ratio: float, seed: int) -> list[int]:
+    """Of each class, how many recordings are held out."""
+    training, validation = labelled(sizes).split(ratio, seed)
+    n_classes = sum(map(len, sizes))
+    counts = np.bincount(validation.labels, minlength=n_classes)
+    total = counts + np.bincount(training.labels, minlength=n_classes)
+    assert total.tolist() == [size for of_machine in sizes for size in of_machine]
+    return counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "expected"),
+    [
+        ([[75], [50], [15], [2], [1]], 0.95, [4, 3, 1, 1, 0]),
+        ([[1000], [20]], 0.95, [50, 1]),
+        ([[10, 20, 30]], 0.9, [1, 2, 3]),  # in proportion
+        ([[990, 10]], 0.95, [50, 0]),
+        ([[100, 1, 1]], 0.5, [51, 0, 0]),  # each class keeps one
+        ([[3, 3], [4]], 0.1, [2, 2, 3]),
+    ],
+)
+def test_each_machine_has_its_share_of_the_split(sizes, ratio, expected):
+    for seed in range(5):
+        counts = held_out_counts(sizes, ratio, seed)
+        assert sum(counts) == sum(expected)
+        assert np.abs(np.subtract(counts, expected)).max() <= (sizes == [[990, 10]])
+
+
+def test_any_recording_may_be_held_out():
+    clips, held_out = labelled([[4, 4]]), set()
+    for seed in range(40):
+        held_out |= set(clips.split(0.75, seed)[1].paths)
+    assert len(held_out) == 8
 
 
 def test_the_fingerprint_tells_clips_their_order_and_their_classes(data_root, tmp_path):
