@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
 from distributed import from_main
 from errors import LFS_POINTER, UserError
-from evaluation.scores import Embeddings
+from evaluation.scores import StoredClips
 from utils import check_writable, lock, notice, remove_temporary, replace_file
 
 RESTART = "start again with --overwrite"
@@ -47,6 +47,8 @@ class RunFiles:
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
         self.timelines = self.folder / "timelines"  # figures that score.py draws
+        # Scores of later recordings, from score.py --calibrate
+        self.calibration = best.with_name(f"{best.stem}.calibration.json")
 
     def results(self, split: str) -> Path:
         """Return the folder of what eval.py writes for a split, "test" or "evaluation"."""
@@ -102,14 +104,20 @@ class EpochResult(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Normal clips that were held out of the training: class `(n,)`, published score against the
-    machine `(n,)` in float64 and, once the training has ended, embedding `(n, E)` of length 1 in
-    float16.
+    """Normal clips that were held out of the training: number of the recording `(n,)`, class
+    `(n,)`, published score against the machine `(n,)` in float64 and, once the training has ended,
+    embedding and spectrum as in `StoredClips`.
     """
 
+    recordings: Tensor
     labels: Tensor
     scores: Tensor
     embedding: Tensor | None = None
+    spectrum: Tensor | None = None
+
+    def with_outputs(self, clips: StoredClips) -> "HeldOut":
+        """Return the clips with embedding and spectrum."""
+        return replace(self, embedding=clips.embedding, spectrum=clips.spectrum)
 
 
 @dataclass(frozen=True)
@@ -126,9 +134,9 @@ class Checkpoint:
         classes: The classes of the network.
         history: The finished epochs.
         n_training: The number of clips to train on.
-        held_out: Scores and embeddings of the held-out clips, computed with these weights.
-        bank: Embeddings of the training clips, computed with these weights; only once the training
-            has ended.
+        held_out: The held-out clips, with scores and embeddings of these weights.
+        bank: The training clips, with embeddings of these weights; only once the training has
+            ended.
         fingerprint: A hash of the clips of the run, from `dataloader.fingerprint_of`.
         optimizer: The state of the optimiser.
         scaler: The state of the gradient scaler; empty unless the precision is fp16.
@@ -142,7 +150,7 @@ class Checkpoint:
     history: list[EpochResult] = field(default_factory=list)
     n_training: int | None = None
     held_out: HeldOut | None = None
-    bank: Embeddings | None = None
+    bank: StoredClips | None = None
     fingerprint: str = ""
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -291,7 +299,7 @@ class Checkpoint:
             classes=Classes(tuple(MachineClass(*entry) for entry in values.pop("classes"))),
             history=[EpochResult(*result) for result in values.pop("history")],
             held_out=HeldOut(**values.pop("held_out")),
-            bank=None if bank is None else Embeddings(**bank),
+            bank=None if bank is None else StoredClips(**bank),
             **values,
         )
 

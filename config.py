@@ -23,8 +23,10 @@ from pydantic import (
     PlainValidator,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
 )
 
+from alarms import AlarmRule
 from audio import Windows, choose_windows
 from errors import UserError
 from evaluation.scores import KINDS
@@ -54,6 +56,12 @@ def refuse_repeats(values: list) -> list:
 def refuse_empty_table(value: Any) -> Any:
     """Refuse an empty table, and one that names a machine type twice, as 7 and "7"."""
     if not value or (isinstance(value, dict) and len(set(map(str, value))) < len(value)):
+        raise ValueError
+    return value
+
+
+def refuse_short_span(value: int, info: ValidationInfo) -> int:
+    if value < info.data.get("alarm_windows", 1):
         raise ValueError
     return value
 
@@ -147,9 +155,16 @@ class Config(BaseModel):
     neighbours: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
     over_windows: Literal["mean", "max"]
     score_dtype: Literal["float32", "float64"]
-    threshold: Literal["gamma", "quantile"]
-    threshold_percentile: Annotated[
-        Real, Field(gt=0, lt=100, description="a number above 0 and below 100")
+    threshold: Annotated[
+        Literal["conformal", "gamma", "quantile"] | Real,
+        Field(description="conformal, gamma, quantile or a number"),
+    ]
+    false_alarms: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
+    alarm_windows: Annotated[Whole, Field(ge=1, description="a whole number of at least 1")]
+    alarm_span: Annotated[
+        Whole,
+        Field(description="a whole number of at least alarm_windows"),
+        AfterValidator(refuse_short_span),
     ]
 
     _given: frozenset[str] = PrivateAttr(frozenset())
@@ -158,6 +173,11 @@ class Config(BaseModel):
     def given(self) -> frozenset[str]:
         """The keys that were given on the command line."""
         return self._given
+
+    @property
+    def alarm_rule(self) -> AlarmRule:
+        """When a recording of several windows is anomalous."""
+        return AlarmRule(self.alarm_windows, self.alarm_span)
 
     @property
     def weights_path(self) -> Path:
@@ -171,7 +191,10 @@ class Config(BaseModel):
 
 KEYS = tuple(Config.model_fields)
 # Keys for how clips are scored and classified as anomalous.
-DECISION_KEYS = ("scoring", "neighbours", "over_windows", "threshold", "threshold_percentile")
+DECISION_KEYS = (
+    "scoring", "neighbours", "over_windows", "threshold", "false_alarms", "alarm_windows",
+    "alarm_span",
+)  # fmt: skip
 # Keys for the places of files, for the computation, and for scores and decisions: a run can be
 # resumed with other values of them.
 COMPUTATION_KEYS = (
@@ -240,10 +263,14 @@ def check_effect(config: Config, windows: Windows, kinds: Sequence[str] = ()) ->
     """
     without_effect: dict[str, str] = {}
     if windows.hop is None:
-        without_effect |= dict.fromkeys(("hop", "over_windows"), "window: first")
-    for name, kind in KINDS.items():
-        if name not in kinds:
-            without_effect |= dict.fromkeys(kind.keys, f"scoring: {config.scoring}")
+        keys = ("hop", "over_windows", "alarm_windows", "alarm_span")
+        without_effect |= dict.fromkeys(keys, "window: first")
+    if isinstance(config.threshold, float):
+        without_effect["false_alarms"] = f"threshold: {config.threshold:g}"
+    effective = {key for name in kinds for key in KINDS[name].keys}
+    for kind in KINDS.values():
+        for key in set(kind.keys) - effective:
+            without_effect[key] = f"scoring: {config.scoring}"
     for key, reason in without_effect.items():
         if key in config.given:
             raise UserError(f"command line: {key} has no effect with {reason}; leave it out")

@@ -257,13 +257,17 @@ def keep_on_gpu(
 
 
 def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -> ClipSet:
-    """Return the clips of a split. Notices say what is changed in recordings.
+    """Return the clips of a split, as `make_clips` does."""
+    return make_clips(find_recordings(config, classes, split), windows, config.num_workers)
+
+
+def make_clips(recordings: pd.DataFrame, windows: Windows, num_workers: int) -> ClipSet:
+    """Return the clips of a table of recordings. Notices say what is changed in recordings.
 
     Raises:
         UserError: If recordings cannot be used; it names all of them.
     """
-    recordings = find_recordings(config, classes, split)
-    checked = check_recordings(recordings["path"].tolist(), windows, config.num_workers)
+    checked = check_recordings(recordings["path"].tolist(), windows, num_workers)
     problems = []
     for path, result in checked.items():
         if isinstance(result, UserError):
@@ -274,7 +278,7 @@ def load_clips(config: Config, classes: Classes, split: str, windows: Windows) -
             f"{'; '.join(problems)}"
         )
     starts = [recording.starts for recording in select_usable(checked).values()]
-    return ClipSet(recordings, config.num_workers, windows, starts)
+    return ClipSet(recordings, num_workers, windows, starts)
 
 
 def check_recordings(

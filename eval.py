@@ -17,9 +17,10 @@ Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint
 configuration for a file with weights alone. Window and channel are those of the checkpoint, unless
 they are given on the command line. The results of a checkpoint NAME.pth are written to the folder
 NAME/test beside it, or to NAME/evaluation for the evaluation clips: metrics.csv and metrics.json
-(fractions, with bootstrap intervals), results.md (percent), decisions.csv with the thresholds, and
-for each machine ID anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv in the
-format of the DCASE evaluators (after 2020 ..._section_<XX>_test.csv).
+(fractions, with bootstrap intervals), results.md (percent), decisions.csv (for each machine ID the
+threshold, false alarms and detections), and for each machine ID
+anomaly_score_<type>_id_<XX>.csv and decision_result_<type>_id_<XX>.csv in the format of the DCASE
+evaluators (after 2020 ..._section_<XX>_test.csv).
 
 The names of the evaluation clips do not show which are anomalous. Metrics therefore require
 eval_data_list.csv in data_root or, after 2020, the folders ground_truth_data and
@@ -29,9 +30,13 @@ If recordings have domains, there are also metrics of each domain, and the offic
 challenge. --score_files computes all metrics from score files alone, and writes them to
 FOLDER/metrics.
 
-The key `scoring` selects the score, on which the thresholds and all results are based. nearest
-needs the embeddings of the training clips. Training stores them in the checkpoint; for weights
-without them, each call computes them from the training recordings in data_root.
+The key `scoring` selects the score, on which the thresholds and all results are based. nearest and
+spectrum compare with the training clips. Training stores their embeddings and spectra in the
+checkpoint; for weights without them, each call computes them from the training recordings in
+data_root. The row "without a network" is the average of the score spectrum, which does not use the
+network.
+
+Thresholds come from recordings that training held out, or from those of score.py --calibrate.
 
 To score single recordings, use score.py.
 """
@@ -48,6 +53,7 @@ from evaluation.result import Result, evaluate
 from evaluation.score_files import evaluate_score_files
 from evaluation.scores import KINDS
 from evaluation.tables import write_result
+from evaluation.thresholds import explain_thresholds
 from inference import load_model
 from utils import OneLineParser, check_writable, lock, run_script, use_device
 
@@ -99,6 +105,7 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     results = evaluate(model, clips, config, split, kinds, device)
     chosen = results[kinds.index(config.scoring)]
     # Of several evaluations at once, the files of the last one stay.
+    explain_thresholds(chosen.thresholds, config, path)
     with lock(folder.with_name(f".{split}.lock"), waits=True):
         write_result(chosen, folder)
         if options.plots or options.report:

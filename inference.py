@@ -1,5 +1,6 @@
 """Trained networks: loaded from checkpoints, and run on clips for validation and for scoring."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,23 @@ from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
 from audio import Windows, choose_windows
-from checkpoint import Checkpoint, HeldOut
+from checkpoint import Checkpoint
 from classes import Classes
 from config import MODEL_KEYS, RECORDING_KEYS, Config
 from dataloader import ClipSet, cut_into_batches, fingerprint_of, load_clips
 from errors import UserError
-from evaluation.scores import KINDS, Embeddings, Scorer
+from evaluation.scores import KINDS, Outputs, Scorer, StoredClips
 from losses import MODES, Objective
-from model import EMBEDDING_SIZE, FrontEnd, MobileFaceNet, Outputs, TASTgramMFN, fold_batch_norm
+from model import (
+    CHANNELS,
+    EMBEDDING_SIZE,
+    FrontEnd,
+    MobileFaceNet,
+    TASTgramMFN,
+    fold_batch_norm,
+    spectrum_of,
+)
+from model.tastgram import N_MELS
 from utils import autocast, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
@@ -46,6 +56,14 @@ class Model:
     @property
     def path(self) -> Path:
         return self.checkpoint.path
+
+    @property
+    def weights_sha256(self) -> str:
+        """A hash of the weights."""
+        digest = hashlib.sha256()
+        for tensor in self.network.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def windows(self, config: Config, split: str, window: str = "") -> Windows:
         """Return which windows of recordings to score. `window` and `channel` are those of the
@@ -120,7 +138,7 @@ def build_network(config: Config, classes: Classes) -> TASTgramMFN:
     return TASTgramMFN(len(classes), config.input, head, config.sub_centers)
 
 
-# ---- The bank: the embeddings of the training clips ----
+# ---- The bank: the training clips, to compare others with ----
 
 
 def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.device) -> Model:
@@ -152,15 +170,14 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
         )
     bank = embed(model, train_clips, config, device)
     assert model.checkpoint.held_out
-    embedding = embed(model, valid_clips, config, device).embedding
-    held_out = HeldOut(valid_clips.labels, model.checkpoint.held_out.scores, embedding)
+    held_out = model.checkpoint.held_out.with_outputs(embed(model, valid_clips, config, device))
     return replace(model, checkpoint=replace(model.checkpoint, bank=bank, held_out=held_out))
 
 
-def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> Embeddings:
-    """Compute the embeddings of clips, in float32."""
+def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> StoredClips:
+    """Compute what a checkpoint keeps of clips, in float32."""
     outputs = run_model(model, clips, config, device, "embeddings", precision="fp32")
-    return Embeddings.from_outputs(outputs.embedding, clips.labels)
+    return StoredClips.from_outputs(outputs, clips.labels)
 
 
 # ---- Outputs for clips ----
@@ -181,20 +198,18 @@ def run_model(
     keep_freed_memory()
     outputs = run_network(
         model.network.move_to(device),
-        FrontEnd(model.config.input).to(device),
         clips,
         np.arange(len(clips)),
         config.batch_size,
         choose_precision(precision or config.eval_precision, device),
         title,
     )
-    return Outputs(outputs.similarity.cpu(), outputs.embedding.cpu())
+    return Outputs(*(values.cpu() for values in outputs))
 
 
 @torch.no_grad()
 def run_network(
     network: TASTgramMFN,
-    front_end: FrontEnd,
     clips: ClipSet,
     numbers: np.ndarray,
     batch_size: int,
@@ -203,11 +218,13 @@ def run_network(
 ) -> Outputs:
     """Run a network on the clips of these numbers, with the running statistics of batch norm.
 
-    The network runs in `precision`, the front end in float32, both on the device where they are.
+    The network runs in `precision`, the front end in float32, both on the device of the network.
     `batch_size` is one for training: without gradients a GPU has room for twice as many clips.
-    `title` is that of a progress bar; None for no bar. Returns the outputs on the device.
+    `title` is that of a progress bar; None for no bar. Returns the outputs on the device, with the
+    spectrum.
     """
     device = next(network.parameters()).device
+    front_end = FrontEnd(CHANNELS).to(device)
     prepared = optimise(network, device, precision)
     plan = cut_into_batches(
         numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size
@@ -215,6 +232,7 @@ def run_network(
     # Allocated once: the results of each batch apart would fragment the memory that glibc keeps.
     similarity = torch.empty(len(numbers), network.num_classes, device=device)
     embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
+    spectrum = torch.empty(len(numbers), 2 * N_MELS, device=device)
     data = clips.read(plan, device)
     bar = tqdm(data, title, len(plan), unit="batch", leave=False, disable=None if title else True)
     start = 0
@@ -223,8 +241,9 @@ def run_network(
         inputs = front_end(samples)
         with autocast(device, precision):
             similarity[rows], embedding[rows] = prepared(**inputs)
+        spectrum[rows] = spectrum_of(inputs["log_mel"])
         start += len(samples)
-    return Outputs(similarity, embedding)
+    return Outputs(similarity, embedding, spectrum)
 
 
 def optimise(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:

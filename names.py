@@ -24,6 +24,7 @@ from errors import UserError
 
 NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a recording
 SOURCE, TARGET = "source", "target"  # domains of a recording
+AUDIO_ENDINGS = (".wav", ".flac")
 SPLITS = ("train", "test", "evaluation")
 TEST_FOLDERS = {"test": "", "source_test": SOURCE, "target_test": TARGET}  # and their domains
 LABEL_LIST = "eval_data_list.csv"
@@ -196,6 +197,12 @@ def parse_path(path: Path) -> Recording | None:
         domain=find_domain(path, match, attributes),
         attributes=attributes,
     )
+
+
+def parse_name(name: str) -> tuple[str, str] | None:
+    """Return machine ID and condition that the name of a file says; None if it says none."""
+    match = ID_NAME.fullmatch(name) or SECTION_NAME.fullmatch(name)
+    return (format_id(match["machine_id"]), parse_condition(match)) if match else None
 
 
 def parse_condition(match: re.Match[str]) -> str:

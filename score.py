@@ -6,19 +6,33 @@
         --timeline --plots
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3 \\
         --scoring nearest --json
+    # thresholds from normal recordings of another day
+    python score.py check_points/press.pth --calibrate later/
+    # another rate of false alarms, or a threshold of your own
+    python score.py check_points/press.pth new.wav --machine_type press --false_alarms 0.01
+    python score.py check_points/press.pth new.wav --machine_type press --threshold 0.004
 
 Each recording, given as a file or in a folder, is scored from beginning to end (with --window first
 its first 10 s alone) against the given machine ID or, without one, against the ID of the machine
 type that it fits best. The script prints a line for each recording: file, machine, score,
-threshold, normal or anomalous, and the start of the window with the highest score. --timeline also
-prints every window. --json prints the results as JSON. --plots draws the scores of the windows, one
-figure per recording in the folder NAME/timelines beside a checkpoint NAME.pth.
+threshold, normal or anomalous. A recording of several windows is anomalous if it has an alarm: a
+stretch in which at least alarm_windows of alarm_span consecutive windows lie above the threshold
+(in a shorter recording, all of them). Its line has the alarms with start, end and highest score,
+the start of the window with the highest score, and the number of windows above the threshold.
+--timeline also prints every window. --json prints the results as JSON. --plots draws the scores of
+the windows, one figure per recording in the folder NAME/timelines beside a checkpoint NAME.pth.
+
+--calibrate FOLDER scores the normal recordings in FOLDER and the folders in it, and writes their
+scores to NAME.calibration.json. From then on, the thresholds of their machines come from these
+scores, in score.py, eval.py and export.py, instead of those of the recordings that training held
+out. The machine of a recording is the one given, or else that of its name, as in training, and of
+the folder of its machine type. Remove the file to return to the held-out recordings.
 
 If a file cannot be read, its line says why, the other files are scored, and the exit status is 2.
 The exit status does not depend on the decisions.
 
 Machines, classes, mode, input, m, s and sub_centers are those of the checkpoint, and so is channel
-unless it is given on the command line. The kind of score and the threshold are those of the
+unless it is given on the command line. The kind of score and what the threshold is are those of the
 configuration, as in eval.py.
 """
 
@@ -27,18 +41,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from audio import Windows
 from checkpoint import RunFiles
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from errors import UserError
+from evaluation.calibration import calibrate, find_normal
 from evaluation.single import (
     find_candidates,
     find_files,
     name_figures,
     print_json,
     print_scores,
+    report_rate,
     score_recordings,
 )
-from inference import load_model
+from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
+from inference import Model, load_model, with_bank
+from recordings import MACHINE_COLUMNS
 from utils import OneLineParser, check_writable, run_script, use_device
 
 
@@ -48,10 +67,7 @@ def score(config: Config, options: Namespace) -> None:
     Raises:
         UserError: At the end, if some recordings could not be scored.
     """
-    model = load_model(options.checkpoint, config)
-    window = config.window if "window" in config.given else "all"
-    windows = model.windows(config, "test", window)
-    check_effect(config, windows, [config.scoring])
+    model, windows = load(config, options)
     (files, problems), device = find_files(options.recordings), use_device(config.device)
     candidates = find_candidates(model, options.machine_type, options.machine_id)
     folder = RunFiles(options.checkpoint).timelines
@@ -65,7 +81,8 @@ def score(config: Config, options: Namespace) -> None:
     if options.json:
         print_json(results, options.timeline)
     else:
-        print_scores(results, options.timeline)
+        print_scores(results, config.alarm_rule, options.timeline)
+    report_rate(results, config)
     n_drawn = draw(results, config.scoring, windows.channel) if options.plots else 0
     if n_drawn and not options.json:
         print(f"{n_drawn} timelines: {folder}")
@@ -74,6 +91,35 @@ def score(config: Config, options: Namespace) -> None:
         raise UserError(
             f"{n_bad} of {len(results)} recordings could not be scored; see the reasons above"
         )
+
+
+def load(config: Config, options: Namespace) -> tuple[Model, Windows]:
+    """Load the model, and choose which windows of recordings are scored."""
+    model = load_model(options.checkpoint, config)
+    window = config.window if "window" in config.given else "all"
+    windows = model.windows(config, "test", window)
+    check_effect(config, windows, [config.scoring])
+    return model, windows
+
+
+def set_thresholds(config: Config, options: Namespace) -> None:
+    """Score normal recordings, keep the scores for thresholds, and print these."""
+    model, windows = load(config, options)
+    device = use_device(config.device)
+    check_writable(RunFiles(options.checkpoint).calibration, "copy the checkpoint elsewhere")
+    recordings = find_normal(model, options.calibrate, options.machine_type, options.machine_id)
+    path = calibrate(model, recordings, config, windows, device)
+    scorer = with_bank(model, config, [config.scoring], device).scorer(
+        config.scoring, config.neighbours
+    )
+    machines = list(dict.fromkeys(recordings[MACHINE_COLUMNS].itertuples(index=False, name=None)))
+    thresholds = find_thresholds(model, scorer, config).loc[machines]
+    explain_thresholds(thresholds, config, options.checkpoint)
+    for machine in machines:
+        threshold = threshold_of(thresholds, machine)
+        shown = "-" if threshold is None else f"{threshold:.6g}"
+        print(*(" ".join(machine), shown, thresholds["source"].to_dict()[machine]), sep="\t")
+    print(f"the scores of {len(recordings)} recordings: {path}")
 
 
 def draw(results: Sequence[Mapping[str, Any]], kind: str, channel: int) -> int:
@@ -102,17 +148,44 @@ def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="file of trained weights")
-    add("recordings", nargs="+", type=Path, help="files, or folders with WAV or FLAC files")
-    add("--machine_type", required=True, help="machine type of the recordings")
+    add("recordings", nargs="*", type=Path, help="files, or folders with WAV or FLAC files")
+    add("--machine_type", help="machine type of the recordings")
     add(
         "--machine_id",
         help="machine ID of the recordings (default: the best-fitting one for each recording)",
+    )
+    add(
+        "--calibrate",
+        metavar="FOLDER",
+        type=Path,
+        help="folder of normal recordings from which to set the thresholds",
     )
     add("--timeline", action="store_true", help="also print score and decision of each window")
     add("--plots", action="store_true", help="draw the scores over time (PNG)")
     add("--json", action="store_true", help="print the results as JSON")
     keys = (*SCORING_KEYS, "batch_size", "eval_precision")
-    score(*parse_command_line(parser, keys=keys))
+    config, options = parse_command_line(parser, keys=keys)
+    check_options(options)
+    if options.calibrate:
+        set_thresholds(config, options)
+    else:
+        score(config, options)
+
+
+def check_options(options: Namespace) -> None:
+    """Raise `UserError` for options that are missing, or have no effect beside others."""
+    if not options.calibrate:
+        if not options.recordings or not options.machine_type:
+            raise UserError(
+                "the recordings and --machine_type are required, or --calibrate (see --help)"
+            )
+        return
+    for name in ("recordings", "timeline", "plots", "json"):
+        if getattr(options, name):
+            raise UserError(
+                f"{name} {'have' if name == 'recordings' else 'has'} no effect with --calibrate, "
+                "which scores nothing else; leave it out"
+            )
 
 
 if __name__ == "__main__":

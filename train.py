@@ -67,7 +67,7 @@ def find_start(config: Config, files: RunFiles, resume: bool, overwrite: bool) -
 
 def clear(files: RunFiles) -> None:
     """Remove what an earlier run under this name, its evaluations and score.py have written."""
-    for file in (files.best, files.last, files.history):
+    for file in (files.best, files.last, files.history, files.calibration):
         file.unlink(missing_ok=True)
     remove_files(files.tensorboard, ["events.out.tfevents.*"])
     remove_files(files.timelines, ["*.png"])

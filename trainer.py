@@ -31,10 +31,10 @@ from distributed import (
     world_size,
 )
 from errors import UserError
-from evaluation.scores import Embeddings, Scorer
+from evaluation.scores import Outputs, Scorer, StoredClips
 from inference import build_network, run_network
 from losses import Mix, Objective
-from model import HEAD_WEIGHTS, FrontEnd, Outputs, TASTgramMFN
+from model import HEAD_WEIGHTS, FrontEnd, TASTgramMFN
 from sampling import Batch, Sampler
 from utils import notice
 
@@ -186,10 +186,11 @@ class Trainer:
         scores, losses, hits = gather_rows(columns, len(clips)).T.cpu().numpy()
         return Validation(scores, float(losses.mean()), float(hits.mean()))
 
-    def embed(self, clips: ClipSet) -> Embeddings:
-        """Compute the embeddings of clips."""
-        embedding = self.run_share(clips, "embeddings").embedding
-        return Embeddings.from_outputs(gather_rows(embedding, len(clips)), clips.labels)
+    def embed(self, clips: ClipSet) -> StoredClips:
+        """Compute what the checkpoint keeps of clips."""
+        share = self.run_share(clips, "embeddings")
+        outputs = Outputs(*(gather_rows(values, len(clips)) for values in share))
+        return StoredClips.from_outputs(outputs, clips.labels)
 
     def run_share(self, clips: ClipSet, title: str | None = None) -> Outputs:
         """Run the network in evaluation mode and float32 on this process's share of the clips.
@@ -197,7 +198,7 @@ class Trainer:
         """
         share, batch_size = select_share(len(clips)), self.config.batch_size
         shown = title if is_main() else None
-        return run_network(self.network, self.front_end, clips, share, batch_size, title=shown)
+        return run_network(self.network, clips, share, batch_size, title=shown)
 
     # ---- The files ----
 
@@ -265,7 +266,11 @@ class Trainer:
             classes=self.classes,
             history=self.history,
             n_training=len(self.train_clips),
-            held_out=HeldOut(self.valid_clips.labels, torch.from_numpy(scores)),
+            held_out=HeldOut(
+                torch.from_numpy(self.valid_clips.clip_recordings),
+                self.valid_clips.labels,
+                torch.from_numpy(scores),
+            ),
             fingerprint=self.fingerprint,
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -287,8 +292,8 @@ class Trainer:
         bank, held_out = self.embed(self.train_clips), self.embed(self.valid_clips)
         if is_main():
             assert best.held_out
-            with_embedding = replace(best.held_out, embedding=held_out.embedding)
-            replace(best, bank=bank, held_out=with_embedding).save(self.files.best)
+            complete = replace(best, bank=bank, held_out=best.held_out.with_outputs(held_out))
+            complete.save(self.files.best)
             print(f"added the embeddings of the clips to {self.files.best}", flush=True)
         barrier()
 

@@ -34,10 +34,9 @@ from dataloader import load_clips
 from errors import UserError
 from evaluation.comparison import difference
 from evaluation.metrics import Metrics, measure
-from evaluation.scores import Embeddings, cosine_similarity, over_windows
+from evaluation.scores import Outputs, StoredClips, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
 from inference import Model, embed, load_model, run_model
-from model import Outputs
 from names import MEAN, MIN
 from reproduce import SEEDS, plan_runs
 from train import train
@@ -172,7 +171,7 @@ def all_scores(
 
 
 def type_distances(
-    bank: Embeddings,
+    bank: StoredClips,
     classes: Classes,
     embedding: Tensor,
     machines: Sequence[Machine],

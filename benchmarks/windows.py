@@ -35,12 +35,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alarms import format_time
 from audio import SAMPLE_RATE, SECONDS, Windows
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.result import evaluate
 from evaluation.scores import over_windows
-from evaluation.single import format_time
 from inference import Model, load_model, run_model, with_bank
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_recordings
@@ -115,7 +115,7 @@ def score_best_id(
     types = np.array([machine_type for machine_type, _ in machines])
     is_other_type = clips.recordings["machine_type"].to_numpy()[:, None] != types
     lowest = np.where(is_other_type, np.inf, scores).min(axis=1)
-    return clips.recordings.assign(exact_score=lowest)
+    return clips.recordings.assign(level=lowest)
 
 
 def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, object]:
@@ -126,7 +126,7 @@ def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, obj
     for seed in range(GROUPINGS):
         shuffled = single.sample(frac=1, random_state=seed)
         drawn.append(mean_auc(average_threes(shuffled)))
-    expected = np.sort(average_threes(single)["exact_score"])
+    expected = np.sort(average_threes(single)["level"])
     return {
         "single": mean_auc(single),
         "threes": np.mean(drawn),
@@ -146,7 +146,7 @@ def mean_auc(table: pd.DataFrame) -> float:
     """Return the mean AUC of the machine IDs in percent."""
     aucs = []
     for _, group in table.groupby("machine_id"):
-        aucs.append(roc_auc_score(group["condition"] == ANOMALOUS, group["exact_score"]))
+        aucs.append(roc_auc_score(group["condition"] == ANOMALOUS, group["level"]))
     return 100 * float(np.mean(aucs))
 
 
@@ -159,10 +159,10 @@ def average_threes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the mean scores of three consecutive clips of the same ID and condition."""
     rows = []
     for machine, group in table.groupby([*MACHINE_COLUMNS, "condition"]):
-        scores = group["exact_score"].to_numpy()
+        scores = group["level"].to_numpy()
         threes = scores[: len(scores) // JOINED * JOINED].reshape(-1, JOINED)
         rows += [(*machine, value) for value in threes.mean(axis=1)]
-    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "condition", "exact_score"])
+    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "condition", "level"])
 
 
 # ---- Recordings ----

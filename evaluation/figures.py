@@ -230,7 +230,7 @@ def draw_roc(result: Result, path: Path) -> None:
 def draw_scores(result: Result, path: Path) -> None:
     """Draw histograms of the scores of each machine, with its threshold."""
     kind = KINDS[result.kind]
-    positions = axis_positions(result.recordings["exact_score"], kind)
+    positions = axis_positions(result.recordings["level"], kind)
     recordings = result.recordings.assign(position=positions)
     machines = recordings.groupby(MACHINE_COLUMNS, sort=False)
     bins = np.histogram_bin_edges(positions, 40)
@@ -383,7 +383,7 @@ def draw_timeline(row: Mapping[str, Any], kind: str, channel: int, path: Path) -
 
 def draw_window_scores(axis: Axes, row: Mapping[str, Any], unit: float) -> None:
     """Draw the score of each window at its middle, coloured by its decision; the threshold, and the
-    span of the worst window.
+    alarms.
 
     `row` is a recording as `score_recordings` returns it, `unit` the seconds in a unit of the axis.
     """
@@ -391,9 +391,9 @@ def draw_window_scores(axis: Axes, row: Mapping[str, Any], unit: float) -> None:
     middles = np.array([window["start"] for window in windows]) + SECONDS / 2
     scores = np.array([window["score"] for window in windows])
     decisions = np.array([window["decision"] or UNLABELLED for window in windows])
-    worst = row["worst"]["start"]
-    span = worst / unit, (worst + SECONDS) / unit
-    axis.axvspan(*span, color="0.85", lw=0, label="worst window")
+    for number, alarm in enumerate(row["alarms"] or ()):
+        label = None if number else "alarm"
+        axis.axvspan(alarm["start"] / unit, alarm["end"] / unit, color="0.85", lw=0, label=label)
     axis.plot(middles / unit, scores, color="0.6", lw=0.6)
     for decision, (colour, _) in CONDITIONS.items():
         chosen = decisions == decision

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from evaluation.scores import Outputs
 from inference import Model
-from model import FrontEnd, fold_batch_norm
+from model import CHANNELS, FrontEnd, fold_batch_norm, spectrum_of
 
 
 class ScoringGraph(nn.Module):
@@ -19,7 +20,7 @@ class ScoringGraph(nn.Module):
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__()
-        self.front_end = FrontEnd(model.config.input)
+        self.front_end = FrontEnd(CHANNELS)
         network = fold_batch_norm(model.network).cpu()
         self.network = network.to(  # type: ignore[call-overload]
             memory_format=torch.contiguous_format
@@ -29,8 +30,10 @@ class ScoringGraph(nn.Module):
         self.machines = model.classes.machines
 
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.network(**self.front_end.inputs(samples))
-        return self.scorer.score_against_machines(outputs, self.machines).float(), outputs.embedding
+        inputs = self.front_end.inputs(samples)
+        similarity, embedding = self.network(**inputs)
+        outputs = Outputs(similarity, embedding, spectrum_of(inputs["log_mel"]))
+        return self.scorer.score_against_machines(outputs, self.machines).float(), embedding
 
 
 class SumOfProductsPReLU(nn.Module):

@@ -3,7 +3,6 @@ Runtime.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import warnings
@@ -24,9 +23,8 @@ from dataloader import ClipSet
 from errors import UserError
 from evaluation.graph import ScoringGraph
 from evaluation.scores import check_scores
-from evaluation.thresholds import explain_thresholds, find_thresholds
+from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from inference import Model, run_model
-from model import TASTgramMFN
 from utils import versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
@@ -111,35 +109,30 @@ def quiet() -> Iterator[None]:
 def describe(model: Model, config: Config) -> dict[str, str]:
     """Return the metadata. Lists are JSON: the machines in the order of the columns of `scores`,
     and the threshold of each (null where there is none). The sample rate is in Hz; `window` and
-    `hop` are the length of a window of score.py and the time from one to the next, in seconds.
+    `hop` are the length of a window of score.py and the time from one to the next, in seconds;
+    `alarm_windows` and `alarm_span` are those of the configuration.
     """
     machines = model.classes.machines
     scorer = model.scorer(config.scoring, config.neighbours)
     thresholds = find_thresholds(model, scorer, config)
-    explain_thresholds(thresholds, machines, model.path)
-    by_machine = thresholds["threshold"].to_dict()
+    explain_thresholds(thresholds, config, model.path)
     windows = model.windows(config, "test", "all")
     return {
         "machines": json.dumps(machines),
-        "thresholds": json.dumps([by_machine.get(machine) for machine in machines]),
+        "thresholds": json.dumps([threshold_of(thresholds, machine) for machine in machines]),
         "sample_rate": str(SAMPLE_RATE),
         "window": str(SECONDS),
         "hop": str(windows.hop),
         "over_windows": config.over_windows,
+        "alarm_windows": str(config.alarm_windows),
+        "alarm_span": str(config.alarm_span),
         "channel": str(windows.channel),
         "mode": model.config.mode,
         "input": json.dumps(model.config.input),
         "scoring": config.scoring,
         "version": versions()["commit"],
-        "weights_sha256": hash_weights(model.network),
+        "weights_sha256": model.weights_sha256,
     }
-
-
-def hash_weights(network: TASTgramMFN) -> str:
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---- The comparison with eval.py ----

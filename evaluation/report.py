@@ -11,10 +11,11 @@ import pandas as pd
 import yaml
 from torch import Tensor
 
+from evaluation.decisions import RATES, format_rate
 from evaluation.figures import read_samples
 from evaluation.metrics import COUNTS, Metrics
 from evaluation.result import Result
-from evaluation.tables import in_words, with_interval
+from evaluation.tables import in_words, percent, with_interval
 from model import FrontEnd
 from names import ANOMALOUS, NORMAL
 from utils import write_text
@@ -30,8 +31,10 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
     tables = {}
     if result.metrics:
         tables["Metrics (percent, 95 % intervals)"] = metric_table(result.metrics)
-    if len(result.thresholds):
-        tables["Thresholds"] = result.thresholds.reset_index()
+    if len(result.decisions):
+        tables[f"Decisions ({result.asked or 'threshold given'})"] = decision_table(result)
+    if result.baseline:
+        tables["Metrics without a network"] = metric_table(result.baseline)
     config = result.model.config.model_dump()
     page = load_template().render(
         title=f"{result.model.path.name}: {result.about['mode']}, {result.kind} score",
@@ -64,11 +67,26 @@ def metric_table(metrics: Metrics) -> pd.DataFrame:
     return text
 
 
+def decision_table(result: Result) -> pd.DataFrame:
+    """Return the table of decisions, with rates and intervals in percent as text."""
+    decisions = result.decisions
+    text = decisions.index.to_frame(index=False)
+    for name in ("threshold", "source"):
+        text[name] = decisions[name].to_numpy()
+    for rate, (part, whole) in RATES.items():
+        for name in (whole, part):
+            text[name] = decisions[name].to_numpy()
+        text[rate] = [format_rate(row, rate) for row in decisions.to_dict("records")]
+    for name in ("precision", "F1"):
+        text[name] = [percent(value) for value in decisions[name]]
+    return text
+
+
 def find_hardest(result: Result) -> pd.DataFrame:
     """Return the normal recordings with the highest scores and the anomalous ones with the lowest,
     HARDEST of each machine.
     """
-    ordered = result.recordings.sort_values("exact_score", kind="stable")
+    ordered = result.recordings.sort_values("level", kind="stable")
     parts = []
     for machine_type, machine_id in result.model.classes.machines:
         is_type = ordered["machine_type"] == machine_type

@@ -1,24 +1,34 @@
 """The evaluation of a checkpoint: scores, metrics and decisions for the recordings of a split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from alarms import find_level
 from audio import Windows
 from config import Config
 from dataloader import ClipSet
+from evaluation.decisions import asked_rate, count_decisions
 from evaluation.metrics import Metrics, find_rule, measure
-from evaluation.scores import KINDS, check_scores, find_worst, over_windows
+from evaluation.scores import (
+    KINDS,
+    Outputs,
+    check_scores,
+    find_first_clips,
+    find_worst,
+    over_windows,
+)
 from evaluation.thresholds import decide, find_thresholds
 from inference import Model, run_model, with_bank
-from model import Outputs
 from names import ANOMALOUS, NORMAL, UNLABELLED
 from recordings import MACHINE_COLUMNS, known_recordings
 from utils import versions
+
+BASELINE = "spectrum"  # the kind of score that needs no network
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,18 @@ class Result:
         split: "test" or "evaluation".
         windows: Which windows of the recordings were scored.
         recordings: The table of recordings, with what scoring adds: the `score` in `score_dtype`,
-            the `exact_score` (float64) that decisions rest on, the `angle` to the nearest centre of
-            its machine in degrees, `worst` (the start of the window with the highest score, in
-            seconds), the `threshold`, and the `decision` (1 for anomalous, missing without a
-            threshold). Over several windows scores and angle are combined as `over_windows` says.
+            the `level` that decisions rest on (float64, see `find_level`), the `angle` to the
+            nearest centre of its machine in degrees, `worst` (the start of the window with the
+            highest score, in seconds), the `threshold`, and the `decision` (1 for anomalous,
+            missing without a threshold). Over several windows scores and angle are combined as
+            `over_windows` says.
         embedding: The mean embedding of each recording `(recordings, E)`.
         thresholds: See `fit_thresholds`.
         metrics: The metrics of the recordings whose condition is known; None if there are none.
+        baseline: Their metrics with the score that needs no network, "spectrum"; None if `kind` is
+            that, or if the checkpoint has no training clips to compare with.
+        decisions: See `count_decisions`.
+        asked: The rate of false alarms that was asked for, see `asked_rate`.
         about: What was evaluated, by name.
     """
 
@@ -49,6 +64,9 @@ class Result:
     embedding: np.ndarray
     thresholds: pd.DataFrame
     metrics: Metrics | None
+    baseline: Metrics | None
+    decisions: pd.DataFrame
+    asked: str
     about: dict[str, Any]
 
     @property
@@ -70,7 +88,30 @@ def evaluate(
     """
     model = with_bank(model, config, kinds, device)
     outputs = run_model(model, clips, config, device)
-    return [evaluate_kind(model, clips, outputs, config, split, kind) for kind in kinds]
+    baseline = measure_baseline(model, clips, outputs, config)
+    results = []
+    for kind in kinds:
+        result = evaluate_kind(model, clips, outputs, config, split, kind)
+        is_baseline = kind == BASELINE
+        results.append(result if is_baseline else replace(result, baseline=baseline))
+    return results
+
+
+def measure_baseline(
+    model: Model, clips: ClipSet, outputs: Outputs, config: Config
+) -> Metrics | None:
+    """Compute the metrics of the score that needs no network; None without training clips of all
+    machines to compare with, or without recordings whose condition is known.
+    """
+    if model.checkpoint.bank is None:
+        return None
+    scorer = model.scorer(BASELINE, config.neighbours)
+    scores = scorer.score_clips(outputs, clips.machines).numpy()
+    combined = over_windows(scores, clips.clip_recordings, config.over_windows)
+    known = known_recordings(clips.recordings.assign(score=combined))
+    if known.empty or not np.isfinite(scores).all():
+        return None
+    return measure(known, find_rule(known))
 
 
 def evaluate_kind(
@@ -80,7 +121,7 @@ def evaluate_kind(
     recordings = add_scores(model, clips, outputs, config, kind)
     thresholds = find_thresholds(model, model.scorer(kind, config.neighbours), config)
     recordings = recordings.join(thresholds["threshold"], on=MACHINE_COLUMNS)
-    recordings["decision"] = decide(recordings["exact_score"], recordings["threshold"])
+    recordings["decision"] = decide(recordings["level"], recordings["threshold"])
     known = known_recordings(recordings)
     return Result(
         model=model,
@@ -91,6 +132,9 @@ def evaluate_kind(
         embedding=over_windows(outputs.embedding.numpy(), clips.clip_recordings, "mean"),
         thresholds=thresholds,
         metrics=None if known.empty else measure(known, find_rule(known)),
+        baseline=None,
+        decisions=count_decisions(recordings, thresholds),
+        asked=asked_rate(config),
         about=describe(model, config, split, clips.windows, kind, recordings),
     )
 
@@ -98,7 +142,7 @@ def evaluate_kind(
 def add_scores(
     model: Model, clips: ClipSet, outputs: Outputs, config: Config, kind: str
 ) -> pd.DataFrame:
-    """Return the table of recordings with `score`, `exact_score`, `angle` and `worst`.
+    """Return the table of recordings with `score`, `level`, `angle` and `worst`.
 
     Raises:
         UserError: If a score is not finite.
@@ -114,9 +158,10 @@ def add_scores(
 
     exact = score(kind)
     check_scores(exact, machines, kind, model.path)
+    windows = np.split(exact, find_first_clips(clips.clip_recordings)[1:])
     return clips.recordings.assign(
         score=combine(score(kind, getattr(torch, config.score_dtype))),
-        exact_score=combine(exact),
+        level=[find_level(scores, config.alarm_rule) for scores in windows],
         angle=combine(score("angle")),
         worst=clips.clip_starts[find_worst(exact, clips.clip_recordings)],
     )

@@ -8,7 +8,7 @@ import pandas as pd
 
 from errors import UserError
 from evaluation.metrics import find_rule, measure
-from evaluation.tables import show_metrics
+from evaluation.tables import ShownMetrics, show_metrics
 from ground_truth import GroundTruth, read_lists
 from names import (
     AVERAGE,
@@ -59,7 +59,8 @@ def evaluate_score_files(folder: Path, data_root: Path) -> None:
         "recordings": describe_counts(recordings["condition"]),
         "evaluated with": versions(),
     }
-    show_metrics(measure(known, find_rule(known)), f"Score files of {folder}", about, output, {})
+    shown = ShownMetrics(measure(known, find_rule(known)))
+    show_metrics(shown, f"Score files of {folder}", about, output)
     print(f"metrics of {len(known)} recordings: {output}")
 
 

@@ -7,6 +7,8 @@ A clip is scored against a class, in one of these ways (KINDS):
 - angle: between the embedding and the closest centre of the class, in degrees
 - nearest: mean cosine distance between the embedding and the closest embeddings of the training
   clips of the class (the bank)
+- spectrum: without a network, mean distance between mean and standard deviation of the log-mel over
+  time and those of the closest training clips of the machine
 
 Its score against a machine is the lowest over the classes of the machine, and the score of a
 recording with several windows is the mean or the maximum of theirs. Validation, eval.py, score.py
@@ -27,23 +29,44 @@ from torch import Tensor
 from classes import Classes, Machine
 from errors import UserError
 from losses import Objective
-from model import Outputs
 
 
-class Embeddings(NamedTuple):
-    """Clips as a checkpoint keeps them: embedding `(n, E)` of length 1 in float16, class `(n,)`."""
+class Outputs(NamedTuple):
+    """What scores of B clips are computed from: similarity to each class `(B, C)`, embedding
+    `(B, E)`, spectrum `(B, 2 M)`.
+    """
+
+    similarity: Tensor
+    embedding: Tensor
+    spectrum: Tensor
+
+    def select(self, rows: Tensor) -> "Outputs":
+        """Return the outputs for the clips with these numbers."""
+        return Outputs(*(values[rows] for values in self))
+
+
+LEAST_SPREAD = 0.1  # dB; a mel bin may be constant in all training clips, as in digital silence
+
+
+class StoredClips(NamedTuple):
+    """Clips as a checkpoint keeps them: embedding `(n, E)` of length 1 and spectrum `(n, 2 M)` in
+    dB, both in float16, and class `(n,)`.
+    """
 
     embedding: Tensor
+    spectrum: Tensor
     labels: Tensor
 
     @classmethod
-    def from_outputs(cls, embedding: Tensor, labels: Tensor) -> "Embeddings":
-        """Keep the embeddings `(n, E)` that the network computes for clips of these classes."""
-        return cls(F.normalize(embedding).half().cpu(), labels)
+    def from_outputs(cls, outputs: Outputs, labels: Tensor) -> "StoredClips":
+        """Keep the outputs for n clips of these classes."""
+        embedding = F.normalize(outputs.embedding).half().cpu()
+        return cls(embedding, outputs.spectrum.half().cpu(), labels)
 
-    def by_class(self, n_classes: int) -> list[Tensor]:
-        """Return the embeddings of the clips of each class."""
-        return [self.embedding[self.labels == label] for label in range(n_classes)]
+    def by_class(self, n_classes: int) -> list["StoredClips"]:
+        """Return the clips of each class."""
+        members = [self.labels == label for label in range(n_classes)]
+        return [StoredClips(*(values[chosen] for values in self)) for chosen in members]
 
 
 @dataclass(frozen=True)
@@ -55,19 +78,25 @@ class Scorer:
         classes: The classes of the network.
         objective: The loss that the network was trained with; for "published".
         centres: The centres `(C, K, E)` of each class; for "angle".
-        bank: The embeddings `(n, E)` of the training clips of each class; for "nearest".
-        neighbours: The number of training clips that "nearest" takes the mean over.
+        bank: The training clips of each class; for "nearest" and "spectrum".
+        neighbours: The number of training clips that these two take the mean over.
         dtype: The precision of the scores. In float32, as published, very normal clips tie at
-            exactly 0; float64 orders them. "angle" and "nearest" are computed in float64.
+            exactly 0; float64 orders them. The other kinds are computed in float64.
     """
 
     kind: str
     classes: Classes
     objective: Objective
     centres: Tensor | None = None
-    bank: Sequence[Tensor] | None = None
+    bank: Sequence[StoredClips] | None = None
     neighbours: int = 1
     dtype: torch.dtype = torch.float64
+
+    @property
+    def name(self) -> str:
+        """The kind with the keys that have an effect on it, as in "nearest, neighbours 2"."""
+        keys = [f"{key} {getattr(self, key)}" for key in KINDS[self.kind].keys]
+        return ", ".join([self.kind, *keys])
 
     def score_against_class(self, outputs: Outputs, label: int) -> Tensor:
         """Score clips against a class `(n,)`."""
@@ -95,8 +124,8 @@ class Scorer:
         scores = torch.empty(len(machines), dtype=self.dtype, device=device)
         for machine, clips in clips_of.items():
             rows = torch.tensor(clips, device=device)
-            chosen = Outputs(outputs.similarity[rows], outputs.embedding[rows])
-            scores[rows] = self.score_against_machine(chosen, machine).to(self.dtype)
+            of_machine = self.score_against_machine(outputs.select(rows), machine)
+            scores[rows] = of_machine.to(self.dtype)
         return scores
 
 
@@ -125,11 +154,38 @@ def nearest(scorer: Scorer, outputs: Outputs, label: int) -> Tensor:
     infinite.
     """
     assert scorer.bank is not None
-    members = scorer.bank[label]
-    if len(members) == 0:
-        return torch.full_like(outputs.embedding[:, 0], torch.inf, dtype=torch.float64)
-    cosine = cosine_similarity(outputs.embedding, members)
-    return 1.0 - cosine.topk(min(scorer.neighbours, len(members))).values.mean(dim=1)
+    cosine = cosine_similarity(outputs.embedding, scorer.bank[label].embedding)
+    return 1.0 - mean_of_largest(cosine, scorer.neighbours)
+
+
+def spectrum(scorer: Scorer, outputs: Outputs, label: int) -> Tensor:
+    """Distance between the spectrum and those of the closest training clips of the machine, the
+    mean over `neighbours`; float64, infinite without such clips. It uses no network.
+
+    Each value is standardised by its mean and standard deviation over these training clips; the
+    distance is the root of the mean square over the values.
+    """
+    assert scorer.bank is not None
+    labels = scorer.classes.of_machine(scorer.classes.entries[label].machine)
+    members = torch.cat([scorer.bank[number].spectrum for number in labels])
+    members = members.to(outputs.spectrum.device, torch.float64)
+    mean = members.mean(dim=0)
+    scale = (members - mean).square().mean(dim=0).sqrt().clamp(min=LEAST_SPREAD)
+    ours, theirs = (outputs.spectrum.double() - mean) / scale, (members - mean) / scale
+    # The square of a difference, as torch.cdist is not part of ONNX
+    squares = ours.square().mean(dim=1, keepdim=True) + theirs.square().mean(dim=1)
+    squares = squares - 2 * ours @ theirs.T / ours.shape[1]
+    return -mean_of_largest(-squares.clamp(min=0).sqrt(), scorer.neighbours)
+
+
+def mean_of_largest(values: Tensor, count: int) -> Tensor:
+    """Return the mean of the largest `count` of the m values `(n, m)` of each clip `(n,)`, or of
+    all if there are fewer; minus infinity if there are none.
+    """
+    n_largest = min(count, values.shape[1])
+    if n_largest == 0:
+        return torch.full_like(values.sum(dim=1), -torch.inf)
+    return values.topk(n_largest).values.mean(dim=1)
 
 
 def cosine_similarity(embedding: Tensor, others: Tensor) -> Tensor:
@@ -167,6 +223,12 @@ KINDS = {
         uses_bank=True,
         keys=("neighbours",),
     ),
+    "spectrum": Kind(
+        spectrum,
+        "standard deviations from the nearest training clips",
+        uses_bank=True,
+        keys=("neighbours",),
+    ),
 }
 
 
@@ -185,7 +247,7 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
     names = ", ".join(map(" ".join, bad_machines))
     if KINDS[kind].uses_bank and np.isposinf(scores[is_bad]).all():
         raise UserError(
-            f"{path}: the checkpoint has no embeddings of training clips of {names}, which "
+            f"{path}: the checkpoint has no training clips of {names}, which "
             f"{kind} needs; choose another --scoring"
         )
     raise UserError(

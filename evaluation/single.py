@@ -11,16 +11,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from audio import CheckedRecording, Windows
+from alarms import AlarmRule, describe_windows, find_alarms, find_level, format_time
+from audio import SECONDS, CheckedRecording, Windows
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
 from errors import UserError, give_reason
 from evaluation.scores import check_scores, over_windows
-from evaluation.thresholds import explain_thresholds, find_thresholds
+from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from inference import Model, run_model, with_bank
-from names import ANOMALOUS, NORMAL, format_id, list_folder
-from utils import one_line
+from names import ANOMALOUS, AUDIO_ENDINGS, NORMAL, format_id, list_folder
+from utils import notice, one_line
 
 
 def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
@@ -33,7 +34,7 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
         try:
             inside = [path]
             if path.is_dir():
-                inside = [x for x in list_folder(path) if x.suffix.lower() in (".wav", ".flac")]
+                inside = [x for x in list_folder(path) if x.suffix.lower() in AUDIO_ENDINGS]
         except OSError as error:
             problems[path] = give_reason(error)
             continue
@@ -74,10 +75,11 @@ def score_recordings(
 
     Returns:
         A dictionary of plain values for each recording: `file`, and either `error` or
-        `machine_type`, `machine_id`, `score`, `threshold`, `decision`, `n_windows`, `n_anomalous`
-        (the number of anomalous windows), `worst` (the window with the highest score) and `windows`
-        (`start` in seconds, `score` and `decision` of each). Without a threshold, `threshold`, the
-        decisions and `n_anomalous` are None.
+        `machine_type`, `machine_id`, `score`, `threshold`, `decision`, `alarms` (`start` and `end`
+        in seconds and highest `score` of each), `n_windows`, `n_anomalous` (the number of anomalous
+        windows), `worst` (the window with the highest score) and `windows` (`start`, `score` and
+        `decision` of each). Without a threshold, `threshold`, the decisions, `alarms` and
+        `n_anomalous` are None.
     """
     model = with_bank(model, config, [config.scoring], device)
     checked = check_recordings(paths, windows, config.num_workers)
@@ -112,9 +114,8 @@ def score_usable(
     best = scores.argmin(axis=1)  # the candidate that each recording fits best
     machines = [candidates[column] for column in best]
     check_scores(scores.min(axis=1), machines, config.scoring, model.path)
-    thresholds = find_thresholds(model, scorer, config)
-    explain_thresholds(thresholds, candidates, model.path)
-    by_machine = thresholds["threshold"].to_dict()
+    thresholds = find_thresholds(model, scorer, config).loc[list(candidates)]
+    explain_thresholds(thresholds, config, model.path)
     parts = np.split(window_scores, np.cumsum([len(seconds) for seconds in starts])[:-1])
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
@@ -122,9 +123,10 @@ def score_usable(
         results[path] = describe_recording(
             machine,
             float(scores[number, column]),
-            by_machine.get(machine),
+            threshold_of(thresholds, machine),
             starts[number],
-            parts[number][:, column].tolist(),
+            parts[number][:, column],
+            config.alarm_rule,
         )
     for path, error in clips.unreadable.items():
         results[path] = {"error": str(error).removeprefix(f"{path}: ")}
@@ -136,35 +138,42 @@ def describe_recording(
     score: float,
     threshold: float | None,
     starts: Sequence[float],
-    scores: Sequence[float],
+    scores: np.ndarray,
+    rule: AlarmRule,
 ) -> dict[str, Any]:
     """Return the entry of a recording in the results of `score_recordings`; `starts` and `scores`
     are those of its windows.
     """
     windows = [
         {"start": start, "score": value, "decision": name_decision(value, threshold)}
-        for start, value in zip(starts, scores, strict=True)
+        for start, value in zip(starts, scores.tolist(), strict=True)
     ]
-    n_anomalous = sum(window["decision"] == ANOMALOUS for window in windows)
+    alarms, n_anomalous = None, None
+    if threshold is not None:
+        alarms = [alarm._asdict() for alarm in find_alarms(starts, scores, threshold, rule)]
+        n_anomalous = int((scores > threshold).sum())
     machine_type, machine_id = machine
     return {
         "machine_type": machine_type,
         "machine_id": machine_id,
         "score": score,
         "threshold": threshold,
-        "decision": name_decision(score, threshold),
+        "decision": name_decision(find_level(scores, rule), threshold),
+        "alarms": alarms,
         "n_windows": len(windows),
-        "n_anomalous": None if threshold is None else n_anomalous,
+        "n_anomalous": n_anomalous,
         "worst": windows[int(np.argmax(scores))],
         "windows": windows,
     }
 
 
-def name_decision(score: float, threshold: float | None) -> str | None:
-    """Return ANOMALOUS for a score above the threshold, else NORMAL; None without a threshold."""
+def name_decision(level: float, threshold: float | None) -> str | None:
+    """Return ANOMALOUS for the score of a window, or the alarm level of a recording, above the
+    threshold, else NORMAL; None without a threshold.
+    """
     if threshold is None:
         return None
-    return ANOMALOUS if score > threshold else NORMAL
+    return ANOMALOUS if level > threshold else NORMAL
 
 
 # ---- What is printed ----
@@ -184,12 +193,12 @@ def name_figures(results: Sequence[dict[str, Any]], folder: Path) -> None:
         row["picture"] = str(folder / f"{name}{suffix}.png")
 
 
-def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
+def print_scores(results: Sequence[Mapping[str, Any]], rule: AlarmRule, has_timeline: bool) -> None:
     """Print a line for each recording: file, machine, score, threshold, decision; or file and
     error.
 
-    Of several windows the line says which is worst, and with a timeline each has a line: start,
-    score, decision.
+    Of several windows the line has the alarms and the worst window, and with a timeline each window
+    has a line: start, score, decision.
     """
     for row in results:
         file = one_line(row["file"])  # a tab or line break in its name would end the cell
@@ -200,7 +209,9 @@ def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> No
         machine = f"{row['machine_type']} {row['machine_id']}"
         cells = [file, machine, f"{row['score']:.6g}", threshold, row["decision"] or "-"]
         if row["n_windows"] > 1:
-            cells.append(describe_worst(row))
+            starts = [window["start"] for window in row["windows"]]
+            scores = np.array([window["score"] for window in row["windows"]])
+            cells.append(describe_windows(starts, scores, row["threshold"], rule))
         print("\t".join(cells))
         for window in row["windows"] if has_timeline else ():
             cells = [
@@ -211,20 +222,26 @@ def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> No
             print("\t" + "\t".join(cells))
 
 
-def describe_worst(row: Mapping[str, Any]) -> str:
-    worst = row["worst"]
-    text = f"worst at {format_time(worst['start'])} ({worst['score']:.6g})"
-    if row["n_anomalous"] is None:
-        return text
-    return f"{text}, {row['n_anomalous']} of {row['n_windows']} windows anomalous"
-
-
-def format_time(seconds: float) -> str:
-    """Format seconds as in 0:41:05 or, with hundredths, 0:41:05.50."""
-    minutes, rest = divmod(round(seconds, 2), 60)
-    hours, minutes = divmod(int(minutes), 60)
-    digits = f"{rest:02.0f}" if rest.is_integer() else f"{rest:05.2f}"
-    return f"{hours}:{minutes:02d}:{digits}"
+def report_rate(results: Sequence[Mapping[str, Any]], config: Config) -> None:
+    """Print a notice of what the rate of false alarms means, if it decided about a recording."""
+    decided = [row for row in results if row.get("decision")]
+    if not decided or isinstance(config.threshold, float):
+        return
+    per_day = 24 * config.false_alarms
+    pace = f"{per_day:.0f} false alarms a day"
+    if per_day < 1:
+        pace = f"one false alarm in {1 / per_day:.0f} days"
+    text = (
+        f"asked for {100 * config.false_alarms:g} % of normal windows above the threshold: at one "
+        f"recording of {SECONDS} s an hour, about {pace}"
+    )
+    if any(row["n_windows"] > 1 for row in decided):
+        n_above, span = config.alarm_rule
+        text += (
+            f"; longer recordings alarm only if {n_above} of {span} windows lie above it, and the "
+            "more often, the longer they are"
+        )
+    notice(text)
 
 
 def print_json(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:

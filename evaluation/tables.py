@@ -5,15 +5,16 @@ score files.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from evaluation.decisions import RATES, describe_decisions, format_rate
 from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, Metrics, Rule
 from evaluation.result import Result
-from evaluation.thresholds import count_decisions, explain_thresholds
 from model import PUBLISHED_CHANNELS
 from names import AVERAGE, HMEAN, MEAN, MIN, POOLED, SOURCE, SUMMARY_ROWS, TARGET
 from utils import notice, remove_files, write_csv, write_text
@@ -85,7 +86,7 @@ PUBLISHED_IDS = {
     "ToyCar": {"01", "02", "03", "04"},
     "ToyConveyor": {"01", "02", "03"},
 }
-Published = dict[str, dict[Column, float]]  # by machine type
+Published = Mapping[str, dict[Column, float]]  # by machine type
 
 
 def published_rows(result: Result) -> Published:
@@ -126,16 +127,46 @@ def measured_ids(metrics: Metrics) -> dict[str, set[str]]:
     return ids
 
 
+# ---- What tables show ----
+
+WITHOUT_NETWORK = "without a network"  # the name of the row of `Result.baseline`
+
+
+class ShownMetrics(NamedTuple):
+    """The metrics of a table for reading, with what stands beside them.
+
+    Attributes:
+        metrics: The metrics.
+        published: The published results.
+        baseline: The metrics of the score without a network, see `Result`.
+    """
+
+    metrics: Metrics
+    published: Published = MappingProxyType({})
+    baseline: Metrics | None = None
+
+    def rows(self, summary: str) -> dict[str, pd.Series]:
+        """Return a summary row of each machine type by name; the last is the average without a
+        network, if it is known.
+        """
+        types = self.metrics.machine_types
+        rows = {name: self.metrics.summary_row(name, summary) for name in types}
+        if self.baseline:
+            rows[WITHOUT_NETWORK] = self.baseline.summary_row(AVERAGE, summary)
+        return rows
+
+
 # ---- The table on the terminal ----
 
 
-def format_table(metrics: Metrics, published: Published) -> str:
+def format_table(shown: ShownMetrics) -> str:
     """Format the metrics of each machine type in percent.
 
     They are pooled over the IDs, as published, and means over the IDs, as in the challenge. The
-    last columns have what the official score consists of, or else the published results.
+    last columns have what the official score consists of, or else the published results. The last
+    row is the average without a network.
     """
-    rule, machine_types = metrics.rule, metrics.machine_types
+    rule = shown.metrics.rule
     titles = {POOLED: "pooled over IDs", MIN: "lowest", MEAN: "mean over IDs"}
     if rule.official:
         titles[HMEAN] = "harmonic mean over IDs"
@@ -143,18 +174,19 @@ def format_table(metrics: Metrics, published: Published) -> str:
     for summary, title in titles.items():
         columns = [Column(summary, name) for name in rule.shown_in(summary)]
         rows = []
-        for machine_type in machine_types:
-            row = metrics.summary_row(machine_type, summary)
+        for row in shown.rows(summary).values():
             rows.append([percent(row[column.metric]) for column in columns])
         blocks.append(format_block(title, columns, rows))
+    names = list(shown.rows(MEAN))
     if not rule.official:
+        published = shown.published
         columns = list(next(iter(published.values()), {}))
-        rows = [published_cells(published.get(name, {}), columns) for name in machine_types]
+        rows = [published_cells(published.get(name, {}), columns) for name in names]
         title = "published, DCASE 2020" if published else ""
         blocks.append(format_block(title, columns, rows))
-    width = max(12, *map(len, machine_types))
+    width = max(12, *map(len, names))
     lines = []
-    for name, *cells in zip(["", "in percent", *machine_types], *blocks, strict=True):
+    for name, *cells in zip(["", "in percent", *names], *blocks, strict=True):
         lines.append(f"{name:{width}} |{'|'.join(cells)}".rstrip())
     if rule.text:
         lines.append(f"Domains: {rule.text}")
@@ -196,15 +228,13 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def markdown_table(metrics: Metrics) -> str:
+def markdown_table(shown: ShownMetrics) -> str:
     """Format the metrics of each machine type in percent, each with its interval."""
-    columns = columns_of(metrics.rule)
+    columns = columns_of(shown.metrics.rule)
     lines = markdown_header("machine type", titles_of(columns))
-    for machine_type in metrics.machine_types:
-        cells = []
-        for summary, metric in columns:
-            cells.append(with_interval(metrics.summary_row(machine_type, summary), metric))
-        lines.append(markdown_row(machine_type, cells))
+    for name in shown.rows(MEAN):
+        cells = [with_interval(shown.rows(summary)[name], metric) for summary, metric in columns]
+        lines.append(markdown_row(name, cells))
     return "\n".join(lines)
 
 
@@ -251,33 +281,35 @@ def write_result(result: Result, folder: Path) -> None:
     metrics.
     """
     clear_results(folder)
-    recordings, thresholds = result.recordings, result.thresholds
+    recordings, decisions = result.recordings, result.decisions
     write_per_machine(folder, "anomaly_score", recordings, "score")
     if result.metrics:
         about = result.about
         title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
-        show_metrics(result.metrics, title, about, folder, published_rows(result))
-    explain_thresholds(thresholds, result.model.classes.machines, result.model.path)
+        shown = ShownMetrics(result.metrics, published_rows(result), result.baseline)
+        show_metrics(shown, title, about, folder, decision_table(decisions, result.asked))
+        if len(decisions):
+            print(describe_decisions(decisions, result.asked))
     decided = recordings[recordings["decision"].notna()]
     write_per_machine(folder, "decision_result", decided, "decision")
-    if len(thresholds):
-        decisions = count_decisions(recordings, thresholds)
+    if len(decisions):
         write_csv(folder / "decisions.csv", decisions.reset_index())
     print(f"{len(recordings)} scores{' and metrics' if result.metrics else ''}: {folder}")
 
 
 def show_metrics(
-    metrics: Metrics, title: str, about: dict[str, Any], folder: Path, published: Published
+    shown: ShownMetrics, title: str, about: dict[str, Any], folder: Path, decisions: str = ""
 ) -> None:
     """Write metrics into files and print them, with a notice of what cannot be measured.
 
-    `about` says by name what was evaluated.
+    `about` says by name what was evaluated, `decisions` is a section of results.md.
     """
+    metrics = shown.metrics
     report_gaps(metrics)
-    write_text(folder / "results.md", format_results(metrics, title, about))
-    write_text(folder / "metrics.json", format_json(metrics, about))
+    write_text(folder / "results.md", format_results(shown, title, about, decisions))
+    write_text(folder / "metrics.json", format_json(shown, about))
     write_csv(folder / "metrics.csv", metrics.table.reset_index())
-    print(format_table(metrics, published))
+    print(format_table(shown))
 
 
 def report_gaps(metrics: Metrics) -> None:
@@ -303,9 +335,11 @@ def name_rows(table: pd.DataFrame) -> str:
     return ", ".join(map(" ".join, table.index))
 
 
-def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
+def format_results(
+    shown: ShownMetrics, title: str, about: dict[str, Any], decisions: str = ""
+) -> str:
     """Return the content of results.md."""
-    rule = metrics.rule
+    rule = shown.metrics.rule
     strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
     texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
     explanation = (
@@ -314,29 +348,54 @@ def format_results(metrics: Metrics, title: str, about: dict[str, Any]) -> str:
         "mAUC: the lowest AUC of an ID."
     )
     heading = f"# {escape_markdown(title)}"
-    paragraphs = [heading, markdown_table(metrics), " ".join([explanation, *texts])]
+    paragraphs = [heading, markdown_table(shown), " ".join([explanation, *texts])]
     if rule.text:
         paragraphs.append(
             f"Harmonic means: over the IDs of a type, for `average` over all IDs; {rule.text}."
         )
+    if decisions:
+        paragraphs.append(decisions)
     lines = [f"- {name}: {escape_markdown(in_words(value))}" for name, value in about.items()]
     paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs) + "\n"
 
 
-def format_json(metrics: Metrics, about: dict[str, Any]) -> str:
+def format_json(shown: ShownMetrics, about: dict[str, Any]) -> str:
     """Return the content of metrics.json."""
-    table, rule = metrics.table, metrics.rule
-    rows = table.astype(object).where(table.notna(), None)
-    by_type = {}
-    for machine_type in rows.index.unique("machine_type"):
-        by_type[machine_type] = rows.loc[machine_type].to_dict("index")
+    rule = shown.metrics.rule
     content = {
         "about": about | {"domains": rule.text} if rule.text else about,
         "interval": {"coverage": COVERAGE, "draws": DRAWS, "seed": SEED},
-        "metrics": by_type,
+        "metrics": rows_by_type(shown.metrics),
     }
+    if shown.baseline:
+        content[WITHOUT_NETWORK] = rows_by_type(shown.baseline)
     return json.dumps(content, indent=2) + "\n"
+
+
+def rows_by_type(metrics: Metrics) -> dict[str, dict]:
+    """Return the rows of the table by machine type, with None for missing values."""
+    rows = metrics.table.astype(object).where(metrics.table.notna(), None)
+    types = rows.index.unique("machine_type")
+    return {machine_type: rows.loc[machine_type].to_dict("index") for machine_type in types}
+
+
+def decision_table(decisions: pd.DataFrame, asked: str) -> str:
+    """Return the section of results.md about decisions; "" if there are none."""
+    if decisions.empty:
+        return ""
+    titles = [
+        "threshold", "from", "normal", "called anomalous", f"rate ({asked or '95 % interval'})",
+        "anomalous", "called anomalous", "rate", "precision", "F1",
+    ]  # fmt: skip
+    lines = markdown_header("decisions", titles)
+    for machine, row in zip(decisions.index, decisions.to_dict("records"), strict=True):
+        cells = [f"{row['threshold']:.6g}", row["source"]]
+        for rate, (part, whole) in RATES.items():
+            cells += [str(row[whole]), str(row[part]), format_rate(row, rate)]
+        cells += [percent(row["precision"]), percent(row["F1"])]
+        lines.append(markdown_row(" ".join(machine), cells))
+    return "\n".join(lines)
 
 
 def write_per_machine(folder: Path, name: str, recordings: pd.DataFrame, column: str) -> None:

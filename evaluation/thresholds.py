@@ -1,7 +1,11 @@
-"""Decisions: a threshold for each machine, from the scores of normal clips that were held out."""
+"""Thresholds of the scores of windows, above which a window counts as anomalous: one for each
+machine, from the scores of normal recordings that were not trained on.
+"""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,152 +14,228 @@ import torch
 
 from classes import Machine
 from config import Config
-from evaluation.scores import Scorer
+from evaluation.calibration import read_calibration
+from evaluation.scores import Outputs, Scorer
 from inference import Model
-from model import Outputs
-from names import ANOMALOUS
-from recordings import MACHINE_COLUMNS, known_recordings
+from recordings import MACHINE_COLUMNS
 from utils import notice
 
-LEAST_CLIPS = 20  # of a machine; with fewer the scores of its machine type are pooled
+# Recordings of a machine; with fewer a gamma distribution or a quantile is that of the machine type
+LEAST_RECORDINGS = 20
+COLUMNS = [*MACHINE_COLUMNS, "threshold", "source", "n_recordings"]
+
+# ---- The normal scores ----
 
 
 def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFrame:
     """Return the threshold of each machine, for the kind of score of the scorer, as
-    `fit_thresholds` does.
+    `fit_thresholds` does. Recordings of `score.py --calibrate` replace those that were held out.
     """
-    held_out = score_held_out(model, scorer)
-    return fit_thresholds(
-        model.classes.machines, held_out, config.threshold, config.threshold_percentile
+    normal = score_held_out(model, scorer)
+    later = read_calibration(model, scorer.name)
+    is_replaced = pd.MultiIndex.from_frame(normal[MACHINE_COLUMNS]).isin(
+        pd.MultiIndex.from_frame(later[MACHINE_COLUMNS])
     )
+    parts = [normal[~is_replaced].assign(origin="held-out"), later.assign(origin="later")]
+    normal = pd.concat([part for part in parts if len(part)] or parts[:1])
+    return fit_thresholds(model.classes.machines, normal, config.threshold, config.false_alarms)
 
 
 def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
-    """Return machine type, machine ID and `score` of each clip that was held out of the training,
-    without scores that are infinite; no rows where the checkpoint has no such clips.
+    """Return machine type, machine ID, number of the `recording` and `score` of each window that
+    was held out of the training, without scores that are infinite; no rows where the checkpoint has
+    no such windows.
     """
     held_out = model.checkpoint.held_out
-    columns = [*MACHINE_COLUMNS, "score"]
+    columns = [*MACHINE_COLUMNS, "recording", "score"]
     if held_out is None:
         return pd.DataFrame(columns=columns)
     machines = [model.classes.entries[label].machine for label in held_out.labels]
     if scorer.kind == "published":
         scores = held_out.scores
-    elif held_out.embedding is None:
+    elif held_out.embedding is None or held_out.spectrum is None:
         return pd.DataFrame(columns=columns)
     else:
         no_similarity = torch.empty(len(machines), 0)
-        outputs = Outputs(no_similarity, held_out.embedding)
+        outputs = Outputs(no_similarity, held_out.embedding, held_out.spectrum)
         scores = scorer.score_clips(outputs, machines)
-    table = pd.DataFrame(machines, columns=MACHINE_COLUMNS).assign(score=scores.numpy())
+    table = pd.DataFrame(machines, columns=MACHINE_COLUMNS)
+    table = table.assign(recording=held_out.recordings.numpy(), score=scores.numpy())
     return table[np.isfinite(table["score"])]
 
 
-def fit_thresholds(
-    machines: Sequence[Machine], held_out: pd.DataFrame, method: str, percentile: float
-) -> pd.DataFrame:
-    """Fit a threshold for each machine, above which a score counts as anomalous.
+# ---- The thresholds ----
 
-    `held_out` has `machine_type`, `machine_id` and `score` of normal clips; `percentile` percent of
-    them should lie below. `method` is "gamma" (see `fit_gamma`) or "quantile", which also replaces
-    a distribution that does not fit.
+
+def fit_thresholds(
+    machines: Sequence[Machine], normal: pd.DataFrame, method: str | float, false_alarms: float
+) -> pd.DataFrame:
+    """Find a threshold for each machine, above which the share `false_alarms` of normal windows
+    should lie.
+
+    `normal` has `machine_type`, `machine_id`, `recording`, `score` and `origin` ("held-out" or
+    "later") of windows of normal recordings. `method` is a name in METHODS, or the threshold of all
+    machines.
 
     Returns:
-        For each (machine type, machine ID) the `threshold`; the `held_out` clips that it comes
-        from, which are those of the machine, or of its type where the machine has fewer than 20;
-        and the number `held_out_of_id` of the machine. A type without clips has no rows.
+        For each (machine type, machine ID) the `threshold`, missing where there is none; its
+        `source`, as in "15 held-out recordings of the ID"; and `n_recordings` of the machine.
     """
-    rows = []
+    rows: list[tuple[str, str, float | None, str, int]] = []
     without_fit = []
-    for machine_type, machine_id in machines:
-        of_type = held_out[held_out["machine_type"] == machine_type]
+    for machine in machines:
+        machine_type, machine_id = machine
+        of_type = normal[normal["machine_type"] == machine_type]
         of_machine = of_type[of_type["machine_id"] == machine_id]
-        if of_type.empty:
+        n_own = of_machine["recording"].nunique()
+        if isinstance(method, float):
+            rows.append((*machine, method, "given", n_own))
             continue
-        chosen, source = (of_machine, "ID") if len(of_machine) >= LEAST_CLIPS else (of_type, "type")
-        scores = np.maximum(chosen["score"].to_numpy(float), np.finfo(np.float64).eps)
-        threshold = fit_gamma(scores, percentile) if method == "gamma" else None
-        if threshold is None:
-            threshold = float(np.percentile(scores, percentile))
-            without_fit.append(f"{machine_type} {machine_id}")
-        description = f"{len(chosen)} clips of the {source}"
-        rows.append((machine_type, machine_id, threshold, description, len(of_machine)))
-    if without_fit and method == "gamma":
+        threshold, source = None, ""
+        if n_own:
+            is_pooled = n_own < least_recordings(method, false_alarms)
+            chosen = make_comparable(of_type, of_machine) if is_pooled else of_machine
+            source = describe_source(chosen, "type" if is_pooled else "ID")
+            threshold = METHODS[method](chosen, false_alarms)
+            if threshold is None and method == "gamma":
+                without_fit.append(" ".join(machine))
+                threshold = quantile(chosen, false_alarms)
+        rows.append((*machine, threshold, source, n_own))
+    if without_fit:
         notice(
-            "no gamma distribution fits the scores of the held-out clips, so the threshold is "
+            "no gamma distribution fits the scores of the normal recordings, so the threshold is "
             f"their quantile: {', '.join(without_fit)}"
         )
-    columns = [*MACHINE_COLUMNS, "threshold", "held_out", "held_out_of_id"]
-    return (
-        pd.DataFrame(rows, columns=columns).astype({"threshold": float}).set_index(MACHINE_COLUMNS)
-    )
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"threshold": float})
+    return table.set_index(MACHINE_COLUMNS)
 
 
-def fit_gamma(scores: np.ndarray, percentile: float) -> float | None:
-    """Return the percentile of a gamma distribution fitted to scores above 0; None if none fits, as
-    to scores that are nearly equal.
+def least_recordings(method: str, false_alarms: float) -> int:
+    """Return how many recordings a threshold takes: for "conformal" the smallest n for which
+    ceil((n + 1) (1 - false_alarms)) is not above n; for the others LEAST_RECORDINGS.
+    """
+    if method != "conformal":
+        return LEAST_RECORDINGS
+    rate = Fraction(str(false_alarms))
+    return math.ceil((1 - rate) / rate)
+
+
+def make_comparable(of_type: pd.DataFrame, of_machine: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of a machine type, those of each machine divided by their median and
+    multiplied by that of `of_machine`.
+    """
+    least = np.finfo(np.float64).eps
+    medians = of_type.groupby("machine_id")["score"].transform("median").clip(lower=least)
+    return of_type.assign(score=of_type["score"] / medians * of_machine["score"].median())
+
+
+def describe_source(normal: pd.DataFrame, level: str) -> str:
+    """Describe the recordings of a threshold, as in "15 held-out recordings of the ID"."""
+    counts = normal.drop_duplicates([*MACHINE_COLUMNS, "recording"])["origin"].value_counts()
+    parts = [f"{count} {origin}" for origin, count in counts.items()]
+    return f"{' and '.join(parts)} recordings of the {level}"
+
+
+# ---- The methods: from the `recording` and `score` of normal windows to a threshold ----
+
+
+def conformal(normal: pd.DataFrame, false_alarms: float) -> float | None:
+    """Return the threshold above which at most the share `false_alarms` of the windows of a new
+    recording lie on average, if recordings are exchangeable; None where there are too few.
+
+    Of n recordings with one window each it is the k-th smallest score, k = ceil((n + 1) (1 -
+    false_alarms)) (Angelopoulos & Bates, arXiv 2107.07511, section 1). With several windows, each
+    counts as its part of a recording (Dunn, Wasserman & Ramdas, arXiv 1809.07441): the threshold is
+    the smallest score up to which there are at least (n + 1) (1 - false_alarms) recordings.
+    """
+    ordered = normal.sort_values("score", kind="stable")
+    recordings = ordered.groupby([*MACHINE_COLUMNS, "recording"])["score"]
+    up_to = np.cumsum(1 / recordings.transform("size").to_numpy())
+    needed = float((recordings.ngroups + 1) * (1 - Fraction(str(false_alarms))))
+    place = np.searchsorted(up_to, needed - 1e-9)  # rounding errors must not move it
+    return float(ordered["score"].iloc[place]) if place < len(ordered) else None
+
+
+def quantile(normal: pd.DataFrame, false_alarms: float) -> float:
+    """Return the quantile of the scores."""
+    return float(np.percentile(normal["score"], 100 * (1 - false_alarms)))
+
+
+def gamma(normal: pd.DataFrame, false_alarms: float) -> float | None:
+    """Return the quantile of a gamma distribution fitted to the scores; None if none fits, as to
+    scores that are nearly equal.
 
     The fit is that of the DCASE baselines, except that the location is fixed at 0, since no score
     is negative: with a free location the fit is worse and sometimes fails.
     """
     import scipy.stats  # takes half a second
 
+    scores = np.maximum(normal["score"].to_numpy(float), np.finfo(np.float64).eps)
     if np.ptp(scores) <= 1e-4 * scores.mean():
         return None
     try:
         with warnings.catch_warnings(action="ignore"):
             shape, _, scale = scipy.stats.gamma.fit(scores, floc=0)
-            threshold = float(scipy.stats.gamma.ppf(percentile / 100, shape, scale=scale))
+            threshold = float(scipy.stats.gamma.ppf(1 - false_alarms, shape, scale=scale))
     except (ValueError, ArithmeticError, RuntimeError):
         return None
     return threshold if np.isfinite(threshold) else None
 
 
-def explain_thresholds(thresholds: pd.DataFrame, machines: Sequence[Machine], path: Path) -> None:
+METHODS: dict[str, Callable[[pd.DataFrame, float], float | None]] = {
+    "conformal": conformal,
+    "gamma": gamma,
+    "quantile": quantile,
+}
+
+# ---- What is missing ----
+
+
+def explain_thresholds(thresholds: pd.DataFrame, config: Config, path: Path) -> None:
     """Print notices of the machines that share the threshold of their type, and of those without
     one. `path` is that of the checkpoint.
     """
-    if thresholds.empty:
-        notice(f"{path}: no scores of held-out clips, so there are no decisions")
+    if isinstance(config.threshold, float):
         return
-    counts = thresholds["held_out_of_id"].to_dict()
-    pooled, without = [], []
-    for machine in machines:
-        if machine not in counts:
-            without.append(" ".join(machine))
-        elif counts[machine] < LEAST_CLIPS:
-            pooled.append(f"{' '.join(machine)} ({counts[machine]})")
-    if pooled:
+    counts = thresholds["n_recordings"]
+    if not counts.any():
         notice(
-            f"fewer than {LEAST_CLIPS} held-out clips, so the threshold is that of the whole "
-            f"machine type: {', '.join(pooled)}"
+            f"{path}: no scores of held-out recordings, so there are no decisions; set thresholds "
+            "with score.py --calibrate or --threshold"
         )
-    if without:
+        return
+    least = least_recordings(config.threshold, config.false_alarms)
+    is_missing = thresholds["threshold"].isna()
+    pooled = thresholds[~is_missing & (counts < least)]
+    if len(pooled):
         notice(
-            f"no held-out clips of the machine type, so there is no threshold: {', '.join(without)}"
+            f"fewer than {least} normal recordings held out, so the threshold also rests on those "
+            f"of other machines of the type: {name_counts(pooled)}"
+        )
+    if is_missing.any():
+        notice(
+            f"no threshold, which takes {least} normal recordings of the machine (threshold: "
+            f"{config.threshold}, false_alarms: {config.false_alarms:g}): "
+            f"{name_counts(thresholds[is_missing])}; hold out more, ask for another rate, or use "
+            "score.py --calibrate"
         )
 
 
-def decide(scores: pd.Series, thresholds: pd.Series) -> pd.Series:
+def name_counts(thresholds: pd.DataFrame) -> str:
+    """Name machines with the number of their normal recordings, as in "fan 02 (5)"."""
+    names, counts = map(" ".join, thresholds.index), thresholds["n_recordings"]
+    return ", ".join(f"{name} ({count})" for name, count in zip(names, counts, strict=True))
+
+
+# ---- Decisions ----
+
+
+def threshold_of(thresholds: pd.DataFrame, machine: Machine) -> float | None:
+    """Return the threshold of a machine; None if it has none."""
+    value = thresholds["threshold"].to_dict()[machine]
+    return None if math.isnan(value) else value
+
+
+def decide(levels: pd.Series, thresholds: pd.Series) -> pd.Series:
     """Return 1 for anomalous, above the threshold, else 0; missing where there is no threshold."""
-    return (scores > thresholds).astype("Int64").where(thresholds.notna())
-
-
-def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFrame:
-    """Return the thresholds with precision, recall and F1 of the decisions about recordings whose
-    condition is known. Precision is missing if no recording is classified as anomalous, recall if
-    none is anomalous, F1 if neither.
-    """
-    known = known_recordings(recordings[recordings["decision"].notna()])
-    positive = known["decision"].astype(int)
-    anomalous = (known["condition"] == ANOMALOUS).astype(int)
-    table = known[MACHINE_COLUMNS].assign(
-        hits=positive * anomalous, positive=positive, anomalous=anomalous
-    )
-    sums = table.groupby(MACHINE_COLUMNS).sum()
-    counts = sums.reindex(thresholds.index, fill_value=0).astype(float)
-    return thresholds.assign(
-        precision=counts["hits"] / counts["positive"],
-        recall=counts["hits"] / counts["anomalous"],
-        F1=2 * counts["hits"] / (counts["positive"] + counts["anomalous"]),
-    )
+    return (levels > thresholds).astype("Int64").where(thresholds.notna())

@@ -3,12 +3,12 @@
     python score_onnx.py MODEL.onnx RECORDING MACHINE_TYPE [MACHINE_ID]
 
 Prints the same line as score.py, except for the last digit of the scores: file, machine, score,
-threshold, decision, and for a longer recording the window with the highest score. Without a machine
-ID, the ID with the lowest score is used.
+threshold, decision, and for a longer recording its alarms and the window with the highest score.
+Without a machine ID, the ID with the lowest score is used.
 
 Requires onnxruntime, numpy, soundfile and, for recordings at another sample rate than 16 kHz, soxr;
-and of this project audio.py, formats.py, names.py and errors.py, which may also lie beside this
-file. They read recordings as training does, and refuse the same ones.
+and of this project alarms.py, audio.py, formats.py, names.py and errors.py, which may also lie
+beside this file. They read recordings as training does, and refuse the same ones.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alarms import AlarmRule, describe_windows, find_level
 from audio import N_SAMPLES, Windows, check_recording, read_recording
 from errors import UserError
 from names import format_id
@@ -27,7 +28,7 @@ from names import format_id
 
 def score_windows(
     session: onnxruntime.InferenceSession, about: Mapping[str, str], recording: Path
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[list[float], np.ndarray]:
     """Score each window of a recording against each machine ID.
 
     `about` is the metadata of the model's file. Returns the seconds at which the windows start
@@ -45,23 +46,7 @@ def score_windows(
         read_recording(recording, samples, start, windows.channel)
         inputs = {"samples": samples[np.newaxis].astype(np.float32) / 32768}
         scores.append(session.run(["scores"], inputs)[0][0].astype(float))
-    return np.array(checked.starts), np.array(scores)
-
-
-def format_time(seconds: float) -> str:
-    """Format seconds as h:mm:ss, with hundredths unless they are 0."""
-    hundredths = round(100 * round(seconds, 2))
-    hours, rest = divmod(hundredths, 360_000)
-    minutes, rest = divmod(rest, 6_000)
-    return f"{hours}:{minutes:02d}:{rest / 100:05.2f}".removesuffix(".00")
-
-
-def describe_worst(starts: np.ndarray, scores: np.ndarray, threshold: float | None) -> str:
-    """Describe the window with the highest score, and count the anomalous windows."""
-    worst = f"worst at {format_time(starts[scores.argmax()])} ({scores.max():.6g})"
-    if threshold is None:
-        return worst
-    return f"{worst}, {(scores > threshold).sum()} of {len(scores)} windows anomalous"
+    return checked.starts, np.array(scores)
 
 
 def main(model: str, recording: str, machine_type: str, machine_id: str = "") -> None:
@@ -84,18 +69,19 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
         starts, window_scores = score_windows(session, about, Path(recording))
     except UserError as error:
         raise UserError(f"{recording}: {str(error).removeprefix(f'{recording}: ')}") from None
-    rule = np.max if about["over_windows"] == "max" else np.mean
-    scores = {column: rule(window_scores[:, column]) for column in columns}
+    combine = np.max if about["over_windows"] == "max" else np.mean
+    scores = {column: combine(window_scores[:, column]) for column in columns}
     best = min(columns, key=lambda column: scores[column])
-    threshold = thresholds[best]
+    threshold, of_windows = thresholds[best], window_scores[:, best]
+    rule = AlarmRule(int(about["alarm_windows"]), int(about["alarm_span"]))
     cells = [recording, " ".join(machines[best]), f"{scores[best]:.6g}"]
     if threshold is None:
         cells += ["-", "-"]
     else:
-        decision = "anomalous" if scores[best] > threshold else "normal"
+        decision = "anomalous" if find_level(of_windows, rule) > threshold else "normal"
         cells += [f"{threshold:.6g}", decision]
     if len(starts) > 1:
-        cells.append(describe_worst(starts, window_scores[:, best], threshold))
+        cells.append(describe_windows(starts, of_windows, threshold, rule))
     print(*cells, sep="\t")
 
 

@@ -1,8 +1,8 @@
 """The network: it computes embeddings and class similarities from batches of samples."""
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
-from model.tastgram import FrontEnd, LogMel
-from model.tastgram_mfn import CHANNELS, HEAD_WEIGHTS, PUBLISHED_CHANNELS, Outputs, TASTgramMFN
+from model.tastgram import FrontEnd, LogMel, spectrum_of
+from model.tastgram_mfn import CHANNELS, HEAD_WEIGHTS, PUBLISHED_CHANNELS, TASTgramMFN
 
 __all__ = [
     "CHANNELS",
@@ -12,7 +12,7 @@ __all__ = [
     "FrontEnd",
     "LogMel",
     "MobileFaceNet",
-    "Outputs",
     "TASTgramMFN",
     "fold_batch_norm",
+    "spectrum_of",
 ]

@@ -75,6 +75,14 @@ class FrontEnd(nn.Module):
         return inputs
 
 
+def spectrum_of(log_mel: Tensor) -> Tensor:
+    """Mean and standard deviation over time of each mel bin, in dB: log-mel `(B, 1, M, F)` ->
+    `(B, 2 M)`.
+    """
+    bins = log_mel.squeeze(1)
+    return torch.cat([bins.mean(dim=2), bins.std(dim=2, correction=0)], dim=1)
+
+
 class TgramNet(nn.Module):
     """Tgram, a learned temporal representation: waveform `(B, T)` -> `(B, M, F)`.
 

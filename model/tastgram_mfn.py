@@ -4,7 +4,6 @@ B batch, T samples, M mel bins, F frames, C classes, E embedding.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +36,6 @@ class CosineHead(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         cosine = F.linear(F.normalize(embedding), F.normalize(self.weight))  # (B, C * sub_centers)
         return cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
-
-
-class Outputs(NamedTuple):
-    """Outputs of the network for B clips: similarity to each class `(B, C)`, embedding `(B, E)`."""
-
-    similarity: Tensor
-    embedding: Tensor
 
 
 class TASTgramMFN(nn.Module):
@@ -96,12 +88,14 @@ class TASTgramMFN(nn.Module):
             stack.append(temporal_attention(log_mel))
         return torch.cat(stack, dim=1)
 
-    def forward(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Outputs:
+    def forward(
+        self, waveform: Tensor | None = None, log_mel: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
         head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32
             embedding = embedding.to(head.weight.dtype)
-            return Outputs(head(embedding), embedding)
+            return head(embedding), embedding
 
     def centres(self) -> Tensor:
         """Return the K centres of each class `(C, K, E)`; with `head="fc_out"` these are the

@@ -142,7 +142,8 @@ def make_lively(folder: Path) -> None:
     for name, value in weights.items():
         if value.ndim:  # the heads have three classes here
             weights[name] = value[: len(shapes[name])]
-    held_out = HeldOut(torch.tensor(labels), torch.tensor(scores, dtype=torch.float64))
+    numbers = torch.arange(len(labels))
+    held_out = HeldOut(numbers, torch.tensor(labels), torch.tensor(scores, dtype=torch.float64))
     change_checkpoint(path, weights=weights, held_out=held_out, bank=None)
 
 

@@ -10,6 +10,7 @@ from audio import Windows
 from checkpoint import Checkpoint
 from classes import Classes
 from config import load_config
+from evaluation.decisions import count_decisions
 from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.result import Result
 from evaluation.thresholds import decide, fit_thresholds
@@ -17,7 +18,7 @@ from inference import Model
 from recordings import COLUMNS, MACHINE_COLUMNS, known_recordings
 
 Machine = tuple[str, int]  # machine type and the number in the machine ID
-NO_HELD_OUT = pd.DataFrame(columns=[*MACHINE_COLUMNS, "score"])
+NO_HELD_OUT = pd.DataFrame(columns=[*MACHINE_COLUMNS, "recording", "score", "origin"])
 
 
 def make_recordings(counts: dict[Machine, tuple[int, int]]) -> pd.DataFrame:
@@ -76,10 +77,10 @@ def make_result(
     config = load_config(machines=machines, **keys)
     classes = Classes.from_machines(machines)
     checkpoint = Checkpoint(Path("run.pth"), weights={}, config=config, classes=classes)
-    thresholds = fit_thresholds(classes.machines, held_out, "quantile", 80)
-    table = recordings.assign(score=scores, exact_score=scores, worst=0.0)
+    thresholds = fit_thresholds(classes.machines, held_out, "quantile", 0.2)
+    table = recordings.assign(score=scores, level=scores, worst=0.0)
     table = table.join(thresholds["threshold"], on=MACHINE_COLUMNS)
-    table["decision"] = decide(table["exact_score"], table["threshold"])
+    table["decision"] = decide(table["level"], table["threshold"])
     known = known_recordings(table)
     return Result(
         model=Model(network=None, config=config, classes=classes, checkpoint=checkpoint),
@@ -90,6 +91,9 @@ def make_result(
         embedding=np.zeros((len(table), 1)),
         thresholds=thresholds,
         metrics=None if known.empty else measure(known, find_rule(known), draws=draws),
+        baseline=None,
+        decisions=count_decisions(table, thresholds),
+        asked="asked: 20 %",
         about={
             "mode": config.mode,
             "scoring": kind,
@@ -101,11 +105,12 @@ def make_result(
 
 
 def make_held_out(counts: dict[Machine, int]) -> pd.DataFrame:
-    """Draw scores of so many clips of each machine."""
+    """Draw scores of so many recordings of each machine."""
     rng = np.random.default_rng(0)
     rows = []
     for (machine_type, number), count in counts.items():
-        rows += [(machine_type, f"{number:02d}", score) for score in rng.gamma(20, size=count)]
+        for recording, score in enumerate(rng.gamma(20, size=count)):
+            rows.append((machine_type, f"{number:02d}", recording, score, "held-out"))
     return pd.DataFrame(rows, columns=NO_HELD_OUT.columns)
 
 

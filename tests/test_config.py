@@ -106,7 +106,7 @@ def test_every_key_is_typed_on_the_command_line():
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "eval_precision": "bf16", "num_workers": 2, "tensorboard": False,
         "score_dtype": "float64", "scoring": "nearest", "neighbours": 4,
-        "threshold": "quantile", "threshold_percentile": 95.0,
+        "threshold": "quantile", "false_alarms": 0.05, "alarm_windows": 4, "alarm_span": 6,
     }  # fmt: skip
     assert set(values) == set(KEYS)
     words = []
@@ -114,6 +114,12 @@ def test_every_key_is_typed_on_the_command_line():
         written = value if isinstance(value, str) else json.dumps(value)
         words += [f"--{name}", written]
     assert parse(*words).model_dump() == values
+
+
+def test_a_threshold_may_be_a_number():
+    assert parse("--threshold", "0.004").threshold == 0.004
+    assert parse("--threshold", "3").threshold == 3.0
+    assert parse("--threshold", "gamma").threshold == "gamma"
 
 
 def test_the_input_order_is_fixed_and_one_channel_needs_no_brackets():
@@ -217,6 +223,21 @@ def test_save_path_holds_mode_and_seed():
 )
 def test_errors_on_the_command_line(fails, words, message):
     fails(train.main, *words, match=message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--false_alarms", "10"], "false_alarms: 10 is not a number above 0 and below 1"),
+        (["--threshold", "gama"], "threshold: 'gama' is not conformal, gamma, quantile or a num"),
+        (["--threshold", "true"], "threshold: True is not conformal, gamma, quantile or a number"),
+        (["--threshold", ".nan"], "threshold: nan is not conformal, gamma, quantile or a number"),
+        (["--alarm_windows", "6"], "alarm_span: 5 is not a whole number of at least alarm_windo"),
+        (["--alarm_span", "0"], "alarm_span: 0 is not a whole number of at least alarm_windows"),
+    ],
+)
+def test_errors_in_keys_of_decisions(fails, words, message):
+    fails(eval_script.main, *words, match=message)
 
 
 @pytest.mark.parametrize(

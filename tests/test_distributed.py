@@ -94,7 +94,7 @@ def test_two_processes_write_one_run_that_one_process_goes_on_with(tmp_path, dat
     last = Checkpoint.load(tmp_path / "run.last.pth")
     assert last.epoch == 1
     assert not any(name.startswith("module.") for name in last.weights)
-    assert len(last.held_out.scores) == len(last.held_out.labels) == 4
+    assert len(last.held_out.scores) == len(last.held_out.labels) == 6
     assert epochs(tmp_path) == ["1"]
     status, _, errors = call(train.main, *options, "--resume")
     assert status == 0, errors

@@ -35,7 +35,7 @@ from classes import Classes
 from config import load_config
 from dataloader import load_clips
 from evaluation import tables
-from evaluation.scores import Embeddings
+from evaluation.scores import StoredClips
 from inference import build_network, load_model, run_model, with_bank
 from losses import Objective
 from model import TASTgramMFN
@@ -54,7 +54,7 @@ def evaluate(call, folder: Path, data_root: Path, *words: str):
 
 
 def test_what_an_evaluation_writes(trained_copy, data_root, call):
-    status, output, _ = evaluate(call, trained_copy, data_root)
+    status, output, _ = evaluate(call, trained_copy, data_root, "--false_alarms", "0.4")
     assert status == 0
     folder = trained_copy / "run" / "test"
     names = {
@@ -62,14 +62,21 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
         "anomaly_score_fan_id_02.csv",
         "anomaly_score_valve_id_01.csv",
     }
+    # The rate takes two recordings: one of each fan is held out, and one of the valve
+    decisions = {"decision_result_fan_id_00.csv", "decision_result_fan_id_02.csv"}
     others = {"metrics.csv", "metrics.json", "results.md", "decisions.csv"}
-    held_out = Checkpoint.load(trained_copy / "run.pth").held_out
-    decisions = set()
-    for machine_type in {CLASSES.entries[label].machine_type for label in held_out.labels}:
-        for machine_id in MACHINES[machine_type]:
-            decisions.add(f"decision_result_{machine_type}_id_{machine_id:02d}.csv")
     assert {path.name for path in folder.iterdir()} == names | decisions | others
     assert f"12 scores and metrics: {folder}" in output
+    assert re.search(r"fan 02 \| of 2 normal \d called anomalous, .*; asked: 40 %\), of 2", output)
+    table = (folder / "results.md").read_text()
+    assert (
+        "| decisions | threshold | from | normal | called anomalous | rate (asked: 40 %)" in table
+    )
+    assert "| fan 02 | " in table
+    assert "\nwithout a network | " in output
+    assert "\n| without a network | " in table
+    baseline = json.loads((folder / "metrics.json").read_text())["without a network"]
+    assert 0 <= baseline["average"]["mean"]["AUC"] <= 1
     header, *lines = read_csv(folder / "metrics.csv")
     assert header == [
         "machine_type", "machine_id", "AUC", "pAUC", "n_normal", "n_anomaly",
@@ -94,7 +101,7 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
 
     content = json.loads((folder / "metrics.json").read_text())
     assert content["about"]["seed"] == 2023
-    assert content["about"]["clips trained on"] == 11
+    assert content["about"]["clips trained on"] == 9
     assert content["about"]["recordings of test"] == "6 normal, 6 anomalous"
     assert content["interval"] == {"coverage": 0.95, "draws": 2000, "seed": 0}
     rows = [(machine, row) for machine, table in content["metrics"].items() for row in table]
@@ -228,7 +235,7 @@ def test_published_weights_give_the_scores_of_the_reference(tmp_path, call, fail
     status, _, errors = evaluate(call, tmp_path, root)
     assert status == 0
     assert "run.pth is a bare state dict: machines, classes, mode, input" in errors
-    assert "run.pth: no scores of held-out clips, so there are no decisions" in errors
+    assert "run.pth: no scores of held-out recordings, so there are no decisions" in errors
     folder = tmp_path / "run" / "test"
     rows = [row for path in folder.glob("anomaly_score_*.csv") for row in read_csv(path)]
     scores = {int(Path(name).stem[-1]): float(score) for name, score in rows}
@@ -303,12 +310,13 @@ def test_weights_without_embeddings_get_them_from_the_training_clips(
 ):
     """They give the scores and thresholds of the whole checkpoint, and are not stored."""
     test = trained_copy / "run" / "test"
-    assert evaluate(call, trained_copy, data_root, "--scoring", "nearest")[0] == 0
+    words = ("--scoring", "nearest", "--threshold", "quantile")
+    assert evaluate(call, trained_copy, data_root, *words)[0] == 0
     scores = scores_of(test, "anomaly_score_fan_id_00.csv")
     decisions = read_csv(test / "decisions.csv")
     remove_bank(trained_copy / "run.pth")
     before = sorted(trained_copy.rglob("*"))
-    status, _, errors = evaluate(call, trained_copy, data_root, "--scoring", "nearest")
+    status, _, errors = evaluate(call, trained_copy, data_root, *words)
     assert status == 0
     notice = "run.pth holds no embeddings of its training clips; they are computed from"
     assert f"{notice} {data_root}\n" in errors
@@ -319,7 +327,7 @@ def test_weights_without_embeddings_get_them_from_the_training_clips(
     root = tmp_path / "data"
     copy_test_clips(data_root, root)
     _, _, errors = evaluate(call, trained_copy, root, "--scoring", "angle")
-    assert "no scores of held-out clips, so there are no decisions" in errors
+    assert "no scores of held-out recordings, so there are no decisions" in errors
     words = (trained_copy / "run.pth", "--device", "cpu", "--scoring", "nearest", "--data_root")
     fails(eval_script.main, *words, root, match=r"no folder .*fan/train")
     others = write_set(tmp_path / "others", train_clips=5)
@@ -336,18 +344,16 @@ def test_a_bare_state_dict_has_all_training_clips_in_its_bank(trained_copy, data
     model = load_model(trained_copy / "bare.pth", config)
     model = with_bank(model, config, ["nearest"], torch.device("cpu"))
     assert len(model.checkpoint.bank.labels) == 12
-    assert "bare.pth: no scores of held-out clips, so there are no decisions" in errors
+    assert "bare.pth: no scores of held-out recordings, so there are no decisions" in errors
 
 
 def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, fails):
     bank = Checkpoint.load(trained_copy / "run.pth").bank
     is_other = bank.labels != 1
-    bank = Embeddings(bank.embedding[is_other], bank.labels[is_other])
+    bank = StoredClips(*(values[is_other] for values in bank))
     change_checkpoint(trained_copy / "run.pth", bank=bank)
     words = ("--data_root", data_root, "--device", "cpu", "--scoring", "nearest")
-    message = (
-        "run.pth: the checkpoint has no embeddings of training clips of fan 02, which nearest needs"
-    )
+    message = "run.pth: the checkpoint has no training clips of fan 02, which nearest needs"
     fails(eval_script.main, trained_copy / "run.pth", *words, match=message)
 
 
@@ -381,7 +387,8 @@ def scores_of(folder: Path, name: str) -> dict[str, float]:
 
 def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections, call):
     root, results = sections / "data", sections / "run" / "test"
-    status, output, _ = evaluate(call, sections, root, "--score_dtype", "float64")
+    words = ("--score_dtype", "float64", "--threshold", "quantile")
+    status, output, _ = evaluate(call, sections, root, *words)
     assert status == 0
     config = load_config(data_root=str(root))
     model = load_model(sections / "run.pth", config)

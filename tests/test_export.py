@@ -31,9 +31,10 @@ from errors import UserError
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
 from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
-from evaluation.scores import KINDS, Embeddings
+from evaluation.scores import KINDS, Outputs, StoredClips
 from inference import Model, build_network, load_model, run_model
 from model import CHANNELS, EMBEDDING_SIZE
+from model.tastgram import N_MELS
 
 ROOT = Path(export_script.__file__).parent
 SCORER = ROOT / "examples" / "score_onnx.py"
@@ -66,7 +67,10 @@ def reference_model(config: Config, classes: Classes = PUBLISHED) -> Model:
     # Three clips of each class, two of the last one
     labels = np.arange(len(classes)).repeat(3)[:-1]
     labels = torch.from_numpy(labels[labels != 1])
-    bank = Embeddings.from_outputs(torch.randn(len(labels), EMBEDDING_SIZE), labels)
+    count = len(labels)
+    spectra = torch.randn(count, 2 * N_MELS) - 20
+    outputs = Outputs(torch.zeros(count, 1), torch.randn(count, EMBEDDING_SIZE), spectra)
+    bank = StoredClips.from_outputs(outputs, labels)
     checkpoint = Checkpoint(Path("run.pth"), network.state_dict(), bank=bank)
     return Model(network.eval(), config, classes, checkpoint)
 
@@ -202,7 +206,7 @@ def test_what_the_file_holds(exported):
     fixed = {
         "sample_rate": "16000", "window": "10", "hop": "5.0", "over_windows": "mean",
         "channel": "0", "mode": "noisy_arcmix", "input": '["tgram", "sgram", "tagram"]',
-        "scoring": "published",
+        "scoring": "published", "alarm_windows": "3", "alarm_span": "5",
     }  # fmt: skip
     assert {key: about[key] for key in fixed} == fixed
     assert about.keys() - fixed.keys() == {"machines", "thresholds", "version", "weights_sha256"}
@@ -306,7 +310,7 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
     model = onnx.load(exported / "run.onnx")
     about = {entry.key: entry.value for entry in model.metadata_props}
     thresholds = json.dumps([None, 1e9, -1e9])
-    about |= {"thresholds": thresholds, "over_windows": "max", "hop": "2.5"}
+    about |= {"thresholds": thresholds, "over_windows": "max", "hop": "2.5", "alarm_span": "4"}
     onnx.helper.set_model_props(model, about)
     onnx.save(model, tmp_path / "run.onnx")
     file = write_clip(tmp_path / "new.wav", tone(1, 20.0))
@@ -315,10 +319,11 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
         (("fan", "02"), "1e+09", "normal", ", 0 of 5 windows anomalous"),
         (("valve", "1"), "-1e+09", "anomalous", ", 5 of 5 windows anomalous"),
     ):
+        alarms = {"-": "", "normal": "no alarm, "}.get(decision, r"alarm from 0:00:00 to .*?\), ")
         line = print_score(tmp_path / "run.onnx", str(file), *machine).stdout
         cells = line.rstrip("\n").split("\t")
         assert cells[3:5] == [threshold, decision]
-        worst = re.fullmatch(r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", cells[5])
+        worst = re.fullmatch(alarms + r"worst at 0:00:\d\d(\.50)? \((.*?)\)(.*)", cells[5])
         assert worst[2] == cells[2], "the highest score counts"
         assert worst[3] == count
 

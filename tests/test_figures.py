@@ -50,7 +50,7 @@ def result(trained, data_root, tmp_path_factory) -> Result:
     """An evaluation of the tiny run with lively weights and held-out scores."""
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
     make_lively(folder)
-    config = load_config(score_dtype="float64", threshold="quantile", threshold_percentile=80)
+    config = load_config(score_dtype="float64", threshold="quantile", false_alarms=0.2)
     model = load_model(folder / "run.pth", config)
     clips = clips_of(data_root, "test")
     (result,) = evaluate(model, clips, config, "test", ["published"], CPU)
@@ -131,7 +131,7 @@ def test_angles_and_scores_are_drawn_as_histograms(result, axes):
     assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
     machines = result.recordings.groupby(MACHINE_COLUMNS)
     for axis, (_, recordings) in zip(axes["scores"], machines, strict=True):
-        assert has_histograms(axis, recordings, np.log10(recordings["exact_score"]))
+        assert has_histograms(axis, recordings, np.log10(recordings["level"]))
         (line,) = axis.lines
         assert line.get_xdata()[0] == pytest.approx(np.log10(recordings["threshold"].iloc[0]))
 
@@ -228,7 +228,7 @@ def timeline_row(tmp_path) -> Mapping:
         "threshold": 3.5,
         "decision": "normal",
         "windows": windows,
-        "worst": windows[4],
+        "alarms": [{"start": 20.0, "end": 40.0, "score": 4.0}],
     }
 
 
@@ -244,9 +244,11 @@ def test_a_timeline_has_the_score_of_each_window(timeline_row, tmp_path, monkeyp
     assert len(normal.get_xdata()) == len(windows) - 1
     assert anomalous.get_ydata() == [4.0]
     assert set(threshold.get_ydata()) == {3.5}
-    span = axis.patches[0]
+    (span,) = axis.patches
     ends = span.get_x(), span.get_x() + span.get_width()
-    assert ends == pytest.approx((20 / 60, 30 / 60)), "the worst window"
+    assert ends == pytest.approx((20 / 60, 40 / 60))
+    labels = [text.get_text() for text in written[0].legends[0].get_texts()]
+    assert labels == ["alarm", "normal", "anomalous", "threshold"]
 
 
 def test_a_timeline_has_the_log_mel_of_the_whole_recording(timeline_row, tmp_path, monkeypatch):
@@ -267,11 +269,11 @@ def test_a_timeline_has_the_log_mel_of_the_whole_recording(timeline_row, tmp_pat
 def test_a_timeline_without_a_threshold_has_no_decisions(timeline_row, tmp_path, monkeypatch):
     written = collect_figures(monkeypatch)
     windows = [window | {"decision": None} for window in timeline_row["windows"]]
-    row = timeline_row | {"threshold": None, "decision": None, "windows": windows}
+    row = timeline_row | {"threshold": None, "decision": None, "windows": windows, "alarms": None}
     draw_timeline(row, "angle", 0, tmp_path / "a.png")
     axis, _ = written[0].axes
     assert [len(line.get_xdata()) for line in axis.lines] == [len(windows)] * 2
-    assert [text.get_text() for text in written[0].legends[0].get_texts()] == ["worst window"]
+    assert [text.get_text() for text in written[0].legends[0].get_texts()] == []
     assert written[0].get_suptitle() == "a.wav: fan b, score 3.1"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dataloader import ClipSet
 from inference import run_network
-from model import CHANNELS, FrontEnd, TASTgramMFN
+from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN, spectrum_of
 
 CPU = torch.device("cpu")
 
@@ -37,16 +37,18 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
     clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
     clips.samples = reference.samples()
     numbers = np.array([3, 0, 2])
-    outputs = run_network(network.train(), front_end, clips, numbers, batch_size)
+    outputs = run_network(network.train(), clips, numbers, batch_size)
     assert network.training
     with torch.no_grad():
         similarity, embedding = network.eval()(**front_end(reference.samples()[numbers]))
     assert reference.distance(outputs.similarity, similarity.numpy()) < 1e-5
     assert reference.distance(outputs.embedding, embedding.numpy()) < 1e-5
+    log_mel = LogMel()(reference.samples()[numbers] / 32768)
+    assert torch.allclose(outputs.spectrum, spectrum_of(log_mel))
 
 
 def test_no_clips_give_no_outputs():
     network = TASTgramMFN(3, ("sgram",))
     clips = ClipSet(pd.DataFrame({"path": [], "label": []}), 1)
-    outputs = run_network(network, FrontEnd(network.channels), clips, np.arange(0), 4)
+    outputs = run_network(network, clips, np.arange(0), 4)
     assert outputs.similarity.shape == (0, 3)

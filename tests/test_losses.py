@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES
 
-from evaluation.scores import Scorer
+from evaluation.scores import Outputs, Scorer
 from losses import MODES, Mix, Objective, margin_logits
-from model import Outputs
 
 M, S = 0.7, 30.0
 N_CLASSES = len(CLASSES)
@@ -106,7 +105,8 @@ def published_scores(
 ) -> torch.Tensor:
     """Compute the published score of each clip against its class `(B,)`."""
     scorer = Scorer("published", CLASSES, Objective(mode, M, S), dtype=dtype)
-    outputs = Outputs(similarity, torch.empty(len(similarity), 0))
+    nothing = torch.empty(len(similarity), 0)
+    outputs = Outputs(similarity, nothing, nothing)
     scores = torch.stack([scorer.score_against_class(outputs, label) for label in range(N_CLASSES)])
     return scores[labels, torch.arange(len(labels))]
 

@@ -12,6 +12,7 @@ from evaluated import make_held_out, make_recordings, make_result
 
 from classes import Classes
 from config import load_config
+from evaluation.decisions import format_rate
 from evaluation.metrics import NO_DOMAINS, Metric, area, measure
 from evaluation.report import find_hardest, write_report
 from evaluation.result import Result
@@ -77,7 +78,10 @@ def test_the_report_holds_everything(result, figures, tmp_path):
     assert "anomaly_id_02_00000001.wav" in reader.text
     assert "epoch: 1\n" in reader.text, "the training's configuration"
     assert with_interval(result.metrics.table.loc["fan", "pooled"], "AUC") in reader.text
-    assert "30 clips of the type" in reader.text
+    assert "30 held-out recordings of the type" in reader.text
+    assert "Decisions (asked: 20 %)" in reader.text
+    row = result.decisions.to_dict("records")[0]
+    assert format_rate(row, "false_alarm_rate") in reader.text
     assert "tgram + sgram + tagram" in reader.text
 
 
@@ -95,7 +99,7 @@ def test_without_conditions_there_are_no_metrics(result, figures, tmp_path):
     unlabelled = replace(result, recordings=recordings, metrics=None)
     reader = read_report(unlabelled, [], tmp_path / "report.html")
     assert "Metrics" not in reader.text
-    assert "Thresholds" in reader.text
+    assert "Decisions" in reader.text
     assert "Hardest clips" not in reader.text
 
 
@@ -110,5 +114,5 @@ def test_the_hardest_recordings_are_high_normal_and_low_anomalous_ones():
     recordings = make_recordings({("pump", 3): (5, 4), ("fan", 0): (1, 2)})
     scores = [3.0, 9.0, 1.0, 5.0, 7.0, 4.0, 2.0, 8.0, 6.0, 1.0, 2.0, 1.0]
     hardest = find_hardest(make_result(recordings, scores))
-    assert hardest["exact_score"].tolist() == [9.0, 7.0, 5.0, 2.0, 4.0, 6.0, 1.0, 1.0, 2.0]
+    assert hardest["level"].tolist() == [9.0, 7.0, 5.0, 2.0, 4.0, 6.0, 1.0, 1.0, 2.0]
     assert hardest["machine_id"].tolist() == ["03"] * 6 + ["00"] * 3

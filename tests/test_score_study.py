@@ -9,7 +9,7 @@ from conftest import CLASSES, MACHINES
 
 from benchmarks import scores
 from checkpoint import Checkpoint
-from evaluation.scores import Embeddings
+from evaluation.scores import StoredClips
 from losses import MODES
 
 HALF = 2**-11  # the rounding of an angle, in radians, in a bank in half precision
@@ -32,7 +32,8 @@ def test_other_ids_of_the_type_are_farther_by_the_penalty(penalty, second):
 
     The third class is of another machine type and has no clips.
     """
-    bank = Embeddings.from_outputs(in_plane(0, 20, -20, 90, 50), torch.tensor([0, 0, 0, 0, 1]))
+    embedding, labels = in_plane(0, 20, -20, 90, 50), torch.tensor([0, 0, 0, 0, 1])
+    bank = StoredClips(embedding, torch.zeros(5, 2), labels)
     clips = in_plane(30, 50, 0)
     distances = scores.type_distances(bank, CLASSES, clips, CLASSES.machines, penalty)
     assert distances[0] == pytest.approx((distance(10) + second) / 2, abs=HALF)

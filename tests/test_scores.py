@@ -3,6 +3,7 @@
 import ast
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,15 @@ import pytest
 import torch
 from conftest import CLASSES, change_checkpoint, clips_of, make_lively
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, HeldOut
 from classes import Classes, MachineClass
 from config import load_config, make_config
 from dataloader import ClipSet
 from evaluation.result import Result, evaluate
-from evaluation.scores import Embeddings, find_worst, over_windows
+from evaluation.scores import Outputs, StoredClips, find_worst, over_windows
 from evaluation.thresholds import score_held_out
 from inference import Model, build_network, load_model, run_model, with_bank
-from model import EMBEDDING_SIZE, Outputs
+from model import EMBEDDING_SIZE, spectrum_of
 from recordings import MACHINE_COLUMNS
 
 CPU = torch.device("cpu")
@@ -63,6 +64,10 @@ def distance(degrees: float) -> float:
     return 1 - math.cos(math.radians(degrees))
 
 
+# Two mel bins and no change over time: mean and standard deviation of a bin are the two values
+BANK_SPECTRA = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0], [6.0, 1.0], [-8.0, 3.0]])
+
+
 def planar_model(
     centres: torch.Tensor, sub_centers: int = 1, classes: Classes = CLASSES, mode: str = "arcface"
 ) -> Model:
@@ -74,7 +79,8 @@ def planar_model(
     head = network.mobilefacenet.fc_out if mode == "cross_entropy" else network.arcface
     head.weight.data = centres
     labels = torch.tensor([0, 0, 0, 0, 1])
-    bank = Embeddings.from_outputs(in_plane(0, 20, -20, 90, 50), labels)
+    outputs = Outputs(torch.zeros(5, 3), in_plane(0, 20, -20, 90, 50), BANK_SPECTRA)
+    bank = StoredClips.from_outputs(outputs, labels)
     checkpoint = Checkpoint(Path("run.pth"), network.state_dict(), bank=bank)
     return Model(network, config, classes, checkpoint)
 
@@ -85,7 +91,7 @@ def planar_scores(
     """Score embeddings at these angles against the machines of these classes."""
     embedding = in_plane(*degrees)
     with torch.no_grad():
-        outputs = Outputs(model.network.arcface(embedding), embedding)
+        outputs = Outputs(model.network.arcface(embedding), embedding, torch.zeros(len(degrees), 2))
     machines = [model.classes.entries[label].machine for label in labels]
     return model.scorer(kind, neighbours).score_clips(outputs, machines).tolist()
 
@@ -133,6 +139,44 @@ def test_the_nearest_clips_of_the_class_count():
         assert scores == pytest.approx([mean], abs=HALF)
 
 
+def test_the_spectrum_is_compared_with_those_of_the_machine_without_a_network():
+    """The first value has the standard deviation sqrt(5) in the first machine, the second none, so
+    that LEAST_SPREAD stands for it.
+    """
+    model = planar_model(in_plane(0, 90, 180))
+    spectra = torch.tensor([[0.0, 1.0], [3.0, 1.0], [0.0, 1.2], [5.0, 1.0], [0.0, 0.0]])
+    outputs = Outputs(torch.zeros(5, 3), torch.zeros(5, EMBEDDING_SIZE), spectra)
+    machines = [model.classes.machines[number] for number in (0, 0, 0, 1, 2)]
+    scores = model.scorer("spectrum", 2).score_clips(outputs, machines)
+    halves = [  # the squares of both values in standard deviations
+        [(0, 0), (4 / 5, 0)],  # to those at 0 and 2
+        [(1 / 5, 0), (1 / 5, 0)],
+        [(0, 4), (4 / 5, 4)],
+        [(13 / 0.1) ** 2, (2 / 0.1) ** 2],  # a single clip in the bank
+    ]
+    expected = [np.mean([math.sqrt(sum(pair) / 2) for pair in pairs]) for pairs in halves[:3]]
+    expected += [math.sqrt(sum(halves[3]) / 2), math.inf]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def test_all_classes_of_a_machine_make_its_spectrum():
+    entries = [MachineClass("fan", "00", "a"), MachineClass("fan", "00", "b")]
+    model = planar_model(in_plane(0, 80), classes=Classes(tuple(entries)))
+    outputs = Outputs(torch.zeros(1, 2), torch.zeros(1, EMBEDDING_SIZE), BANK_SPECTRA[4:])
+    scorer = model.scorer("spectrum", 1)
+    for label in (0, 1):  # the bank has that clip in the second class
+        assert scorer.score_against_class(outputs, label).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_spectra_are_means_and_standard_deviations_over_time():
+    log_mel = torch.randn(2, 1, 128, 313)
+    spectrum = spectrum_of(log_mel)
+    assert spectrum.shape == (2, 256)
+    assert torch.allclose(spectrum[:, :128], log_mel[:, 0].mean(dim=2))
+    expected = torch.tensor(log_mel[:, 0].numpy().std(axis=2))
+    assert torch.allclose(spectrum[:, 128:], expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("angle", [10, 10, 60]), ("nearest", [distance(20), distance(20), math.inf])],
@@ -148,7 +192,7 @@ def test_the_closest_class_of_the_machine_counts(kind, expected):
 
 def test_scores_against_several_machines_are_columns():
     model = planar_model(in_plane(0, 90, 180))
-    outputs = Outputs(torch.zeros(2, 3), in_plane(30, 60))
+    outputs = Outputs(torch.zeros(2, 3), in_plane(30, 60), torch.zeros(2, 2))
     machines = model.classes.machines[::-1]
     scores = model.scorer("angle").score_against_machines(outputs, machines)
     assert scores.tolist() == [
@@ -160,7 +204,7 @@ def test_float32_is_the_published_precision():
     """Very normal clips tie at exactly 0 there, and are ordered in float64."""
     model = planar_model(in_plane(0, 90, 180))
     similarity = torch.tensor([[1.0, -0.2, -0.2], [0.999, -0.2, -0.2]])
-    outputs = Outputs(similarity, in_plane(0, 0))
+    outputs = Outputs(similarity, in_plane(0, 0), torch.zeros(2, 2))
     first, second = model.scorer("published").score_against_class(outputs, 0).tolist()
     assert 0 < first < second
     rounded = model.scorer("published", dtype=torch.float32).score_against_class(outputs, 0)
@@ -233,7 +277,7 @@ def test_held_out_scores_are_those_of_the_validation_clips(trained, data_root):
     expected = score_clips(model, valid_clips).recordings
     held_out = score_held_out(model, model.scorer("published"))
     assert held_out["score"].tolist() == pytest.approx(
-        expected["exact_score"].tolist(), rel=1e-6, abs=1e-9
+        expected["level"].tolist(), rel=1e-6, abs=1e-9
     )
     assert held_out[MACHINE_COLUMNS].to_dict("list") == expected[MACHINE_COLUMNS].to_dict("list")
 
@@ -260,34 +304,39 @@ def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
     config = load_config(data_root=str(data_root))
     model = load_model(trained / "run.pth", config)
     train_clips, valid_clips = clips_of(data_root).split(0.95, 2023)
-    assert (len(train_clips), len(valid_clips)) == (11, 1)
+    assert (len(train_clips), len(valid_clips)) == (9, 3)
     checkpoint = model.checkpoint
     for clips, kept in ((train_clips, checkpoint.bank), (valid_clips, checkpoint.held_out)):
-        embedding = run_model(model, clips, config, CPU).embedding
+        outputs = run_model(model, clips, config, CPU)
         assert torch.equal(kept.labels, clips.labels)
-        assert kept.embedding.dtype == torch.float16
-        normalised = torch.nn.functional.normalize(embedding)
+        assert kept.embedding.dtype == kept.spectrum.dtype == torch.float16
+        normalised = torch.nn.functional.normalize(outputs.embedding)
         assert torch.allclose(kept.embedding.float(), normalised, rtol=0, atol=HALF)
+        assert torch.allclose(kept.spectrum.float(), outputs.spectrum, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["angle", "nearest"])
+@pytest.mark.parametrize("kind", ["angle", "nearest", "spectrum"])
 def test_thresholds_and_decisions_are_of_the_same_kind_of_score(
     kind, lively_model, data_root, test_clips
 ):
     """The held-out clips are scored as other clips are, and are not in the bank."""
     config = load_config(data_root=str(data_root))
-    model = with_bank(lively_model, config, ["nearest"], CPU)
     train_clips, valid_clips = clips_of(data_root).split(0.95, 2023)
-    keys = {"threshold": "quantile", "threshold_percentile": 80}
-    held_out = score_clips(model, valid_clips, kind, **keys).recordings["exact_score"]
+    held_out = HeldOut(torch.arange(3), valid_clips.labels, torch.zeros(3))
+    checkpoint = replace(lively_model.checkpoint, held_out=held_out)
+    model = with_bank(replace(lively_model, checkpoint=checkpoint), config, ["nearest"], CPU)
+    keys = {"threshold": "quantile", "false_alarms": 0.2}
+    held_out = score_clips(model, valid_clips, kind, **keys).recordings["level"]
     scores = score_held_out(model, model.scorer(kind, 2))["score"]
     assert scores.tolist() == pytest.approx(held_out.tolist(), rel=1e-2)
     result = score_clips(model, test_clips, kind, **keys)
-    assert set(result.thresholds["held_out"]) == {"1 clips of the type"}
-    assert result.thresholds["threshold"].to_numpy() == pytest.approx(held_out.item(), rel=1e-2)
+    sources = ["2 held-out recordings of the type"] * 2 + ["1 held-out recordings of the type"]
+    assert result.thresholds["source"].tolist() == sources
+    last = result.thresholds["threshold"].iloc[-1]  # the only machine of its type
+    assert last == pytest.approx(held_out.iloc[-1], rel=1e-2)
     decided = result.recordings[result.recordings["decision"].notna()]
     assert len(decided)
-    assert (decided["decision"] == (decided["exact_score"] > decided["threshold"])).all()
+    assert (decided["decision"] == (decided["level"] > decided["threshold"])).all()
     if kind == "nearest":
         scores = score_clips(model, train_clips, kind).recordings["score"]
         assert scores.min() < 1e-2 < held_out.min()

@@ -22,6 +22,7 @@ from evaluation.metrics import NO_DOMAINS, RULE_2022, Metric, area, measure
 from evaluation.result import Result
 from evaluation.tables import (
     PUBLISHED_IDS,
+    ShownMetrics,
     escape_markdown,
     format_table,
     markdown_row,
@@ -55,25 +56,25 @@ def line_of(text: str, name: str) -> str:
 def test_the_columns_without_domains():
     recordings = make_recordings({("fan", 0): (2, 2), ("fan", 2): (2, 2)})
     metrics = measured(recordings, [0, 2, 1, 3, 0, 1, 2, 3])
-    assert format_table(metrics, {}).splitlines()[:3] == [
+    assert format_table(ShownMetrics(metrics)).splitlines()[:3] == [
         "             |  pooled over IDs  |  lowest  |   mean over IDs   |",
         "in percent   |     AUC     pAUC  |    mAUC  |     AUC     pAUC  |",
         "fan          |   87.50    76.32  |   75.00  |   87.50    86.84  |",
     ]
     titles = "AUC, pooled | pAUC, pooled | mAUC | AUC, mean over IDs | pAUC, mean over IDs"
-    assert markdown_table(metrics).splitlines()[0] == f"| machine type | {titles} |"
+    assert markdown_table(ShownMetrics(metrics)).splitlines()[0] == f"| machine type | {titles} |"
 
 
 def test_the_columns_with_domains():
     recordings = make_sections("fan", {"00": {"source": (2, 2), "target": (2, 2)}})
     recordings["score"] = [0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0]
     metrics = measure(recordings, RULE_2022, draws=10)
-    text = format_table(metrics, {})
+    text = format_table(ShownMetrics(metrics))
     assert text.splitlines()[0].split("|")[-1].strip() == "harmonic mean over IDs"
     assert line_of(text, "in percent").endswith("|AUC source AUC target     pAUC official")
     assert line_of(text, "fan").endswith("|    100.00     100.00   100.00   100.00")
     assert line_of(text, "Domains: ") == f"Domains: {RULE_2022.text}"
-    titles = markdown_table(metrics).splitlines()[0].strip("| ").split(" | ")
+    titles = markdown_table(ShownMetrics(metrics)).splitlines()[0].strip("| ").split(" | ")
     assert titles[-4:] == [
         "AUC source, harmonic mean",
         "AUC target, harmonic mean",
@@ -97,7 +98,7 @@ def test_a_new_metric_is_in_all_tables(rule, result, tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "| AUC, pooled | pAUC, pooled | again, pooled | mAUC | magain | AUC, mean" in text
     assert ("again, harmonic mean | official score |" in text) == bool(rule.official)
-    first, headings, *_ = format_table(metrics, {}).splitlines()
+    first, headings, *_ = format_table(ShownMetrics(metrics)).splitlines()
     assert headings.split("|")[1].split() == ["AUC", "pAUC", "again"]
     assert list(map(len, first.split("|")))[:4] == list(map(len, headings.split("|")))[:4]
 
@@ -117,7 +118,7 @@ def published() -> Result:
 
 
 def test_the_published_figures_are_beside_the_measured_ones(published):
-    text = format_table(published.metrics, published_rows(published))
+    text = format_table(ShownMetrics(published.metrics, published_rows(published)))
     assert text.splitlines()[0].endswith("|   published, DCASE 2020")
     assert line_of(text, "fan").split("|")[1].split()[0] == "75.00"
     assert line_of(text, "fan").endswith("98.32    95.34    92.67")
@@ -163,7 +164,22 @@ def test_the_score_files_give_the_mean_rows(result, tmp_path):
     for machine_type, values in expected.items():
         written = [float(cell) for cell in means[machine_type][2:4]]
         assert written == pytest.approx(values.tolist(), abs=1e-9)
-    assert markdown_table(result.metrics) in (tmp_path / "results.md").read_text()
+    assert markdown_table(ShownMetrics(result.metrics)) in (tmp_path / "results.md").read_text()
+
+
+def test_the_average_without_a_network_is_the_last_row(result, tmp_path, capsys):
+    baseline = measured(result.recordings, result.recordings["score"][::-1].to_list())
+    write_result(replace(result, baseline=baseline), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    row = lines[2 + len(result.metrics.machine_types)]
+    assert row.startswith("without a network |")
+    rows = baseline.table.loc["average"]
+    columns = [("pooled", "AUC"), ("pooled", "pAUC"), ("min", "AUC"), ("mean", "AUC")]
+    expected = [f"{100 * rows.loc[name, metric]:.2f}" for name, metric in columns]
+    assert row.replace("|", " ").split()[3:7] == expected
+    last = markdown_table(ShownMetrics(result.metrics, {}, baseline)).splitlines()[-1]
+    assert last.startswith("| without a network | ")
+    assert last in (tmp_path / "results.md").read_text()
 
 
 def test_machines_with_one_condition_are_named(tmp_path, capsys):
@@ -182,18 +198,31 @@ def test_machines_with_one_condition_are_named(tmp_path, capsys):
 def test_decision_files(result, tmp_path):
     write_result(result, tmp_path)
     scores = {machine: group["score"] for machine, group in HELD_OUT.groupby(MACHINE_COLUMNS)}
-    of_type = HELD_OUT.loc[HELD_OUT["machine_type"] == "fan", "score"]
+    medians = {machine: values.median() for machine, values in scores.items()}
+    comparable = scores["fan", "00"] / medians["fan", "00"] * medians["fan", "02"]
+    of_type = pd.concat([comparable, scores["fan", "02"]])
     expected = {
-        ("fan", "00"): (np.percentile(scores["fan", "00"], 80), "25 clips of the ID"),
-        ("fan", "02"): (np.percentile(of_type, 80), "30 clips of the type"),
-        ("valve", "01"): (np.percentile(scores["valve", "01"], 80), "30 clips of the ID"),
+        ("fan", "00"): (
+            np.percentile(scores["fan", "00"], 80),
+            "25 held-out recordings of the ID",
+        ),
+        ("fan", "02"): (np.percentile(of_type, 80), "30 held-out recordings of the type"),
+        ("valve", "01"): (
+            np.percentile(scores["valve", "01"], 80),
+            "30 held-out recordings of the ID",
+        ),
     }
     header, *rows = read_csv(tmp_path / "decisions.csv")
     assert header == [
-        "machine_type", "machine_id", "threshold", "held_out", "held_out_of_id",
-        "precision", "recall", "F1",
+        "machine_type", "machine_id", "threshold", "source", "n_normal", "n_false_alarms",
+        "n_anomaly", "n_detected", "false_alarm_rate", "false_alarm_rate_low",
+        "false_alarm_rate_high", "recall", "recall_low", "recall_high", "precision", "F1",
     ]  # fmt: skip
-    assert {(row[0], row[1]): (float(row[2]), row[3]) for row in rows} == expected
+    for row in rows:
+        threshold, source = expected[row[0], row[1]]
+        assert float(row[2]) == pytest.approx(threshold)
+        assert row[3] == source
+    assert len(rows) == 3
     written = set()
     for (machine_type, machine_id), (threshold, _) in expected.items():
         name = f"{machine_type}_id_{machine_id}.csv"
@@ -212,7 +241,7 @@ def test_files_of_an_earlier_evaluation_are_removed(result, tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "roc.png").touch()
     rest = result.recordings[result.recordings["machine_id"] != "02"].assign(decision=pd.NA)
-    write_result(replace(result, recordings=rest, thresholds=result.thresholds[:0]), tmp_path)
+    write_result(replace(result, recordings=rest, decisions=result.decisions[:0]), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "anomaly_score_fan_id_00.csv",
         "anomaly_score_valve_id_01.csv",

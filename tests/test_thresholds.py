@@ -1,4 +1,4 @@
-"""Thresholds from held-out scores, and the decisions they make."""
+"""Thresholds from normal scores, and what the conformal one promises."""
 
 from pathlib import Path
 from unittest.mock import Mock
@@ -7,36 +7,138 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from evaluated import make_recordings
+from evaluated import NO_HELD_OUT
 
+from config import load_config
 from evaluation.thresholds import (
-    count_decisions,
+    conformal,
     decide,
     explain_thresholds,
-    fit_gamma,
     fit_thresholds,
+    gamma,
+    least_recordings,
+    threshold_of,
 )
-from recordings import MACHINE_COLUMNS
 
 
-def test_the_threshold_is_a_percentile_of_the_fitted_gamma():
+def normal_scores(
+    scores: list[float], machine: tuple[str, str] = ("fan", "00"), windows: int = 1
+) -> pd.DataFrame:
+    """The scores of normal recordings of a machine, of so many windows each."""
+    rows = []
+    for number, score in enumerate(scores):
+        rows.append((*machine, number // windows, score, "held-out"))
+    return pd.DataFrame(rows, columns=NO_HELD_OUT.columns)
+
+
+# ---- The conformal threshold ----
+
+
+@pytest.mark.parametrize(
+    ("n", "false_alarms", "k"),
+    [
+        (9, 0.1, 9), (10, 0.1, 10), (13, 0.1, 13), (18, 0.1, 18), (19, 0.1, 18), (20, 0.1, 19),
+        (99, 0.1, 90), (100, 0.1, 91), (4, 0.2, 4), (9, 0.2, 8), (19, 0.05, 19), (39, 0.05, 38),
+        (99, 0.01, 99), (99, 0.07, 93), (1, 0.5, 1), (29, 0.3, 21), (14, 0.93, 2), (99, 0.93, 7),
+    ],
+)  # fmt: skip
+def test_the_conformal_threshold_is_the_kth_smallest_score(n, false_alarms, k):
+    """k = ceil((n + 1) (1 - false_alarms)), computed without rounding errors."""
+    scores = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))
+    assert conformal(normal_scores(scores.tolist()), false_alarms) == k
+
+
+@pytest.mark.parametrize(
+    ("false_alarms", "least"), [(0.1, 9), (0.2, 4), (0.05, 19), (0.01, 99), (0.5, 1), (0.3, 3)]
+)
+def test_fewer_recordings_than_the_rate_takes_give_no_threshold(false_alarms, least):
+    assert least_recordings("conformal", false_alarms) == least
+    scores = list(range(1, least + 1))
+    assert conformal(normal_scores(scores), false_alarms) == least
+    assert conformal(normal_scores(scores[1:]), false_alarms) is None
+
+
+def test_ties_and_nearly_equal_scores():
+    assert conformal(normal_scores([2.0] * 9), 0.1) == 2.0
+    scores = [5.0 + 1e-12 * number for number in range(9)]
+    assert conformal(normal_scores(scores), 0.1) == scores[-1]
+    assert conformal(normal_scores([1.0, 3.0, 3.0, 3.0, 7.0]), 0.5) == 3.0
+    assert conformal(normal_scores([0.0] * 9), 0.1) == 0.0
+
+
+def test_recordings_count_and_not_their_windows():
+    five = normal_scores([float(x) for x in range(20)], windows=4)
+    assert conformal(five, 0.1) is None, "five recordings of four windows"
+    # At 0.5 three of (five + 1) recordings must lie below: twelve windows
+    assert conformal(five, 0.5) == 11.0
+    long = normal_scores([10.0] * 90, windows=90)
+    short = normal_scores([1.0] * 9).assign(recording=range(1, 10))
+    both = pd.concat([long, short])
+    # Ten recordings: nine lie at 1, and needed are 11 * 0.8 = 8.8
+    assert conformal(both, 0.2) == 1.0
+    assert conformal(both, 0.1) == 10.0
+
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "log-normal": lambda rng, size: np.exp(3 * rng.normal(size=size)),
+    "two groups": lambda rng, size: rng.normal(size=size) + 9 * (rng.random(size) < 0.2),
+    "few values": lambda rng, size: rng.integers(0, 5, size=size).astype(float),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize(("n", "false_alarms", "k"), [(13, 0.1, 13), (19, 0.05, 19), (9, 0.2, 8)])
+def test_the_rate_of_false_alarms_is_not_above_what_was_asked(name, n, false_alarms, k):
+    """On average over 300 thresholds; without ties it is 1 - k / (n + 1) exactly, and that of a
+    single threshold has a beta distribution.
+    """
+    rng, draws = np.random.default_rng(0), 300
+    normal, new = (DISTRIBUTIONS[name](rng, (draws, size)) for size in (n, 2000))
+    rates = []
+    for scores, later in zip(normal.tolist(), new, strict=True):
+        rates.append((later > conformal(normal_scores(scores), false_alarms)).mean())
+    exact = 1 - k / (n + 1)
+    error = 3.5 * np.std(rates) / np.sqrt(draws)
+    assert exact <= false_alarms + 1e-9
+    assert np.mean(rates) <= exact + error
+    if name != "few values":
+        assert np.mean(rates) >= exact - error
+        spread = scipy.stats.beta(n + 1 - k, k)
+        assert np.std(rates) == pytest.approx(spread.std(), rel=0.25)
+
+
+def test_the_rate_holds_for_the_windows_of_recordings():
+    """Windows of a recording are alike, and some recordings have many."""
+    rng, draws, shares = np.random.default_rng(0), 400, []
+    for _ in range(draws):
+        rows = []
+        for number, count in enumerate(rng.choice([1, 2, 30], size=14)):
+            for score in rng.normal() + 0.5 * rng.normal(size=count):
+                rows.append(("fan", "00", number, score, "held-out"))
+        table = pd.DataFrame(rows, columns=NO_HELD_OUT.columns)
+        is_new = table["recording"] == 13
+        shares.append((table["score"][is_new] > conformal(table[~is_new], 0.1)).mean())
+    assert np.mean(shares) <= 0.1 + 3.5 * np.std(shares) / np.sqrt(draws)
+    assert np.mean(shares) > 0.03, "it is not far below"
+
+
+# ---- Gamma and quantile ----
+
+
+def test_the_threshold_is_a_quantile_of_the_fitted_gamma():
     scores = scipy.stats.gamma.rvs(2.0, scale=3.0, size=5000, random_state=0)
     expected = scipy.stats.gamma.ppf(0.9, 2.0, scale=3.0)
-    assert fit_gamma(scores, 90) == pytest.approx(expected, rel=0.03)
+    assert gamma(normal_scores(scores.tolist()), 0.1) == pytest.approx(expected, rel=0.03)
 
 
-def held_out_of(scores: list[float]) -> pd.DataFrame:
-    """The scores of held-out clips of the machine fan 00."""
-    rows = [("fan", "00", score) for score in scores]
-    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "score"])
-
-
+@pytest.mark.parametrize("method", ["conformal", "gamma", "quantile"])
 @pytest.mark.parametrize(
     "scores",
     [[0.0] * 30, [5.0 + 1e-7 * x for x in range(30)], [0.0] * 29 + [5.0], [1e-300, 1e-9, 3.0] * 10],
 )
-def test_thresholds_of_odd_scores_are_finite(scores):
-    thresholds = fit_thresholds([("fan", "00")], held_out_of(scores), "gamma", 90)
+def test_thresholds_of_odd_scores_are_finite(method, scores):
+    thresholds = fit_thresholds([("fan", "00")], normal_scores(scores), method, 0.1)
     assert np.isfinite(thresholds["threshold"].item())
     assert thresholds["threshold"].item() >= 0
 
@@ -47,44 +149,88 @@ def test_a_fit_that_fails_is_replaced_by_the_quantile_and_said(spread, capsys, m
     if not isinstance(spread, float):
         error = ValueError("`f` must have different signs at the two ends of the bracket")
         monkeypatch.setattr(scipy.stats.gamma, "fit", Mock(side_effect=error))
-    thresholds = fit_thresholds([("fan", "00")], held_out_of(scores), "gamma", 90)
+    thresholds = fit_thresholds([("fan", "00")], normal_scores(scores), "gamma", 0.1)
     assert thresholds["threshold"].item() == np.percentile(scores, 90)
     notices = capsys.readouterr().err
     assert notices.count("\n") == 1
-    assert "no gamma distribution fits the scores of the held-out clips" in notices
+    assert "no gamma distribution fits the scores of the normal recordings" in notices
     assert "so the threshold is their quantile: fan 00" in notices
-    fit_thresholds([("fan", "00")], held_out_of(scores), "quantile", 90)
+    fit_thresholds([("fan", "00")], normal_scores(scores), "quantile", 0.1)
     assert capsys.readouterr().err == ""
 
 
-def test_few_held_out_clips_are_pooled_with_a_notice(capsys):
-    rows = [("fan", "00", 1.0)] * 20 + [("fan", "02", 3.0)] * 5
-    held_out = pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "score"])
-    machines = [("fan", "00"), ("fan", "02"), ("fan", "04"), ("pump", "01")]
-    thresholds = fit_thresholds(machines, held_out, "quantile", 90)
-    assert thresholds.to_dict("index") == {
-        ("fan", "00"): {"threshold": 1.0, "held_out": "20 clips of the ID", "held_out_of_id": 20},
-        ("fan", "02"): {"threshold": 3.0, "held_out": "25 clips of the type", "held_out_of_id": 5},
-        ("fan", "04"): {"threshold": 3.0, "held_out": "25 clips of the type", "held_out_of_id": 0},
-    }
-    explain_thresholds(thresholds, machines, Path("run.pth"))
-    notices = capsys.readouterr().err
-    assert "fewer than 20 held-out clips" in notices
-    assert "that of the whole machine type: fan 02 (5), fan 04 (0)\n" in notices
-    assert "no held-out clips of the machine type, so there is no threshold: pump 01" in notices
+# ---- Machines ----
+
+MACHINES = [("fan", "00"), ("fan", "02"), ("fan", "04"), ("pump", "01"), ("pump", "03")]
 
 
-def test_decisions_and_their_precision_and_recall():
+def of_several_machines() -> pd.DataFrame:
+    """Twelve recordings of fan 00, four of fan 02 with half their scores, three of pump 01."""
+    scores = [float(x) for x in range(1, 13)]
+    parts = [
+        normal_scores(scores),
+        normal_scores([2.0, 3.0, 3.5, 4.0], ("fan", "02")),
+        normal_scores([1.0, 2.0, 3.0], ("pump", "01")),
+    ]
+    return pd.concat(parts)
+
+
+def test_each_machine_has_its_threshold_or_that_of_its_type_made_comparable(capsys):
+    thresholds = fit_thresholds(MACHINES, of_several_machines(), "conformal", 0.1)
+    assert thresholds["source"].tolist() == [
+        "12 held-out recordings of the ID",
+        "16 held-out recordings of the type",
+        "",
+        "3 held-out recordings of the type",
+        "",
+    ]
+    assert thresholds["n_recordings"].tolist() == [12, 4, 0, 3, 0]
+    assert threshold_of(thresholds, ("fan", "00")) == 12.0
+    # The median of fan 00 is 6.5, that of fan 02 is 3.25: 16 scores, the highest of fan 00
+    assert threshold_of(thresholds, ("fan", "02")) == pytest.approx(12 / 6.5 * 3.25)
+    for machine in MACHINES[2:]:
+        assert threshold_of(thresholds, machine) is None
+    explain_thresholds(thresholds, load_config(), Path("run.pth"))
+    notices = capsys.readouterr().err.splitlines()
+    assert notices[0].endswith("rests on those of other machines of the type: fan 02 (4)")
+    assert notices[0].startswith("notice: fewer than 9 normal recordings held out")
+    assert "no threshold, which takes 9 normal recordings of the machine" in notices[1]
+    assert "fan 04 (0), pump 01 (3), pump 03 (0); hold out more" in notices[1]
+    assert len(notices) == 2
+
+
+def test_other_methods_make_do_with_any_number(capsys):
+    thresholds = fit_thresholds(MACHINES, of_several_machines(), "quantile", 0.5)
+    assert threshold_of(thresholds, ("pump", "01")) == 2.0
+    assert threshold_of(thresholds, ("fan", "00")) == pytest.approx(6.5, abs=0.5)
+    explain_thresholds(thresholds, load_config(threshold="quantile"), Path("run.pth"))
+    assert "fewer than 20 normal recordings held out" in capsys.readouterr().err
+
+
+def test_a_given_threshold_is_that_of_all_machines(capsys):
+    thresholds = fit_thresholds(MACHINES, NO_HELD_OUT, 0.004, 0.1)
+    assert thresholds["threshold"].tolist() == [0.004] * 5
+    assert set(thresholds["source"]) == {"given"}
+    explain_thresholds(thresholds, load_config(threshold=0.004), Path("run.pth"))
+    assert capsys.readouterr().err == ""
+
+
+def test_without_normal_scores_there_are_no_thresholds(capsys):
+    thresholds = fit_thresholds(MACHINES, NO_HELD_OUT, "conformal", 0.1)
+    assert thresholds["threshold"].isna().all()
+    explain_thresholds(thresholds, load_config(), Path("run.pth"))
+    message = "notice: run.pth: no scores of held-out recordings, so there are no decisions; "
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_later_recordings_are_named(capsys):
+    normal = normal_scores([float(x) for x in range(10)]).assign(origin="later")
+    thresholds = fit_thresholds(MACHINES[:1], normal, "conformal", 0.1)
+    assert thresholds["source"].item() == "10 later recordings of the ID"
+
+
+def test_what_lies_above_the_threshold_is_anomalous():
     thresholds = pd.Series([2.0] * 4 + [np.nan] + [9.0] * 2)
     decisions = decide(pd.Series([1.0, 3.0, 2.0, 9.0, 5.0, 1.0, 2.0]), thresholds)
     assert decisions[:4].tolist() == [0, 1, 0, 1], "a score equal to the threshold is normal"
     assert decisions.isna().tolist() == [False] * 4 + [True] + [False] * 2
-    recordings = make_recordings({("fan", 0): (2, 2), ("fan", 2): (1, 0), ("pump", 0): (2, 0)})
-    unlabelled = recordings[:1].assign(condition="unlabelled", decision=1)
-    table = pd.concat([recordings.assign(decision=decisions), unlabelled])
-    machines = [("fan", "00"), ("pump", "00"), ("valve", "01")]
-    index = pd.MultiIndex.from_tuples(machines, names=MACHINE_COLUMNS)
-    counted = count_decisions(table, pd.DataFrame({"threshold": [2.0, 9.0, 1.0]}, index))
-    rates = counted[["precision", "recall", "F1"]]
-    assert rates.loc["fan", "00"].tolist() == [0.5, 0.5, 0.5]
-    assert rates.loc[["pump", "valve"]].isna().all(axis=None), "nothing to count"

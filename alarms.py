@@ -1,0 +1,112 @@
+"""Alarms in a recording of several windows: stretches of windows above the threshold.
+
+Requires numpy alone.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from audio import SECONDS
+
+ALARMS_SHOWN = 5  # in a line
+
+
+class AlarmRule(NamedTuple):
+    """An alarm is a stretch in which at least `n_above` of `span` consecutive windows lie above the
+    threshold; in a recording of fewer than `n_above` windows, all of them.
+    """
+
+    n_above: int
+    span: int
+
+
+class Alarm(NamedTuple):
+    """A stretch from its first window above the threshold to the end of its last, in seconds, and
+    the highest score in it.
+    """
+
+    start: float
+    end: float
+    score: float
+
+
+def find_level(scores: np.ndarray, rule: AlarmRule) -> float:
+    """Return the alarm level of a recording whose windows have these scores `(windows,)`: the
+    highest one that enough windows of some span reach. There is an alarm if and only if it lies
+    above the threshold.
+    """
+    spans = cut_into_spans(scores, rule)
+    n_above = min(rule.n_above, len(scores))
+    return float(np.sort(spans, axis=1)[:, -n_above].max())
+
+
+def find_alarms(
+    starts: Sequence[float], scores: np.ndarray, threshold: float, rule: AlarmRule
+) -> list[Alarm]:
+    """Return the alarms of a recording whose windows start at these seconds and have these scores
+    `(windows,)`, from first to last.
+    """
+    is_above = scores > threshold
+    n_above = min(rule.n_above, len(scores))
+    stretches: list[list[int]] = []  # of the numbers of the first and the last window
+    for first, span in enumerate(cut_into_spans(is_above, rule)):
+        if span.sum() < n_above:
+            continue
+        above = first + np.flatnonzero(span)
+        if stretches and above[0] <= stretches[-1][1]:  # they share a window
+            stretches[-1][1] = int(above[-1])
+        else:
+            stretches.append([int(above[0]), int(above[-1])])
+    alarms = []
+    for first, last in stretches:
+        highest = float(scores[first : last + 1].max())
+        alarms.append(Alarm(starts[first], starts[last] + SECONDS, highest))
+    return alarms
+
+
+def cut_into_spans(values: np.ndarray, rule: AlarmRule) -> np.ndarray:
+    """Return each span of consecutive windows: values `(windows,)` -> `(spans, span)`. A shorter
+    recording is one span.
+    """
+    return np.lib.stride_tricks.sliding_window_view(values, min(rule.span, len(values)))
+
+
+# ---- In words ----
+
+
+def describe_windows(
+    starts: Sequence[float], scores: np.ndarray, threshold: float | None, rule: AlarmRule
+) -> str:
+    """Describe the windows of a recording: its alarms, the window with the highest score, and how
+    many lie above the threshold.
+    """
+    worst = int(scores.argmax())
+    highest = f"worst at {format_time(starts[worst])} ({scores[worst]:.6g})"
+    if threshold is None:
+        return highest
+    count = f"{(scores > threshold).sum()} of {len(scores)} windows anomalous"
+    alarms = find_alarms(starts, scores, threshold, rule)
+    return ", ".join([describe_alarms(alarms), highest, count])
+
+
+def describe_alarms(alarms: Sequence[Alarm]) -> str:
+    """Describe alarms, as in "alarm from 0:40:00 to 0:41:05 (8.2)"."""
+    if not alarms:
+        return "no alarm"
+    texts = []
+    for alarm in alarms[:ALARMS_SHOWN]:
+        times = f"from {format_time(alarm.start)} to {format_time(alarm.end)}"
+        texts.append(f"alarm {times} ({alarm.score:.6g})")
+    if len(alarms) > ALARMS_SHOWN:
+        texts.append(f"{len(alarms) - ALARMS_SHOWN} more alarms")
+    return ", ".join(texts)
+
+
+def format_time(seconds: float) -> str:
+    """Format seconds as in 0:41:05 or, with hundredths, 0:41:05.50."""
+    minutes, rest = divmod(round(float(seconds), 2), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    digits = f"{rest:02.0f}" if rest.is_integer() else f"{rest:05.2f}"
+    return f"{hours}:{minutes:02d}:{digits}"
