@@ -14,10 +14,10 @@ is exported. The inputs and outputs of the file are
     scores      float32 (N, machines), out   against each machine ID, of the kind set by scoring
     embedding   float32 (N, 128), out
 
-and its metadata are machines (in the order of the columns), thresholds (a higher score is
-anomalous) and input, all three as JSON, and sample_rate, window and hop (seconds), over_windows,
-channel, mode, scoring, version and weights_sha256. All of them are fixed in the file: for another
-threshold, hop or kind of score, export again.
+and its metadata are machines (in the order of the columns), thresholds (a window with a higher
+score is anomalous) and input, all three as JSON, and sample_rate, window and hop (seconds),
+over_windows, alarm_windows, alarm_span, channel, mode, scoring, version and weights_sha256. All of
+them are fixed in the file: for another threshold, hop or kind of score, export again.
 
 Before the file is written, ONNX Runtime scores synthetic signals with it on the CPU, from full
 scale to silence. If a score differs from that of eval.py by more than 0.1 percent and by more than

@@ -55,8 +55,8 @@ from utils import OneLineParser, check_writable, run_script
 ROOT = Path(__file__).resolve().parent
 SEEDS = (2023, 1, 2)
 PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
-# Checkpoints of 23 and 14 MB, a third while it is written, logs, results, figures
-RUN_BYTES = 80_000_000
+# Checkpoints of 42 and 14 MB, a third while it is written, logs, results, figures
+RUN_BYTES = 120_000_000
 CHOSEN_HERE = {
     "mode": "all modes are trained; leave it out",
     "seed": "use --seeds instead",

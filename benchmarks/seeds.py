@@ -200,8 +200,8 @@ class TrainerInMemory(Trainer):
         self.network.load_state_dict(self.best.weights)
         bank, held_out = self.embed(self.train_clips), self.embed(self.valid_clips)
         assert self.best.held_out
-        with_embedding = replace(self.best.held_out, embedding=held_out.embedding)
-        checkpoint = replace(self.best, bank=bank, held_out=with_embedding)
+        complete = self.best.held_out.with_outputs(held_out)
+        checkpoint = replace(self.best, bank=bank, held_out=complete)
         return Model(self.network.eval(), self.config, self.classes, checkpoint)
 
 

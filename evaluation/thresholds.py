@@ -22,6 +22,7 @@ from utils import notice
 
 # Recordings of a machine; with fewer a gamma distribution or a quantile is that of the machine type
 LEAST_RECORDINGS = 20
+LEAST_SCORE = np.finfo(np.float64).eps  # for gamma distributions and ratios
 COLUMNS = [*MACHINE_COLUMNS, "threshold", "source", "n_recordings"]
 
 # ---- The normal scores ----
@@ -83,24 +84,22 @@ def fit_thresholds(
     """
     rows: list[tuple[str, str, float | None, str, int]] = []
     without_fit = []
-    for machine in machines:
-        machine_type, machine_id = machine
+    for machine_type, machine_id in machines:
         of_type = normal[normal["machine_type"] == machine_type]
         of_machine = of_type[of_type["machine_id"] == machine_id]
         n_own = of_machine["recording"].nunique()
         if isinstance(method, float):
-            rows.append((*machine, method, "given", n_own))
+            rows.append((machine_type, machine_id, method, "given", n_own))
             continue
-        threshold, source = None, ""
-        if n_own:
-            is_pooled = n_own < least_recordings(method, false_alarms)
-            chosen = make_comparable(of_type, of_machine) if is_pooled else of_machine
-            source = describe_source(chosen, "type" if is_pooled else "ID")
-            threshold = METHODS[method](chosen, false_alarms)
-            if threshold is None and method == "gamma":
-                without_fit.append(" ".join(machine))
-                threshold = quantile(chosen, false_alarms)
-        rows.append((*machine, threshold, source, n_own))
+        chosen, level = of_machine, "ID"
+        if n_own < least_recordings(method, false_alarms):
+            chosen, level = make_comparable(of_type, of_machine), "type"
+        threshold = METHODS[method](chosen, false_alarms) if len(chosen) else None
+        if threshold is None and method == "gamma" and len(chosen):
+            threshold = quantile(chosen, false_alarms)
+            without_fit.append(f"{machine_type} {machine_id}")
+        source = describe_source(chosen, level) if len(chosen) else ""
+        rows.append((machine_type, machine_id, threshold, source, n_own))
     if without_fit:
         notice(
             "no gamma distribution fits the scores of the normal recordings, so the threshold is "
@@ -121,12 +120,33 @@ def least_recordings(method: str, false_alarms: float) -> int:
 
 
 def make_comparable(of_type: pd.DataFrame, of_machine: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of a machine type, those of each machine divided by their median and
-    multiplied by that of `of_machine`.
+    """Return the scores of a machine type in relation to other recordings of their machine, and on
+    the scale of `of_machine`. A machine with a single recording has none.
+
+    Each recording is compared with as many others as a new recording of `of_machine` is, so that
+    its score is as far from theirs. Compared with all of its machine, itself included, it would be
+    closer, and the threshold too low.
     """
-    least = np.finfo(np.float64).eps
-    medians = of_type.groupby("machine_id")["score"].transform("median").clip(lower=least)
-    return of_type.assign(score=of_type["score"] / medians * of_machine["score"].median())
+    typical = of_machine.groupby("recording")["score"].mean()
+    parts = [of_type[:0]]
+    for _, group in of_type.groupby("machine_id"):
+        others = median_of_others(group, len(typical))
+        relative = group["score"] / group["recording"].map(others).clip(lower=LEAST_SCORE)
+        parts.append(group.assign(score=relative * typical.median()).dropna())
+    return pd.concat(parts)
+
+
+def median_of_others(of_machine: pd.DataFrame, count: int) -> pd.Series:
+    """Return for each recording of a machine the median over the mean scores of `count` others, or
+    of all if there are fewer; missing if it is the only one.
+    """
+    means = of_machine.groupby("recording")["score"].mean().sample(frac=1, random_state=0)
+    n_recordings = len(means)
+    steps = np.arange(1, min(count, n_recordings - 1) + 1)
+    if len(steps) == 0:
+        return pd.Series(np.nan, means.index)
+    others = (np.arange(n_recordings)[:, np.newaxis] + steps) % n_recordings
+    return pd.Series(np.median(means.to_numpy()[others], axis=1), means.index)
 
 
 def describe_source(normal: pd.DataFrame, level: str) -> str:
@@ -145,7 +165,7 @@ def conformal(normal: pd.DataFrame, false_alarms: float) -> float | None:
 
     Of n recordings with one window each it is the k-th smallest score, k = ceil((n + 1) (1 -
     false_alarms)) (Angelopoulos & Bates, arXiv 2107.07511, section 1). With several windows, each
-    counts as its part of a recording (Dunn, Wasserman & Ramdas, arXiv 1809.07441): the threshold is
+    counts as its part of a recording (Lee, Barber & Willett, arXiv 2306.06342): the threshold is
     the smallest score up to which there are at least (n + 1) (1 - false_alarms) recordings.
     """
     ordered = normal.sort_values("score", kind="stable")
@@ -170,7 +190,7 @@ def gamma(normal: pd.DataFrame, false_alarms: float) -> float | None:
     """
     import scipy.stats  # takes half a second
 
-    scores = np.maximum(normal["score"].to_numpy(float), np.finfo(np.float64).eps)
+    scores = np.maximum(normal["score"].to_numpy(float), LEAST_SCORE)
     if np.ptp(scores) <= 1e-4 * scores.mean():
         return None
     try:

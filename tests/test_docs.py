@@ -117,7 +117,8 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("evaluate_all", "evaluate_score_files"):
         monkeypatch.setattr(evaluation_script, name, lambda *_: None)
-    monkeypatch.setattr(score_script, "score", lambda *_: None)
+    for name in ("score", "set_thresholds"):
+        monkeypatch.setattr(score_script, name, lambda *_: None)
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(export, "export", lambda *_: None)
     table = yaml.safe_load(download.TABLE.read_text())

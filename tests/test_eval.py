@@ -54,7 +54,7 @@ def evaluate(call, folder: Path, data_root: Path, *words: str):
 
 
 def test_what_an_evaluation_writes(trained_copy, data_root, call):
-    status, output, _ = evaluate(call, trained_copy, data_root, "--false_alarms", "0.4")
+    status, output, _ = evaluate(call, trained_copy, data_root, "--false_alarms", "0.5")
     assert status == 0
     folder = trained_copy / "run" / "test"
     names = {
@@ -62,16 +62,15 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
         "anomaly_score_fan_id_02.csv",
         "anomaly_score_valve_id_01.csv",
     }
-    # The rate takes two recordings: one of each fan is held out, and one of the valve
-    decisions = {"decision_result_fan_id_00.csv", "decision_result_fan_id_02.csv"}
+    # The rate takes a single recording, and one of each machine is held out
+    decisions = {name.replace("anomaly_score", "decision_result") for name in names}
     others = {"metrics.csv", "metrics.json", "results.md", "decisions.csv"}
     assert {path.name for path in folder.iterdir()} == names | decisions | others
     assert f"12 scores and metrics: {folder}" in output
-    assert re.search(r"fan 02 \| of 2 normal \d called anomalous, .*; asked: 40 %\), of 2", output)
+    pattern = r"fan 02   \| of 2 normal \d called anomalous, .*; asked: 50 %\), of 2 anomalous \d"
+    assert re.search(pattern, output)
     table = (folder / "results.md").read_text()
-    assert (
-        "| decisions | threshold | from | normal | called anomalous | rate (asked: 40 %)" in table
-    )
+    assert "| normal | called anomalous | rate (asked: 50 %) | anomalous | called an" in table
     assert "| fan 02 | " in table
     assert "\nwithout a network | " in output
     assert "\n| without a network | " in table
@@ -310,7 +309,7 @@ def test_weights_without_embeddings_get_them_from_the_training_clips(
 ):
     """They give the scores and thresholds of the whole checkpoint, and are not stored."""
     test = trained_copy / "run" / "test"
-    words = ("--scoring", "nearest", "--threshold", "quantile")
+    words = ("--scoring", "nearest", "--false_alarms", "0.5")
     assert evaluate(call, trained_copy, data_root, *words)[0] == 0
     scores = scores_of(test, "anomaly_score_fan_id_00.csv")
     decisions = read_csv(test / "decisions.csv")
@@ -387,7 +386,7 @@ def scores_of(folder: Path, name: str) -> dict[str, float]:
 
 def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections, call):
     root, results = sections / "data", sections / "run" / "test"
-    words = ("--score_dtype", "float64", "--threshold", "quantile")
+    words = ("--score_dtype", "float64", "--false_alarms", "0.5")
     status, output, _ = evaluate(call, sections, root, *words)
     assert status == 0
     config = load_config(data_root=str(root))

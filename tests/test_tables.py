@@ -31,6 +31,7 @@ from evaluation.tables import (
     write_per_machine,
     write_result,
 )
+from evaluation.thresholds import make_comparable
 from recordings import COLUMNS, MACHINE_COLUMNS
 
 HELD_OUT = make_held_out({("fan", 0): 25, ("fan", 2): 5, ("valve", 1): 30})
@@ -198,15 +199,17 @@ def test_machines_with_one_condition_are_named(tmp_path, capsys):
 def test_decision_files(result, tmp_path):
     write_result(result, tmp_path)
     scores = {machine: group["score"] for machine, group in HELD_OUT.groupby(MACHINE_COLUMNS)}
-    medians = {machine: values.median() for machine, values in scores.items()}
-    comparable = scores["fan", "00"] / medians["fan", "00"] * medians["fan", "02"]
-    of_type = pd.concat([comparable, scores["fan", "02"]])
+    is_fan = HELD_OUT["machine_type"] == "fan"
+    of_type = make_comparable(HELD_OUT[is_fan], HELD_OUT[is_fan & (HELD_OUT["machine_id"] == "02")])
     expected = {
         ("fan", "00"): (
             np.percentile(scores["fan", "00"], 80),
             "25 held-out recordings of the ID",
         ),
-        ("fan", "02"): (np.percentile(of_type, 80), "30 held-out recordings of the type"),
+        ("fan", "02"): (
+            np.percentile(of_type["score"], 80),
+            "30 held-out recordings of the type",
+        ),
         ("valve", "01"): (
             np.percentile(scores["valve", "01"], 80),
             "30 held-out recordings of the ID",

@@ -17,6 +17,8 @@ from evaluation.thresholds import (
     fit_thresholds,
     gamma,
     least_recordings,
+    make_comparable,
+    median_of_others,
     threshold_of,
 )
 
@@ -176,7 +178,8 @@ def of_several_machines() -> pd.DataFrame:
 
 
 def test_each_machine_has_its_threshold_or_that_of_its_type_made_comparable(capsys):
-    thresholds = fit_thresholds(MACHINES, of_several_machines(), "conformal", 0.1)
+    normal = of_several_machines()
+    thresholds = fit_thresholds(MACHINES, normal, "conformal", 0.1)
     assert thresholds["source"].tolist() == [
         "12 held-out recordings of the ID",
         "16 held-out recordings of the type",
@@ -186,8 +189,10 @@ def test_each_machine_has_its_threshold_or_that_of_its_type_made_comparable(caps
     ]
     assert thresholds["n_recordings"].tolist() == [12, 4, 0, 3, 0]
     assert threshold_of(thresholds, ("fan", "00")) == 12.0
-    # The median of fan 00 is 6.5, that of fan 02 is 3.25: 16 scores, the highest of fan 00
-    assert threshold_of(thresholds, ("fan", "02")) == pytest.approx(12 / 6.5 * 3.25)
+    ratios = make_comparable(normal[normal["machine_type"] == "fan"], normal[12:16])["score"] / 3.25
+    assert len(ratios) == 16
+    # The highest of k = ceil(17 * 0.9) = 16; the median of fan 02 is 3.25
+    assert threshold_of(thresholds, ("fan", "02")) == pytest.approx(ratios.max() * 3.25)
     for machine in MACHINES[2:]:
         assert threshold_of(thresholds, machine) is None
     explain_thresholds(thresholds, load_config(), Path("run.pth"))
@@ -199,10 +204,45 @@ def test_each_machine_has_its_threshold_or_that_of_its_type_made_comparable(caps
     assert len(notices) == 2
 
 
+def test_recordings_are_compared_with_as_many_others_as_the_machine_has():
+    four = normal_scores([2.0, 3.0, 3.5, 4.0])
+    by_score = dict(zip([2.0, 3.0, 3.5, 4.0], median_of_others(four, 9).sort_index(), strict=True))
+    assert by_score == {2.0: 3.5, 3.0: 3.5, 3.5: 3.0, 4.0: 3.0}, "the three others"
+    others = median_of_others(normal_scores([float(x) for x in range(50)]), 2)
+    assert others.notna().all()
+    assert len(set(others)) > 20, "two of them, not all"
+    assert median_of_others(normal_scores([3.0]), 5).isna().all()
+    windows = normal_scores([1.0, 3.0, 10.0, 20.0], windows=2)
+    assert median_of_others(windows, 3).sort_index().tolist() == [15.0, 2.0], "of mean scores"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_rate_holds_where_machines_differ_in_scale(count):
+    """Each machine has few recordings, and scores of another scale."""
+    rng, draws, rates = np.random.default_rng(count), 150, []
+    machines = [("fan", f"{number:02d}") for number in range(12)]
+    for _ in range(draws):
+        scales = np.exp(rng.normal(size=len(machines)))
+        parts = []
+        for machine, scale in zip(machines, scales, strict=True):
+            parts.append(normal_scores((scale * rng.gamma(5, size=count)).tolist(), machine))
+        thresholds = fit_thresholds(machines[:1], pd.concat(parts), "conformal", 0.1)
+        threshold = threshold_of(thresholds, machines[0])
+        if count == 1:
+            assert threshold is None, "nothing to compare a single recording with"
+            return
+        rates.append((scales[0] * rng.gamma(5, size=500) > threshold).mean())
+    error = 3.5 * np.std(rates) / np.sqrt(draws)
+    assert np.mean(rates) <= 0.1 + error
+    assert np.mean(rates) >= 0.03
+
+
 def test_other_methods_make_do_with_any_number(capsys):
-    thresholds = fit_thresholds(MACHINES, of_several_machines(), "quantile", 0.5)
-    assert threshold_of(thresholds, ("pump", "01")) == 2.0
-    assert threshold_of(thresholds, ("fan", "00")) == pytest.approx(6.5, abs=0.5)
+    thresholds = fit_thresholds(MACHINES, of_several_machines(), "quantile", 0.1)
+    # 1, 2 and 3 in relation to the medians of the others, on the scale of their median
+    ratios = [1 / 2.5, 2 / 2, 3 / 1.5]
+    assert threshold_of(thresholds, ("pump", "01")) == pytest.approx(2 * np.percentile(ratios, 90))
+    assert threshold_of(thresholds, ("fan", "02")) is not None
     explain_thresholds(thresholds, load_config(threshold="quantile"), Path("run.pth"))
     assert "fewer than 20 normal recordings held out" in capsys.readouterr().err
 
