@@ -55,7 +55,7 @@ def find_alarms(
         if span.sum() < n_above:
             continue
         above = first + np.flatnonzero(span)
-        if stretches and above[0] <= stretches[-1][1]:  # they share a window
+        if stretches and above[0] <= stretches[-1][1] + 1:  # they share a window, or adjoin
             stretches[-1][1] = int(above[-1])
         else:
             stretches.append([int(above[0]), int(above[-1])])

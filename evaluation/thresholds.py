@@ -22,7 +22,6 @@ from utils import notice
 
 # Recordings of a machine; with fewer a gamma distribution or a quantile is that of the machine type
 LEAST_RECORDINGS = 20
-LEAST_SCORE = np.finfo(np.float64).eps  # for gamma distributions and ratios
 COLUMNS = [*MACHINE_COLUMNS, "threshold", "source", "n_recordings"]
 
 # ---- The normal scores ----
@@ -120,33 +119,34 @@ def least_recordings(method: str, false_alarms: float) -> int:
 
 
 def make_comparable(of_type: pd.DataFrame, of_machine: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of a machine type in relation to other recordings of their machine, and on
-    the scale of `of_machine`. A machine with a single recording has none.
+    """Return the scores of a machine type on the scale of `of_machine`: moved by as much as the
+    mean of the machine lies above that of other recordings of their own machine, all as log(1 +
+    score). A machine with a single recording has no others, and is left out.
 
-    Each recording is compared with as many others as a new recording of `of_machine` is, so that
-    its score is as far from theirs. Compared with all of its machine, itself included, it would be
-    closer, and the threshold too low.
+    Each recording is compared with as many others as a new recording of `of_machine` is. Compared
+    with all of its machine, itself included, it would be closer, and the threshold too low.
     """
-    typical = of_machine.groupby("recording")["score"].mean()
+    typical = np.log1p(of_machine.groupby("recording")["score"].mean())
     parts = [of_type[:0]]
     for _, group in of_type.groupby("machine_id"):
-        others = median_of_others(group, len(typical))
-        relative = group["score"] / group["recording"].map(others).clip(lower=LEAST_SCORE)
-        parts.append(group.assign(score=relative * typical.median()).dropna())
+        others = group["recording"].map(mean_of_others(group, len(typical)))
+        moved = np.expm1(np.log1p(group["score"]) - others + typical.mean())
+        parts.append(group.assign(score=moved).dropna())
     return pd.concat(parts)
 
 
-def median_of_others(of_machine: pd.DataFrame, count: int) -> pd.Series:
-    """Return for each recording of a machine the median over the mean scores of `count` others, or
-    of all if there are fewer; missing if it is the only one.
+def mean_of_others(of_machine: pd.DataFrame, count: int) -> pd.Series:
+    """Return for each recording of a machine the mean of log(1 + score) over `count` others, or all
+    if there are fewer; missing if it is the only one. The score of a recording is the mean of its
+    windows.
     """
-    means = of_machine.groupby("recording")["score"].mean().sample(frac=1, random_state=0)
-    n_recordings = len(means)
+    scores = of_machine.groupby("recording")["score"].mean().sample(frac=1, random_state=0)
+    n_recordings = len(scores)
     steps = np.arange(1, min(count, n_recordings - 1) + 1)
     if len(steps) == 0:
-        return pd.Series(np.nan, means.index)
+        return pd.Series(np.nan, scores.index)
     others = (np.arange(n_recordings)[:, np.newaxis] + steps) % n_recordings
-    return pd.Series(np.median(means.to_numpy()[others], axis=1), means.index)
+    return pd.Series(np.log1p(scores.to_numpy())[others].mean(axis=1), scores.index)
 
 
 def describe_source(normal: pd.DataFrame, level: str) -> str:
@@ -190,7 +190,7 @@ def gamma(normal: pd.DataFrame, false_alarms: float) -> float | None:
     """
     import scipy.stats  # takes half a second
 
-    scores = np.maximum(normal["score"].to_numpy(float), LEAST_SCORE)
+    scores = np.maximum(normal["score"].to_numpy(float), np.finfo(np.float64).eps)
     if np.ptp(scores) <= 1e-4 * scores.mean():
         return None
     try:
@@ -229,8 +229,8 @@ def explain_thresholds(thresholds: pd.DataFrame, config: Config, path: Path) -> 
     pooled = thresholds[~is_missing & (counts < least)]
     if len(pooled):
         notice(
-            f"fewer than {least} normal recordings held out, so the threshold also rests on those "
-            f"of other machines of the type: {name_counts(pooled)}"
+            f"fewer than {least} normal recordings of a machine, so its threshold also rests on "
+            f"those of other machines of the type: {name_counts(pooled)}"
         )
     if is_missing.any():
         notice(

@@ -47,6 +47,7 @@ def test_alarms_of_three_of_five_windows(pattern, expected):
 
 def test_other_rules():
     assert stretches("..x....", AlarmRule(1, 1)) == [(2, 2)]
+    assert stretches("..xx.x.", AlarmRule(1, 1)) == [(2, 3), (5, 5)]
     assert stretches("xx.....", AlarmRule(2, 2)) == [(0, 1)]
     assert stretches("x.x....", AlarmRule(2, 2)) == []
     assert stretches("xxxx", AlarmRule(5, 8)) == [(0, 3)], "all of a shorter recording"

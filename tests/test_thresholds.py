@@ -18,7 +18,7 @@ from evaluation.thresholds import (
     gamma,
     least_recordings,
     make_comparable,
-    median_of_others,
+    mean_of_others,
     threshold_of,
 )
 
@@ -92,10 +92,10 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize(("n", "false_alarms", "k"), [(13, 0.1, 13), (19, 0.05, 19), (9, 0.2, 8)])
 def test_the_rate_of_false_alarms_is_not_above_what_was_asked(name, n, false_alarms, k):
-    """On average over 300 thresholds; without ties it is 1 - k / (n + 1) exactly, and that of a
+    """On average over 150 thresholds; without ties it is 1 - k / (n + 1) exactly, and that of a
     single threshold has a beta distribution.
     """
-    rng, draws = np.random.default_rng(0), 300
+    rng, draws = np.random.default_rng(0), 150
     normal, new = (DISTRIBUTIONS[name](rng, (draws, size)) for size in (n, 2000))
     rates = []
     for scores, later in zip(normal.tolist(), new, strict=True):
@@ -107,12 +107,12 @@ def test_the_rate_of_false_alarms_is_not_above_what_was_asked(name, n, false_ala
     if name != "few values":
         assert np.mean(rates) >= exact - error
         spread = scipy.stats.beta(n + 1 - k, k)
-        assert np.std(rates) == pytest.approx(spread.std(), rel=0.25)
+        assert np.std(rates) == pytest.approx(spread.std(), rel=0.3)
 
 
 def test_the_rate_holds_for_the_windows_of_recordings():
     """Windows of a recording are alike, and some recordings have many."""
-    rng, draws, shares = np.random.default_rng(0), 400, []
+    rng, draws, shares = np.random.default_rng(0), 200, []
     for _ in range(draws):
         rows = []
         for number, count in enumerate(rng.choice([1, 2, 30], size=14)):
@@ -189,49 +189,60 @@ def test_each_machine_has_its_threshold_or_that_of_its_type_made_comparable(caps
     ]
     assert thresholds["n_recordings"].tolist() == [12, 4, 0, 3, 0]
     assert threshold_of(thresholds, ("fan", "00")) == 12.0
-    ratios = make_comparable(normal[normal["machine_type"] == "fan"], normal[12:16])["score"] / 3.25
-    assert len(ratios) == 16
-    # The highest of k = ceil(17 * 0.9) = 16; the median of fan 02 is 3.25
-    assert threshold_of(thresholds, ("fan", "02")) == pytest.approx(ratios.max() * 3.25)
+    comparable = make_comparable(normal[normal["machine_type"] == "fan"], normal[12:16])
+    assert len(comparable) == 16
+    # The highest, as k = ceil(17 * 0.9) = 16
+    assert threshold_of(thresholds, ("fan", "02")) == comparable["score"].max()
     for machine in MACHINES[2:]:
         assert threshold_of(thresholds, machine) is None
     explain_thresholds(thresholds, load_config(), Path("run.pth"))
     notices = capsys.readouterr().err.splitlines()
     assert notices[0].endswith("rests on those of other machines of the type: fan 02 (4)")
-    assert notices[0].startswith("notice: fewer than 9 normal recordings held out")
+    assert notices[0].startswith("notice: fewer than 9 normal recordings of a machine")
     assert "no threshold, which takes 9 normal recordings of the machine" in notices[1]
     assert "fan 04 (0), pump 01 (3), pump 03 (0); hold out more" in notices[1]
     assert len(notices) == 2
 
 
 def test_recordings_are_compared_with_as_many_others_as_the_machine_has():
-    four = normal_scores([2.0, 3.0, 3.5, 4.0])
-    by_score = dict(zip([2.0, 3.0, 3.5, 4.0], median_of_others(four, 9).sort_index(), strict=True))
-    assert by_score == {2.0: 3.5, 3.0: 3.5, 3.5: 3.0, 4.0: 3.0}, "the three others"
-    others = median_of_others(normal_scores([float(x) for x in range(50)]), 2)
-    assert others.notna().all()
-    assert len(set(others)) > 20, "two of them, not all"
-    assert median_of_others(normal_scores([3.0]), 5).isna().all()
+    scores = [2.0, 3.0, 3.5, 4.0]
+    logs = np.log1p(scores)
+    all_others = [(logs.sum() - log) / 3 for log in logs]
+    found = mean_of_others(normal_scores(scores), 9).sort_index()
+    assert found.tolist() == pytest.approx(all_others)
+    two = mean_of_others(normal_scores([float(x) for x in range(50)]), 2)
+    assert two.notna().all()
+    assert len(set(two)) > 40, "two of them, not all"
+    assert mean_of_others(normal_scores([3.0]), 5).isna().all()
     windows = normal_scores([1.0, 3.0, 10.0, 20.0], windows=2)
-    assert median_of_others(windows, 3).sort_index().tolist() == [15.0, 2.0], "of mean scores"
+    assert np.expm1(mean_of_others(windows, 3).sort_index()).tolist() == pytest.approx([15.0, 2.0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_scores_are_moved_by_the_difference_of_their_logarithms():
+    normal = pd.concat([normal_scores([1.0, 7.0]), normal_scores([0.0, 3.0], ("fan", "02"))])
+    moved = make_comparable(normal, normal[2:])["score"]
+    # log2(1 + score) is 1 and 3 on fan 00, 0 and 2 on fan 02, where the mean is 1
+    assert np.log2(1 + moved).tolist() == pytest.approx(
+        [1 - 3 + 1, 3 - 1 + 1, 0 - 2 + 1, 2 - 0 + 1]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3])
 def test_the_rate_holds_where_machines_differ_in_scale(count):
-    """Each machine has few recordings, and scores of another scale."""
-    rng, draws, rates = np.random.default_rng(count), 150, []
-    machines = [("fan", f"{number:02d}") for number in range(12)]
+    """Each machine has few recordings, and large scores of another scale."""
+    rng, draws, rates = np.random.default_rng(count), 60, []
+    machines = [("fan", f"{number:02d}") for number in range(6)]
     for _ in range(draws):
         scales = np.exp(rng.normal(size=len(machines)))
         parts = []
         for machine, scale in zip(machines, scales, strict=True):
-            parts.append(normal_scores((scale * rng.gamma(5, size=count)).tolist(), machine))
+            parts.append(normal_scores((100 * scale * rng.gamma(5, size=count)).tolist(), machine))
         thresholds = fit_thresholds(machines[:1], pd.concat(parts), "conformal", 0.1)
         threshold = threshold_of(thresholds, machines[0])
         if count == 1:
             assert threshold is None, "nothing to compare a single recording with"
             return
-        rates.append((scales[0] * rng.gamma(5, size=500) > threshold).mean())
+        rates.append((100 * scales[0] * rng.gamma(5, size=500) > threshold).mean())
     error = 3.5 * np.std(rates) / np.sqrt(draws)
     assert np.mean(rates) <= 0.1 + error
     assert np.mean(rates) >= 0.03
@@ -239,12 +250,12 @@ def test_the_rate_holds_where_machines_differ_in_scale(count):
 
 def test_other_methods_make_do_with_any_number(capsys):
     thresholds = fit_thresholds(MACHINES, of_several_machines(), "quantile", 0.1)
-    # 1, 2 and 3 in relation to the medians of the others, on the scale of their median
-    ratios = [1 / 2.5, 2 / 2, 3 / 1.5]
-    assert threshold_of(thresholds, ("pump", "01")) == pytest.approx(2 * np.percentile(ratios, 90))
+    pumps = normal_scores([1.0, 2.0, 3.0], ("pump", "01"))
+    expected = np.percentile(make_comparable(pumps, pumps)["score"], 90)
+    assert threshold_of(thresholds, ("pump", "01")) == pytest.approx(expected)
     assert threshold_of(thresholds, ("fan", "02")) is not None
     explain_thresholds(thresholds, load_config(threshold="quantile"), Path("run.pth"))
-    assert "fewer than 20 normal recordings held out" in capsys.readouterr().err
+    assert "fewer than 20 normal recordings of a machine" in capsys.readouterr().err
 
 
 def test_a_given_threshold_is_that_of_all_machines(capsys):

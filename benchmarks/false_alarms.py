@@ -1,6 +1,6 @@
 """Measure what thresholds promise and keep: the study of docs/alarms.md.
 
-    python benchmarks/alarms.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
+    python benchmarks/false_alarms.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
 
 The checkpoints are trainings of one configuration, which differ in their seeds; FOLDER holds
 training and test clips. Printed are, as Markdown, means over trainings and over the machine IDs of
@@ -9,6 +9,7 @@ a type, in percent:
 - rates: false alarms and detections among the test clips, for each kind of score, for conformal and
   gamma thresholds of three rates, and by machine ID for conformal ones; also with FEW held-out
   recordings of each ID, where the scores of the machine type make up for them
+- scales: for so few recordings, the ways to make the scores of a machine type comparable
 - calibration: false alarms among half of the normal test clips, with thresholds from the held-out
   recordings and from the other half
 - hours: an hour of each ID, of normal test clips in random order, with faults of 10, 20, 30 and
@@ -23,7 +24,7 @@ import contextlib
 import io
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +41,31 @@ from dataloader import load_clips, make_clips
 from evaluation.scores import KINDS
 from evaluation.single import describe_recording
 from evaluation.tables import markdown_header, markdown_row
-from evaluation.thresholds import fit_thresholds, score_held_out, threshold_of
+from evaluation.thresholds import (
+    conformal,
+    fit_thresholds,
+    least_recordings,
+    score_held_out,
+    threshold_of,
+)
 from inference import Model, load_model, run_model, with_bank
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS
 from utils import OneLineParser, run_script, use_device
 
 RATES = (0.2, 0.1, 0.05)
-FEW, DRAWS = 4, 20  # held-out recordings of an ID, and how often they are drawn
-SPLITS = 20  # of the normal test clips into halves
+FEW, DRAWS = 4, 5  # held-out recordings of an ID, and how often they are drawn
+SPLITS = 10  # of the normal test clips into halves
 FAULTS = (10, 20, 30, 60) * 3  # seconds, in an hour
 HOUR = 3600
+# Scales, to and from scores, on which scores are moved to the mean of the machine; None: they stay
+SCALES: dict[str, tuple[Callable, Callable] | None] = {
+    "as they are": None,
+    "ratio": (lambda scores: np.log(np.maximum(scores, 1e-16)), np.exp),
+    "difference": (lambda scores: scores, lambda scores: scores),
+    "log(1 + score)": (np.log1p, np.expm1),
+}
+SCALE_COUNTS, SCALE_DRAWS = (2, 3, 4, 8), 30
 RULES = {"single windows": AlarmRule(1, 1), "3 of 5": AlarmRule(3, 5)}
 
 
@@ -85,6 +100,7 @@ def main() -> None:
         print_table(f"rates, {FEW} held-out recordings of each ID", rate_rows(all_scores, FEW))
         print_table("rates of the published score by ID", id_rows(all_scores["published"]))
         print_table("calibration", calibration_rows(all_scores))
+        print_table("scales", scale_rows(all_scores))
     if options.hours:
         rows = []
         for number, model in enumerate(models[: options.hours]):
@@ -202,6 +218,75 @@ def calibration_rows(all_scores: dict[str, list[Scores]]) -> pd.DataFrame:
                     row[f"{title}, {name}"] = mean
             rows.append(row)
     return pd.DataFrame(rows).fillna("-")
+
+
+# ---- Few recordings ----
+
+
+def scale_rows(all_scores: dict[str, list[Scores]]) -> pd.DataFrame:
+    """Return for each scale false alarms, those of the worst ID, and detections, of the first
+    machine type, where an ID has few recordings.
+    """
+    rows = []
+    for kind, trainings in all_scores.items():
+        for rate in RATES[:2]:
+            for count in SCALE_COUNTS:
+                if count >= least_recordings("conformal", rate):
+                    continue
+                for name in SCALES:
+                    shares = [measure_scale(name, x, count, rate) for x in trainings]
+                    titles = ("false alarms", "worst ID", "detections")
+                    cells = dict(zip(titles, np.mean(shares, axis=0).tolist(), strict=True))
+                    rows.append({"score": kind, "asked": 100 * rate, "recordings": count})
+                    rows[-1] |= {"scale": name} | cells
+    return pd.DataFrame(rows).dropna()
+
+
+def measure_scale(name: str, scores: Scores, count: int, rate: float) -> np.ndarray:
+    """Return the three shares of `scale_rows` of a training `(3,)`, in percent."""
+    machine_type = scores.machines[0][0]
+    held_out, test = (
+        table[table["machine_type"] == machine_type] for table in (scores.held_out, scores.test)
+    )
+    by_id = {}
+    for machine_id, group in test.groupby("machine_id"):
+        of_id = held_out.loc[held_out["machine_id"] == machine_id, "score"].to_numpy()
+        conditions = group.groupby("condition")["score"]
+        by_id[machine_id] = (of_id, *(conditions.get_group(x) for x in (NORMAL, ANOMALOUS)))
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(SCALE_DRAWS):
+        drawn = {key: rng.permutation(of_id)[:count] for key, (of_id, *_) in by_id.items()}
+        above = []
+        for machine_id, (_, normal, anomalous) in by_id.items():
+            threshold = scaled_threshold(SCALES[name], drawn, machine_id, rate)
+            if threshold is not None:
+                above.append(((normal > threshold).mean(), (anomalous > threshold).mean()))
+        if above:
+            false_alarms, detections = np.transpose(above)
+            shares.append((false_alarms.mean(), false_alarms.max(), detections.mean()))
+    return 100 * np.mean(shares, axis=0) if shares else np.full(3, np.nan)
+
+
+def scaled_threshold(
+    scale: tuple[Callable, Callable] | None,
+    drawn: dict[str, np.ndarray],
+    machine_id: str,
+    rate: float,
+) -> float | None:
+    """Return the conformal threshold of a machine from the scores `(n,)` of all IDs."""
+    to_scale, from_scale = scale or (lambda scores: scores, lambda scores: scores)
+    parts = []
+    for scores in drawn.values():
+        scaled = to_scale(scores)
+        others = (scaled.sum() - scaled) / (len(scaled) - 1) if scale else 0.0
+        parts.append(scaled - others)
+    pooled = np.concatenate(parts)
+    table = pd.DataFrame({"recording": range(len(pooled)), "score": pooled})
+    highest = conformal(table.assign(machine_type="", machine_id=""), rate)
+    if highest is None:
+        return None
+    return float(from_scale(highest + (to_scale(drawn[machine_id]).mean() if scale else 0.0)))
 
 
 # ---- Hours ----
