@@ -261,7 +261,7 @@ def list_files(
     check_folders(recordings, form)
     folders = form.folders[split]
     recordings = [recording for recording in recordings if recording.folder in folders]
-    check_copies(recordings)
+    check_copies([recording.path for recording in recordings])
     check_attributes(recordings)
     return form, recordings, [path for path in others if path.parent.name in folders]
 
@@ -309,17 +309,16 @@ def check_folders(recordings: Sequence[Recording], form: Form) -> None:
                 raise UserError(f"{path} is in {first.parent} too; remove one of them")
 
 
-def check_copies(recordings: Sequence[Recording]) -> None:
+def check_copies(paths: Sequence[Path]) -> None:
     """Raise `UserError` for a recording that is in its folder twice, as WAV and FLAC file: copies
     may be on both sides of the split.
     """
     first: dict[Path, Path] = {}
-    for recording in recordings:
-        path = first.setdefault(recording.path.with_suffix(""), recording.path)
-        if path != recording.path:
+    for path in paths:
+        other = first.setdefault(path.with_suffix(""), path)
+        if other != path:
             raise UserError(
-                f"{recording.path} and {path.name} are the same recording in two formats; remove "
-                "one of them"
+                f"{path} and {other.name} are the same recording in two formats; remove one of them"
             )
 
 

@@ -46,6 +46,7 @@ from checkpoint import RunFiles
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from errors import UserError
 from evaluation.calibration import calibrate, find_normal
+from evaluation.scores import KINDS
 from evaluation.single import (
     find_candidates,
     find_files,
@@ -67,7 +68,7 @@ def score(config: Config, options: Namespace) -> None:
     Raises:
         UserError: At the end, if some recordings could not be scored.
     """
-    model, windows = load(config, options)
+    model, windows = load(config, options, [config.scoring])
     (files, problems), device = find_files(options.recordings), use_device(config.device)
     candidates = find_candidates(model, options.machine_type, options.machine_id)
     folder = RunFiles(options.checkpoint).timelines
@@ -93,32 +94,35 @@ def score(config: Config, options: Namespace) -> None:
         )
 
 
-def load(config: Config, options: Namespace) -> tuple[Model, Windows]:
-    """Load the model, and choose which windows of recordings are scored."""
+def load(config: Config, options: Namespace, kinds: Sequence[str]) -> tuple[Model, Windows]:
+    """Load the model, and choose which windows of recordings are scored, for these kinds of
+    score.
+    """
     model = load_model(options.checkpoint, config)
     window = config.window if "window" in config.given else "all"
     windows = model.windows(config, "test", window)
-    check_effect(config, windows, [config.scoring])
+    check_effect(config, windows, kinds)
     return model, windows
 
 
-def set_thresholds(config: Config, options: Namespace) -> None:
+def run_calibration(config: Config, options: Namespace) -> None:
     """Score normal recordings, keep the scores for thresholds, and print these."""
-    model, windows = load(config, options)
+    model, windows = load(config, options, list(KINDS))
     device = use_device(config.device)
-    check_writable(RunFiles(options.checkpoint).calibration, "copy the checkpoint elsewhere")
-    recordings = find_normal(model, options.calibrate, options.machine_type, options.machine_id)
+    remedy = "copy the checkpoint to a writable folder, where the scores are written too"
+    check_writable(RunFiles(options.checkpoint).calibration, remedy)
+    given = options.machine_type, options.machine_id
+    recordings = find_normal(model, options.calibrate, *given, Path(config.data_root))
+    model = with_bank(model, config, [config.scoring], device)
     path = calibrate(model, recordings, config, windows, device)
-    scorer = with_bank(model, config, [config.scoring], device).scorer(
-        config.scoring, config.neighbours
-    )
+    scorer = model.scorer(config.scoring, config.neighbours)
     machines = list(dict.fromkeys(recordings[MACHINE_COLUMNS].itertuples(index=False, name=None)))
     thresholds = find_thresholds(model, scorer, config).loc[machines]
     explain_thresholds(thresholds, config, options.checkpoint)
     for machine in machines:
         threshold = threshold_of(thresholds, machine)
         shown = "-" if threshold is None else f"{threshold:.6g}"
-        print(*(" ".join(machine), shown, thresholds["source"].to_dict()[machine]), sep="\t")
+        print(" ".join(machine), shown, thresholds["source"].at[machine], sep="\t")
     print(f"the scores of {len(recordings)} recordings: {path}")
 
 
@@ -165,27 +169,32 @@ def main() -> None:
     add("--json", action="store_true", help="print the results as JSON")
     keys = (*SCORING_KEYS, "batch_size", "eval_precision")
     config, options = parse_command_line(parser, keys=keys)
-    check_options(options)
+    check_options(config, options)
     if options.calibrate:
-        set_thresholds(config, options)
+        run_calibration(config, options)
     else:
         score(config, options)
 
 
-def check_options(options: Namespace) -> None:
-    """Raise `UserError` for options that are missing, or have no effect beside others."""
+def check_options(config: Config, options: Namespace) -> None:
+    """Raise `UserError` for options that are missing, or have no effect beside --calibrate."""
     if not options.calibrate:
         if not options.recordings or not options.machine_type:
             raise UserError(
                 "the recordings and --machine_type are required, or --calibrate (see --help)"
             )
         return
-    for name in ("recordings", "timeline", "plots", "json"):
-        if getattr(options, name):
-            raise UserError(
-                f"{name} {'have' if name == 'recordings' else 'has'} no effect with --calibrate, "
-                "which scores nothing else; leave it out"
-            )
+    if options.recordings:
+        raise UserError(
+            f"{options.recordings[0]}: --calibrate scores only the recordings in its folder; leave "
+            "out others"
+        )
+    names = [name for name in ("timeline", "plots", "json") if getattr(options, name)]
+    names += config.given & {"over_windows", "alarm_windows", "alarm_span"}
+    if isinstance(config.threshold, float):
+        names.append("threshold")
+    if names:
+        raise UserError(f"{names[0]} has no effect with --calibrate; leave it out")
 
 
 if __name__ == "__main__":

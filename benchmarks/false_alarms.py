@@ -1,6 +1,6 @@
 """Measure what thresholds promise and keep: the study of docs/alarms.md.
 
-    python benchmarks/false_alarms.py check_points/real/noisy_arcmix_{2023,1,2}.pth --data_root FOLDER
+    python benchmarks/false_alarms.py check_points/noisy_arcmix_{1,2,3}.pth --data_root FOLDER
 
 The checkpoints are trainings of one configuration, which differ in their seeds; FOLDER holds
 training and test clips. Printed are, as Markdown, means over trainings and over the machine IDs of

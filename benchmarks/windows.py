@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="files of trained weights")
     parser.add_argument("--output", type=Path, help="keep the recordings here")
     config, options = parse_command_line(parser)
+    config = config.model_copy(update={"score_dtype": "float64"})
     device = use_device(config.device)
     models = [load_model(path, config) for path in options.checkpoints]
     recordings = find_recordings(config, models[0].classes, "test")
@@ -115,7 +116,7 @@ def score_best_id(
     types = np.array([machine_type for machine_type, _ in machines])
     is_other_type = clips.recordings["machine_type"].to_numpy()[:, None] != types
     lowest = np.where(is_other_type, np.inf, scores).min(axis=1)
-    return clips.recordings.assign(level=lowest)
+    return clips.recordings.assign(score=lowest)
 
 
 def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, object]:
@@ -126,7 +127,7 @@ def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, obj
     for seed in range(GROUPINGS):
         shuffled = single.sample(frac=1, random_state=seed)
         drawn.append(mean_auc(average_threes(shuffled)))
-    expected = np.sort(average_threes(single)["level"])
+    expected = np.sort(average_threes(single)["score"])
     return {
         "single": mean_auc(single),
         "threes": np.mean(drawn),
@@ -134,7 +135,7 @@ def compare(tables: dict[str, pd.DataFrame], machine_type: str) -> dict[str, obj
         "to": np.percentile(drawn, 97.5),
         "joined, 10 s": mean_auc(ten),
         "joined, 5 s": mean_auc(five),
-        "off by": f"{np.abs(expected - np.sort(ten['exact_score'])).max():.0e}",
+        "off by": f"{np.abs(expected - np.sort(ten['score'])).max():.0e}",
         "called, single": share_called_anomalous(single),
         "called, 10 s": share_called_anomalous(ten),
         "called, 5 s": share_called_anomalous(five),
@@ -146,7 +147,7 @@ def mean_auc(table: pd.DataFrame) -> float:
     """Return the mean AUC of the machine IDs in percent."""
     aucs = []
     for _, group in table.groupby("machine_id"):
-        aucs.append(roc_auc_score(group["condition"] == ANOMALOUS, group["level"]))
+        aucs.append(roc_auc_score(group["condition"] == ANOMALOUS, group["score"]))
     return 100 * float(np.mean(aucs))
 
 
@@ -159,10 +160,10 @@ def average_threes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the mean scores of three consecutive clips of the same ID and condition."""
     rows = []
     for machine, group in table.groupby([*MACHINE_COLUMNS, "condition"]):
-        scores = group["level"].to_numpy()
+        scores = group["score"].to_numpy()
         threes = scores[: len(scores) // JOINED * JOINED].reshape(-1, JOINED)
         rows += [(*machine, value) for value in threes.mean(axis=1)]
-    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "condition", "level"])
+    return pd.DataFrame(rows, columns=[*MACHINE_COLUMNS, "condition", "score"])
 
 
 # ---- Recordings ----

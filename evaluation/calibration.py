@@ -3,15 +3,15 @@ of the recordings that training held out. They are kept in NAME.calibration.json
 NAME.pth, which also says what they were made from.
 """
 
-import json
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from audio import Windows
 from checkpoint import RunFiles
@@ -20,8 +20,17 @@ from config import Config
 from dataloader import ClipSet, make_clips
 from errors import UserError
 from evaluation.scores import KINDS, check_scores
-from inference import Model, run_model, with_bank
-from names import ANOMALOUS, AUDIO_ENDINGS, format_id, list_folder, parse_name
+from inference import Model, run_model
+from names import (
+    ANOMALOUS,
+    AUDIO_ENDINGS,
+    FOLDERS,
+    UNLABELLED,
+    check_copies,
+    format_id,
+    list_folder,
+    parse_name,
+)
 from recordings import MACHINE_COLUMNS
 from utils import lock, notice, write_text
 
@@ -31,13 +40,13 @@ COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]
 
 
 def find_normal(
-    model: Model, folder: Path, machine_type: str | None, machine_id: str | None
+    model: Model, folder: Path, machine_type: str | None, machine_id: str | None, data_root: Path
 ) -> pd.DataFrame:
     """List the recordings in a folder and the folders in it: `path`, `machine_type`, `machine_id`.
 
     The machine is the one that is given. Otherwise the ID is that of the file name
-    (normal_id_<ID>_*.wav or section_<ID>_*.wav), and the type is the next folder above that is
-    named like one, or the only one of the model. Notices say what is left out.
+    (normal_id_<ID>_*.wav or section_<ID>_*_normal_*.wav), and the type that of `find_type`. Notices
+    say what is left out.
 
     Raises:
         UserError: If the machine of a file is not clear, or if there are no recordings of machines
@@ -45,21 +54,26 @@ def find_normal(
     """
     rows = []
     skipped: dict[str, list[str]] = defaultdict(list)
-    for path in list_audio(folder):
+    for path in list_audio(folder, set()):
         named_id, condition = parse_name(path.name) or (None, None)
         chosen_id = format_id(machine_id) if machine_id is not None else named_id
         chosen_type = machine_type or find_type(model, path)
-        if condition == ANOMALOUS:
-            skipped["named anomaly (thresholds come from normal recordings)"].append(path.name)
-        elif chosen_id is None or chosen_type is None:
+        if chosen_id is None or chosen_type is None:
             raise UserError(
                 f"{path}: its name and folder do not say the machine; name it with --machine_type "
                 "and --machine_id, or rename the file to normal_id_<ID>_<anything>.wav"
             )
+        reason = None
+        if condition == ANOMALOUS or (condition == UNLABELLED and machine_id is None):
+            reason = "not named normal"
         elif named_id not in (None, chosen_id):
-            skipped[f"named as of another ID than {chosen_id}"].append(path.name)
+            reason = f"named as of another ID than {chosen_id}"
         elif (chosen_type, chosen_id) not in model.classes.machines:
-            skipped["of machines that the model was not trained on"].append(path.name)
+            reason = "of machines that the model was not trained on"
+        elif path.resolve().parent == (data_root / chosen_type / "train").resolve():
+            reason = "that are training recordings (data_root)"
+        if reason:
+            skipped[reason].append(path.name)
         else:
             rows.append((path, chosen_type, chosen_id))
     for reason, names in skipped.items():
@@ -72,29 +86,90 @@ def find_normal(
     return pd.DataFrame(rows, columns=["path", *MACHINE_COLUMNS])
 
 
-def list_audio(folder: Path) -> list[Path]:
-    """Return the WAV and FLAC files in a folder and the folders in it, except for hidden ones."""
+def list_audio(folder: Path, visited: set[Path]) -> list[Path]:
+    """Return the WAV and FLAC files in a folder and the folders in it, except for hidden ones.
+    Links may lead to folders that were `visited`.
+
+    Raises:
+        UserError: If there is no such folder, or if a recording is there in two formats.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name one with normal recordings")
-    paths = []
-    for path in list_folder(folder):
+        raise UserError(f"{folder}: not a folder; name one with normal recordings")
+    if folder.resolve() in visited:
+        return []
+    visited.add(folder.resolve())
+    inside = list_folder(folder)
+    paths = [path for path in inside if path.suffix.lower() in AUDIO_ENDINGS]
+    check_copies(paths)
+    for path in inside:
         if path.is_dir():
-            paths += list_audio(path)
-        elif path.suffix.lower() in AUDIO_ENDINGS:
-            paths.append(path)
+            paths += list_audio(path, visited)
     return paths
 
 
 def find_type(model: Model, path: Path) -> str | None:
-    """Return the machine type that the folders above a file say, or the only one of the model."""
+    """Return the machine type of a file: in a folder such as test, the name of the folder above, as
+    in data_root; else the next folder above that is named like a type of the model, or the only
+    type. None if it is not clear.
+    """
     types = model.classes.machine_types
-    for folder in path.resolve().parents:
+    parents = path.absolute().parents
+    if path.parent.name in FOLDERS:
+        return parents[1].name
+    for folder in parents:
         if folder.name in types:
             return folder.name
     return types[0] if len(types) == 1 else None
 
 
-# ---- The file ----
+# ---- The content of the file ----
+
+
+class CalibrationRecording(BaseModel):
+    """A recording: its file, and for each kind of score (`Scorer.name`) the scores of its windows;
+    null for a score that is not finite.
+    """
+
+    file: str
+    scores: dict[str, list[Annotated[float, Field(allow_inf_nan=False)] | None]]
+
+
+class CalibrationEntry(BaseModel):
+    """The recordings of a machine, of one channel, and when they were scored."""
+
+    machine_type: str
+    machine_id: str
+    date: str
+    channel: int
+    recordings: list[CalibrationRecording]
+
+    @property
+    def machine(self) -> Machine:
+        return self.machine_type, self.machine_id
+
+
+class Calibration(BaseModel):
+    """The content of the file: what identifies the model, and an entry for each machine."""
+
+    model: dict[str, Any]
+    machines: list[CalibrationEntry]
+
+
+def identify(model: Model) -> dict[str, Any]:
+    """Return what the scores of a model depend on: a hash of its weights, and its settings."""
+    config = model.config
+    return {
+        "weights_sha256": model.weights_sha256,
+        "classes": [list(entry) for entry in model.classes.entries],
+        "mode": config.mode,
+        "input": config.input,
+        "m": config.m,
+        "s": config.s,
+        "sub_centers": config.sub_centers,
+    }
+
+
+# ---- Writing and reading ----
 
 
 def calibrate(
@@ -106,7 +181,6 @@ def calibrate(
     Raises:
         UserError: If a recording cannot be used or a score is not finite; then nothing is written.
     """
-    model = with_bank(model, config, [config.scoring], device)
     clips = make_clips(recordings, windows, config.num_workers)
     outputs = run_model(model, clips, config, device)
     scores = {}
@@ -119,31 +193,38 @@ def calibrate(
             check_scores(scores[scorer.name], clips.machines, kind, model.path)
     path = RunFiles(model.path).calibration
     with lock(path.with_name(f".{path.stem}.lock"), waits=True):
-        entries = read_entries(model) | describe_scores(clips, scores)
-        content = {"weights_sha256": model.weights_sha256, "machines": list(entries.values())}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        entries = read_entries(model) | make_entries(clips, scores)
+        content = Calibration(model=identify(model), machines=list(entries.values()))
+        write_text(path, content.model_dump_json(indent=1) + "\n")
     return path
 
 
-def describe_scores(clips: ClipSet, scores: dict[str, np.ndarray]) -> dict[Machine, dict[str, Any]]:
-    """Return the entry of each machine in the file; `scores` `(clips,)` are by kind."""
-    entries: dict[Machine, dict[str, Any]] = {}
+def make_entries(clips: ClipSet, scores: dict[str, np.ndarray]) -> dict[Machine, CalibrationEntry]:
+    """Return the entry of each machine; `scores` `(clips,)` are by `Scorer.name`."""
+    entries: dict[Machine, CalibrationEntry] = {}
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     for number, row in enumerate(clips.recordings.to_dict("records")):
-        machine = row["machine_type"], row["machine_id"]
-        entry = dict(zip(MACHINE_COLUMNS, machine, strict=True)) | {"date": date, "recordings": []}
         is_own = clips.clip_recordings == number
         of_recording = {
             name: [x if np.isfinite(x) else None for x in values[is_own].tolist()]
             for name, values in scores.items()
         }
-        recording = {"file": str(row["path"].resolve()), "scores": of_recording}
-        entries.setdefault(machine, entry)["recordings"].append(recording)
+        machine = row["machine_type"], row["machine_id"]
+        if machine not in entries:
+            entries[machine] = CalibrationEntry(
+                machine_type=machine[0],
+                machine_id=machine[1],
+                date=date,
+                channel=clips.windows.channel,
+                recordings=[],
+            )
+        recording = CalibrationRecording(file=str(row["path"].absolute()), scores=of_recording)
+        entries[machine].recordings.append(recording)
     return entries
 
 
-def read_entries(model: Model) -> dict[Machine, dict[str, Any]]:
-    """Read the entry of each machine; none without the file, or if it is of other weights, which a
+def read_entries(model: Model) -> dict[Machine, CalibrationEntry]:
+    """Read the entry of each machine; none without the file, or if it is of another model, which a
     notice says.
 
     Raises:
@@ -153,37 +234,34 @@ def read_entries(model: Model) -> dict[Machine, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["weights_sha256"] != model.weights_sha256:
-            notice(f"{path} is not used: it was made with other weights; calibrate again")
-            return {}
-        return {(x["machine_type"], x["machine_id"]): x for x in content["machines"]}
-    except (ValueError, KeyError, TypeError):
+        content = Calibration.model_validate_json(path.read_bytes())
+    except ValidationError:
         raise UserError(f"{path}: not a calibration; remove it, and calibrate again") from None
+    if content.model != identify(model):
+        notice(f"{path} is not used: it is of other weights or settings of the model")
+        return {}
+    return {entry.machine: entry for entry in content.machines}
 
 
-def read_calibration(model: Model, score_name: str) -> pd.DataFrame:
+def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFrame:
     """Read the scores of later recordings: machine type, machine ID, number of the `recording` and
     `score` of each window; no rows without the file. `score_name` is as in `Scorer.name`.
 
-    A notice names the machines whose recordings have no such score.
+    A notice names the machines whose recordings have no such score, or are of another channel.
     """
+    path = RunFiles(model.path).calibration
     rows = []
     without = []
-    path = RunFiles(model.path).calibration
     for machine, entry in read_entries(model).items():
-        try:
-            scores = [recording["scores"].get(score_name) for recording in entry["recordings"]]
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: not a calibration; remove it, and calibrate again") from None
-        if None in scores:
+        scores = [recording.scores.get(score_name) for recording in entry.recordings]
+        if entry.channel != channel or None in scores:
             without.append(" ".join(machine))
             continue
         for number, values in enumerate(scores):
-            rows += [(*machine, number, score) for score in values if score is not None]
+            rows += [(*machine, number, score) for score in values or () if score is not None]
     if without:
         notice(
-            f"{path} has no scores of the kind {score_name} for {', '.join(without)}; calibrate "
-            "again with it"
+            f"{path} has no scores of the kind {score_name} on channel {channel} for "
+            f"{', '.join(without)}; calibrate again with them"
         )
     return pd.DataFrame(rows, columns=COLUMNS)

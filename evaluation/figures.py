@@ -250,7 +250,8 @@ def draw_scores(result: Result, path: Path) -> None:
                 axis.xaxis.set_major_formatter(format_power)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles[label] = handle
-        drawn.supxlabel(f"anomaly score ({kind.unit})", fontsize=8)
+        name = "anomaly score" if result.windows.hop is None else "alarm level"
+        drawn.supxlabel(f"{name} ({kind.unit})", fontsize=8)
         drawn.supylabel("density", fontsize=8)
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
 

@@ -201,7 +201,7 @@ class Kind:
     Attributes:
         score: Compute the scores `(n,)` of the outputs for n clips against a class.
         unit: What the score measures, for the axes of figures.
-        uses_bank: Whether it needs the embeddings of the training clips.
+        uses_bank: Whether it compares clips with the training clips.
         keys: The keys of the configuration that have an effect on this kind alone.
         is_logarithmic: Whether figures show it on a logarithmic axis.
     """

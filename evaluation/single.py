@@ -228,8 +228,11 @@ def report_rate(results: Sequence[Mapping[str, Any]], config: Config) -> None:
     if not decided or isinstance(config.threshold, float):
         return
     per_day = 24 * config.false_alarms
-    pace = f"{per_day:.0f} false alarms a day"
-    if per_day < 1:
+    if per_day >= 1.5:
+        pace = f"{per_day:.0f} false alarms a day"
+    elif per_day > 1 / 1.5:
+        pace = "one false alarm a day"
+    else:
         pace = f"one false alarm in {1 / per_day:.0f} days"
     text = (
         f"asked for {100 * config.false_alarms:g} % of normal windows above the threshold: at one "

@@ -288,8 +288,8 @@ def write_result(result: Result, folder: Path) -> None:
         title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
         shown = ShownMetrics(result.metrics, published_rows(result), result.baseline)
         show_metrics(shown, title, about, folder, decision_table(decisions, result.asked))
-        if len(decisions):
-            print(describe_decisions(decisions, result.asked))
+        if described := describe_decisions(decisions, result.asked):
+            print(described)
     decided = recordings[recordings["decision"].notna()]
     write_per_machine(folder, "decision_result", decided, "decision")
     if len(decisions):
@@ -386,9 +386,9 @@ def decision_table(decisions: pd.DataFrame, asked: str) -> str:
         return ""
     titles = [
         "threshold", "from", "normal", "called anomalous", f"rate ({asked or '95 % interval'})",
-        "anomalous", "called anomalous", "rate", "precision", "F1",
+        "anomalous", "detected", "rate", "precision", "F1",
     ]  # fmt: skip
-    lines = markdown_header("decisions", titles)
+    lines = markdown_header("machine", titles)
     for machine, row in zip(decisions.index, decisions.to_dict("records"), strict=True):
         cells = [f"{row['threshold']:.6g}", row["source"]]
         for rate, (part, whole) in RATES.items():

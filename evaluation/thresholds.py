@@ -32,7 +32,8 @@ def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFram
     `fit_thresholds` does. Recordings of `score.py --calibrate` replace those that were held out.
     """
     normal = score_held_out(model, scorer)
-    later = read_calibration(model, scorer.name)
+    channel = model.windows(config, "test").channel
+    later = read_calibration(model, scorer.name, channel)
     is_replaced = pd.MultiIndex.from_frame(normal[MACHINE_COLUMNS]).isin(
         pd.MultiIndex.from_frame(later[MACHINE_COLUMNS])
     )
@@ -43,18 +44,18 @@ def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFram
 
 def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
     """Return machine type, machine ID, number of the `recording` and `score` of each window that
-    was held out of the training, without scores that are infinite; no rows where the checkpoint has
-    no such windows.
+    was held out of the training, without scores that are not finite; no rows where the checkpoint
+    has no such windows.
     """
     held_out = model.checkpoint.held_out
-    columns = [*MACHINE_COLUMNS, "recording", "score"]
+    nothing = pd.DataFrame(columns=[*MACHINE_COLUMNS, "recording", "score"])
     if held_out is None:
-        return pd.DataFrame(columns=columns)
+        return nothing
     machines = [model.classes.entries[label].machine for label in held_out.labels]
     if scorer.kind == "published":
         scores = held_out.scores
     elif held_out.embedding is None or held_out.spectrum is None:
-        return pd.DataFrame(columns=columns)
+        return nothing
     else:
         no_similarity = torch.empty(len(machines), 0)
         outputs = Outputs(no_similarity, held_out.embedding, held_out.spectrum)
@@ -233,8 +234,9 @@ def explain_thresholds(thresholds: pd.DataFrame, config: Config, path: Path) -> 
             f"those of other machines of the type: {name_counts(pooled)}"
         )
     if is_missing.any():
+        needed = least if config.threshold == "conformal" else 2
         notice(
-            f"no threshold, which takes {least} normal recordings of the machine (threshold: "
+            f"no threshold, which takes {needed} normal recordings of the machine (threshold: "
             f"{config.threshold}, false_alarms: {config.false_alarms:g}): "
             f"{name_counts(thresholds[is_missing])}; hold out more, ask for another rate, or use "
             "score.py --calibrate"

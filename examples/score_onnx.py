@@ -55,6 +55,7 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         about = session.get_modelmeta().custom_metadata_map
         machines, thresholds = json.loads(about["machines"]), json.loads(about["thresholds"])
+        rule = AlarmRule(int(about["alarm_windows"]), int(about["alarm_span"]))
     except Exception as error:  # onnxruntime has a dozen kinds
         raise UserError(f"{model}: not a file that export.py has written ({error!r})") from None
     columns = []
@@ -73,7 +74,6 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
     scores = {column: combine(window_scores[:, column]) for column in columns}
     best = min(columns, key=lambda column: scores[column])
     threshold, of_windows = thresholds[best], window_scores[:, best]
-    rule = AlarmRule(int(about["alarm_windows"]), int(about["alarm_span"]))
     cells = [recording, " ".join(machines[best]), f"{scores[best]:.6g}"]
     if threshold is None:
         cells += ["-", "-"]

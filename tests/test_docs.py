@@ -117,7 +117,7 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("evaluate_all", "evaluate_score_files"):
         monkeypatch.setattr(evaluation_script, name, lambda *_: None)
-    for name in ("score", "set_thresholds"):
+    for name in ("score", "run_calibration"):
         monkeypatch.setattr(score_script, name, lambda *_: None)
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(export, "export", lambda *_: None)

@@ -6,7 +6,16 @@ import pytest
 from conftest import touch
 
 from errors import UserError
-from names import ANOMALOUS, NORMAL, SECTION_FORM, UNLABELLED, Recording, list_files, parse_path
+from names import (
+    ANOMALOUS,
+    NORMAL,
+    SECTION_FORM,
+    UNLABELLED,
+    Recording,
+    list_files,
+    parse_name,
+    parse_path,
+)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +177,20 @@ def test_recordings_of_two_folders_may_have_the_same_name(tmp_path):
     for split, ending in (("train", "wav"), ("test", "flac")):
         touch(tmp_path / "fan" / split / f"normal_id_00_1.{ending}")
     assert len(list_files(tmp_path, ["fan"], "train")[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("normal_id_2_a.wav", ("02", "normal")),
+        ("anomaly_id_line-3_0001.FLAC", ("line-3", "anomalous")),
+        ("id_02_0001.wav", ("02", "unlabelled")),
+        ("section_00_source_train_normal_0001_vel_12.wav", ("00", "normal")),
+        ("section_03_target_test_anomaly_0001.wav", ("03", "anomalous")),
+        ("section_03_0001.wav", ("03", "unlabelled")),
+        ("monday.wav", None),
+        ("normal_id_02.wav", None),
+    ],
+)
+def test_what_a_name_alone_says(name, expected):
+    assert parse_name(name) == expected

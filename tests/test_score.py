@@ -223,6 +223,13 @@ def test_the_metrics_of_long_recordings_count_recordings(lively, tmp_path, call)
             assert scores == pytest.approx(combine(single[name].reshape(-1, 2), axis=1), rel=1e-4)
         about = json.loads((test / "metrics.json").read_text())["about"]
         assert about["windows"] == f"all, 10 s apart, {rule} of their scores"
+        # Two windows: both have to lie above the threshold
+        lower = np.concatenate([single[name].reshape(-1, 2).min(axis=1) for name in names])
+        header, *rows = read_csv(test / "decisions.csv")
+        counts = [dict(zip(header, row, strict=True)) for row in rows if row[0] == "fan"]
+        thresholds = np.repeat([float(row["threshold"]) for row in counts], 4)
+        called = sum(int(row["n_false_alarms"]) + int(row["n_detected"]) for row in counts)
+        assert called == (lower > thresholds).sum()
         assert about["recordings of test"] == "4 normal, 4 anomalous"
 
 
