@@ -31,13 +31,11 @@ def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFram
     """Return the threshold of each machine, for the kind of score of the scorer, as
     `fit_thresholds` does. Recordings of `score.py --calibrate` replace those that were held out.
     """
-    normal = score_held_out(model, scorer)
-    channel = model.windows(config, "test").channel
-    later = read_calibration(model, scorer.name, channel)
-    is_replaced = pd.MultiIndex.from_frame(normal[MACHINE_COLUMNS]).isin(
-        pd.MultiIndex.from_frame(later[MACHINE_COLUMNS])
-    )
-    parts = [normal[~is_replaced].assign(origin="held-out"), later.assign(origin="later")]
+    held_out = score_held_out(model, scorer)
+    later = read_calibration(model, scorer.name, model.windows(config, "test").channel)
+    machines, replaced = (pd.MultiIndex.from_frame(x[MACHINE_COLUMNS]) for x in (held_out, later))
+    held_out = held_out[~machines.isin(replaced)]
+    parts = [held_out.assign(origin="held-out"), later.assign(origin="later")]
     normal = pd.concat([part for part in parts if len(part)] or parts[:1])
     return fit_thresholds(model.classes.machines, normal, config.threshold, config.false_alarms)
 
