@@ -17,7 +17,7 @@ its first 10 s alone) against the given machine ID or, without one, against the 
 type that it fits best. The script prints a line for each recording: file, machine, score,
 threshold, normal or anomalous. A recording of several windows is anomalous if it has an alarm: a
 stretch in which at least alarm_windows of alarm_span consecutive windows lie above the threshold
-(in a shorter recording, all of them). Its line has the alarms with start, end and highest score,
+(if it has fewer windows, all of them). Its line has the alarms with start, end and highest score,
 the start of the window with the highest score, and the number of windows above the threshold.
 --timeline also prints every window. --json prints the results as JSON. --plots draws the scores of
 the windows, one figure per recording in the folder NAME/timelines beside a checkpoint NAME.pth.
