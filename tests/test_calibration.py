@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, change_checkpoint, remove_bank, tone, write_clip
+from conftest import change_checkpoint, remove_bank, tone, write_clip
 from evaluated import read_csv
 from test_eval import evaluate
 from test_score import FAN, score
@@ -250,11 +250,10 @@ def test_weights_alone_can_be_calibrated(lively, tmp_path, call):
     assert {row["decision"] for row in json.loads(output)} == {"normal"}
 
 
-def test_a_new_run_removes_the_calibration(trained_copy, data_root, call):
+def test_a_new_run_removes_the_calibration(trained_copy):
     files = RunFiles(trained_copy / "run.pth")
     files.calibration.write_text("old")
-    options = arguments(trained_copy, data_root)
-    assert call(train_script.main, *options, "--overwrite")[0] == 0
+    train_script.clear(files)
     assert not files.calibration.exists()
 
 
