@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -31,7 +32,7 @@ from config import EVALUATION_KEYS, Config, parse_command_line
 from dataloader import load_clips
 from errors import UserError
 from evaluation.comparison import group_by_configuration
-from evaluation.figures import CONDITIONS, draw_angles, figure, read_samples
+from evaluation.figures import CONDITIONS, STYLE, draw_angles, figure, read_samples
 from evaluation.result import Result, evaluate
 from inference import load_model
 from model import PUBLISHED_CHANNELS, FrontEnd
@@ -80,7 +81,7 @@ def main() -> None:
     results = [evaluate_published(path, config, device) for path in options.checkpoint]
     for suffix, theme in THEMES.items():
         path = DOCS / f"{options.figure}{suffix}.png"
-        with matplotlib.rc_context(theme):
+        with mock.patch.dict(STYLE, theme):
             if options.figure == "method":
                 draw_method(results[0], path)
             else:
