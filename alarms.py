@@ -77,7 +77,7 @@ def cut_into_spans(values: np.ndarray, rule: AlarmRule) -> np.ndarray:
 
 
 def describe_windows(
-    starts: Sequence[float], scores: np.ndarray, threshold: float | None, rule: AlarmRule
+    starts: Sequence[float], scores: np.ndarray, threshold: float | None, alarms: Sequence[Alarm]
 ) -> str:
     """Describe the windows of a recording: its alarms, the window with the highest score, and how
     many lie above the threshold.
@@ -87,7 +87,6 @@ def describe_windows(
     if threshold is None:
         return highest
     count = f"{(scores > threshold).sum()} of {len(scores)} windows anomalous"
-    alarms = find_alarms(starts, scores, threshold, rule)
     return ", ".join([describe_alarms(alarms), highest, count])
 
 

@@ -24,7 +24,6 @@ from errors import UserError
 
 NORMAL, ANOMALOUS, UNLABELLED = "normal", "anomalous", "unlabelled"  # conditions of a recording
 SOURCE, TARGET = "source", "target"  # domains of a recording
-AUDIO_ENDINGS = (".wav", ".flac")
 SPLITS = ("train", "test", "evaluation")
 TEST_FOLDERS = {"test": "", "source_test": SOURCE, "target_test": TARGET}  # and their domains
 LABEL_LIST = "eval_data_list.csv"
@@ -274,6 +273,11 @@ def list_folder(folder: Path) -> list[Path]:
         return []
     paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
     return sorted(paths, key=lambda path: path.name)
+
+
+def list_audio(folder: Path) -> list[Path]:
+    """Return the WAV and FLAC files among the files of a folder from `list_folder`."""
+    return [path for path in list_folder(folder) if path.suffix.lower() in (".wav", ".flac")]
 
 
 def find_form(recordings: Iterable[Recording]) -> Form:

@@ -82,7 +82,7 @@ def score(config: Config, options: Namespace) -> None:
     if options.json:
         print_json(results, options.timeline)
     else:
-        print_scores(results, config.alarm_rule, options.timeline)
+        print_scores(results, options.timeline)
     report_rate(results, config)
     n_drawn = draw(results, config.scoring, windows.channel) if options.plots else 0
     if n_drawn and not options.json:

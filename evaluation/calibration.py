@@ -19,22 +19,22 @@ from classes import Machine
 from config import Config
 from dataloader import ClipSet, make_clips
 from errors import UserError
-from evaluation.scores import KINDS, check_scores
+from evaluation.scores import KINDS, check_scores, split_by_recording
 from inference import Model, run_model
 from names import (
     ANOMALOUS,
-    AUDIO_ENDINGS,
     FOLDERS,
     UNLABELLED,
     check_copies,
     format_id,
+    list_audio,
     list_folder,
     parse_name,
 )
 from recordings import MACHINE_COLUMNS
 from utils import lock, notice, write_text
 
-COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]
+SCORE_COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]  # of the scores of windows
 
 # ---- The recordings ----
 
@@ -54,7 +54,7 @@ def find_normal(
     """
     rows = []
     skipped: dict[str, list[str]] = defaultdict(list)
-    for path in list_audio(folder, set()):
+    for path in walk_audio(folder, set()):
         named_id, condition = parse_name(path.name) or (None, None)
         chosen_id = format_id(machine_id) if machine_id is not None else named_id
         chosen_type = machine_type or find_type(model, path)
@@ -86,7 +86,7 @@ def find_normal(
     return pd.DataFrame(rows, columns=["path", *MACHINE_COLUMNS])
 
 
-def list_audio(folder: Path, visited: set[Path]) -> list[Path]:
+def walk_audio(folder: Path, visited: set[Path]) -> list[Path]:
     """Return the WAV and FLAC files in a folder and the folders in it, except for hidden ones.
     Links may lead to folders that were `visited`.
 
@@ -98,12 +98,11 @@ def list_audio(folder: Path, visited: set[Path]) -> list[Path]:
     if folder.resolve() in visited:
         return []
     visited.add(folder.resolve())
-    inside = list_folder(folder)
-    paths = [path for path in inside if path.suffix.lower() in AUDIO_ENDINGS]
+    paths = list_audio(folder)
     check_copies(paths)
-    for path in inside:
+    for path in list_folder(folder):
         if path.is_dir():
-            paths += list_audio(path, visited)
+            paths += walk_audio(path, visited)
     return paths
 
 
@@ -203,11 +202,11 @@ def make_entries(clips: ClipSet, scores: dict[str, np.ndarray]) -> dict[Machine,
     """Return the entry of each machine; `scores` `(clips,)` are by `Scorer.name`."""
     entries: dict[Machine, CalibrationEntry] = {}
     date = datetime.now().astimezone().isoformat(timespec="seconds")
+    parts = {name: split_by_recording(x, clips.clip_recordings) for name, x in scores.items()}
     for number, row in enumerate(clips.recordings.to_dict("records")):
-        is_own = clips.clip_recordings == number
         of_recording = {
-            name: [x if np.isfinite(x) else None for x in values[is_own].tolist()]
-            for name, values in scores.items()
+            name: [x if np.isfinite(x) else None for x in values[number].tolist()]
+            for name, values in parts.items()
         }
         machine = row["machine_type"], row["machine_id"]
         if machine not in entries:
@@ -264,4 +263,4 @@ def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFram
             f"{path} has no scores of the kind {score_name} on channel {channel} for "
             f"{', '.join(without)}; calibrate again with them"
         )
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS)

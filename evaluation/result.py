@@ -18,9 +18,9 @@ from evaluation.scores import (
     KINDS,
     Outputs,
     check_scores,
-    find_first_clips,
     find_worst,
     over_windows,
+    split_by_recording,
 )
 from evaluation.thresholds import decide, find_thresholds
 from inference import Model, run_model, with_bank
@@ -88,13 +88,11 @@ def evaluate(
     """
     model = with_bank(model, config, kinds, device)
     outputs = run_model(model, clips, config, device)
+    results = [evaluate_kind(model, clips, outputs, config, split, kind) for kind in kinds]
+    if set(kinds) == {BASELINE}:
+        return results
     baseline = measure_baseline(model, clips, outputs, config)
-    results = []
-    for kind in kinds:
-        result = evaluate_kind(model, clips, outputs, config, split, kind)
-        is_baseline = kind == BASELINE
-        results.append(result if is_baseline else replace(result, baseline=baseline))
-    return results
+    return [x if x.kind == BASELINE else replace(x, baseline=baseline) for x in results]
 
 
 def measure_baseline(
@@ -158,7 +156,7 @@ def add_scores(
 
     exact = score(kind)
     check_scores(exact, machines, kind, model.path)
-    windows = np.split(exact, find_first_clips(clips.clip_recordings)[1:])
+    windows = split_by_recording(exact, clips.clip_recordings)
     return clips.recordings.assign(
         score=combine(score(kind, getattr(torch, config.score_dtype))),
         level=[find_level(scores, config.alarm_rule) for scores in windows],

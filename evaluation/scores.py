@@ -271,6 +271,11 @@ def over_windows(values: np.ndarray, clip_recordings: np.ndarray, rule: str) -> 
     return (np.add.reduceat(values, first).T / counts).T
 
 
+def split_by_recording(values: np.ndarray, clip_recordings: np.ndarray) -> list[np.ndarray]:
+    """Return the values `(n, ...)` of the clips of each recording; see `over_windows`."""
+    return np.split(values, find_first_clips(clip_recordings)[1:])
+
+
 def find_worst(values: np.ndarray, clip_recordings: np.ndarray) -> np.ndarray:
     """Return the number of the clip with the highest value `(n,)` of each recording."""
     descending = np.lexsort((-values, clip_recordings))  # within each recording

@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from alarms import AlarmRule, describe_windows, find_alarms, find_level, format_time
+from alarms import Alarm, AlarmRule, describe_windows, find_alarms, format_time
 from audio import SECONDS, CheckedRecording, Windows
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
 from errors import UserError, give_reason
-from evaluation.scores import check_scores, over_windows
+from evaluation.scores import check_scores, over_windows, split_by_recording
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from inference import Model, run_model, with_bank
-from names import ANOMALOUS, AUDIO_ENDINGS, NORMAL, format_id, list_folder
+from names import ANOMALOUS, NORMAL, format_id, list_audio
 from utils import notice, one_line
 
 
@@ -34,7 +34,7 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
         try:
             inside = [path]
             if path.is_dir():
-                inside = [x for x in list_folder(path) if x.suffix.lower() in AUDIO_ENDINGS]
+                inside = list_audio(path)
         except OSError as error:
             problems[path] = give_reason(error)
             continue
@@ -116,7 +116,7 @@ def score_usable(
     check_scores(scores.min(axis=1), machines, config.scoring, model.path)
     thresholds = find_thresholds(model, scorer, config).loc[list(candidates)]
     explain_thresholds(thresholds, config, model.path)
-    parts = np.split(window_scores, np.cumsum([len(seconds) for seconds in starts])[:-1])
+    parts = split_by_recording(window_scores, clips.clip_recordings)
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
         column = best[number]
@@ -148,17 +148,18 @@ def describe_recording(
         {"start": start, "score": value, "decision": name_decision(value, threshold)}
         for start, value in zip(starts, scores.tolist(), strict=True)
     ]
-    alarms, n_anomalous = None, None
+    alarms, n_anomalous, decision = None, None, None
     if threshold is not None:
         alarms = [alarm._asdict() for alarm in find_alarms(starts, scores, threshold, rule)]
         n_anomalous = int((scores > threshold).sum())
+        decision = ANOMALOUS if alarms else NORMAL
     machine_type, machine_id = machine
     return {
         "machine_type": machine_type,
         "machine_id": machine_id,
         "score": score,
         "threshold": threshold,
-        "decision": name_decision(find_level(scores, rule), threshold),
+        "decision": decision,
         "alarms": alarms,
         "n_windows": len(windows),
         "n_anomalous": n_anomalous,
@@ -167,13 +168,11 @@ def describe_recording(
     }
 
 
-def name_decision(level: float, threshold: float | None) -> str | None:
-    """Return ANOMALOUS for the score of a window, or the alarm level of a recording, above the
-    threshold, else NORMAL; None without a threshold.
-    """
+def name_decision(score: float, threshold: float | None) -> str | None:
+    """Return ANOMALOUS for a score above the threshold, else NORMAL; None without a threshold."""
     if threshold is None:
         return None
-    return ANOMALOUS if level > threshold else NORMAL
+    return ANOMALOUS if score > threshold else NORMAL
 
 
 # ---- What is printed ----
@@ -193,7 +192,7 @@ def name_figures(results: Sequence[dict[str, Any]], folder: Path) -> None:
         row["picture"] = str(folder / f"{name}{suffix}.png")
 
 
-def print_scores(results: Sequence[Mapping[str, Any]], rule: AlarmRule, has_timeline: bool) -> None:
+def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
     """Print a line for each recording: file, machine, score, threshold, decision; or file and
     error.
 
@@ -211,7 +210,8 @@ def print_scores(results: Sequence[Mapping[str, Any]], rule: AlarmRule, has_time
         if row["n_windows"] > 1:
             starts = [window["start"] for window in row["windows"]]
             scores = np.array([window["score"] for window in row["windows"]])
-            cells.append(describe_windows(starts, scores, row["threshold"], rule))
+            alarms = [Alarm(**alarm) for alarm in row["alarms"] or ()]
+            cells.append(describe_windows(starts, scores, row["threshold"], alarms))
         print("\t".join(cells))
         for window in row["windows"] if has_timeline else ():
             cells = [

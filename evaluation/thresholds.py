@@ -14,7 +14,7 @@ import torch
 
 from classes import Machine
 from config import Config
-from evaluation.calibration import read_calibration
+from evaluation.calibration import SCORE_COLUMNS, read_calibration
 from evaluation.scores import Outputs, Scorer
 from inference import Model
 from recordings import MACHINE_COLUMNS
@@ -46,7 +46,7 @@ def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
     has no such windows.
     """
     held_out = model.checkpoint.held_out
-    nothing = pd.DataFrame(columns=[*MACHINE_COLUMNS, "recording", "score"])
+    nothing = pd.DataFrame(columns=SCORE_COLUMNS)
     if held_out is None:
         return nothing
     machines = [model.classes.entries[label].machine for label in held_out.labels]

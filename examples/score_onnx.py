@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alarms import AlarmRule, describe_windows, find_level
+from alarms import Alarm, AlarmRule, describe_windows, find_alarms
 from audio import N_SAMPLES, Windows, check_recording, read_recording
 from errors import UserError
 from names import format_id
@@ -75,13 +75,14 @@ def main(model: str, recording: str, machine_type: str, machine_id: str = "") ->
     best = min(columns, key=lambda column: scores[column])
     threshold, of_windows = thresholds[best], window_scores[:, best]
     cells = [recording, " ".join(machines[best]), f"{scores[best]:.6g}"]
+    alarms: list[Alarm] = []
     if threshold is None:
         cells += ["-", "-"]
     else:
-        decision = "anomalous" if find_level(of_windows, rule) > threshold else "normal"
-        cells += [f"{threshold:.6g}", decision]
+        alarms = find_alarms(starts, of_windows, threshold, rule)
+        cells += [f"{threshold:.6g}", "anomalous" if alarms else "normal"]
     if len(starts) > 1:
-        cells.append(describe_windows(starts, of_windows, threshold, rule))
+        cells.append(describe_windows(starts, of_windows, threshold, alarms))
     print(*cells, sep="\t")
 
 

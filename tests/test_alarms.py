@@ -75,20 +75,25 @@ def test_an_alarm_has_its_highest_score_and_ends_with_its_last_window():
     assert alarm == (5.0, 25.0, 9.0)
 
 
+def in_words(starts: list[float], scores: np.ndarray, threshold: float | None) -> str:
+    alarms = [] if threshold is None else find_alarms(starts, scores, threshold, RULE)
+    return describe_windows(starts, scores, threshold, alarms)
+
+
 def test_the_windows_in_words():
     starts = [5.0 * number for number in range(80)]
     scores = np.zeros(80)
-    assert describe_windows(starts, scores, 0.5, RULE) == (
+    assert in_words(starts, scores, 0.5) == (
         "no alarm, worst at 0:00:00 (0), 0 of 80 windows anomalous"
     )
-    assert describe_windows(starts, scores, None, RULE) == "worst at 0:00:00 (0)"
+    assert in_words(starts, scores, None) == "worst at 0:00:00 (0)"
     scores[10:13] = 2.5
-    assert describe_windows(starts, scores, 0.5, RULE) == (
+    assert in_words(starts, scores, 0.5) == (
         "alarm from 0:00:50 to 0:01:10 (2.5), worst at 0:00:50 (2.5), 3 of 80 windows anomalous"
     )
     for first in range(0, 80, 10):
         scores[first : first + 3] = 1.0
-    text = describe_windows(starts, scores, 0.5, RULE)
+    text = in_words(starts, scores, 0.5)
     assert text.count("alarm from") == 5
     assert "(1), 3 more alarms, worst at 0:00:00 (1), 24 of 80" in text
 
