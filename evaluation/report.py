@@ -11,11 +11,11 @@ import pandas as pd
 import yaml
 from torch import Tensor
 
-from evaluation.decisions import RATES, format_rate
+from evaluation.decisions import RATES
 from evaluation.figures import read_samples
 from evaluation.metrics import COUNTS, Metrics
 from evaluation.result import Result
-from evaluation.tables import in_words, percent, with_interval
+from evaluation.tables import decision_cells, in_words, with_interval
 from model import FrontEnd
 from names import ANOMALOUS, NORMAL
 from utils import write_text
@@ -69,17 +69,11 @@ def metric_table(metrics: Metrics) -> pd.DataFrame:
 
 def decision_table(result: Result) -> pd.DataFrame:
     """Return the table of decisions, with rates and intervals in percent as text."""
-    decisions = result.decisions
-    text = decisions.index.to_frame(index=False)
-    for name in ("threshold", "source"):
-        text[name] = decisions[name].to_numpy()
+    names = ["threshold", "source"]
     for rate, (part, whole) in RATES.items():
-        for name in (whole, part):
-            text[name] = decisions[name].to_numpy()
-        text[rate] = [format_rate(row, rate) for row in decisions.to_dict("records")]
-    for name in ("precision", "F1"):
-        text[name] = [percent(value) for value in decisions[name]]
-    return text
+        names += [whole, part, rate]
+    cells = pd.DataFrame(decision_cells(result.decisions), columns=[*names, "precision", "F1"])
+    return pd.concat([result.decisions.index.to_frame(index=False), cells], axis=1)
 
 
 def find_hardest(result: Result) -> pd.DataFrame:

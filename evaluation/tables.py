@@ -389,13 +389,22 @@ def decision_table(decisions: pd.DataFrame, asked: str) -> str:
         "anomalous", "detected", "rate", "precision", "F1",
     ]  # fmt: skip
     lines = markdown_header("machine", titles)
-    for machine, row in zip(decisions.index, decisions.to_dict("records"), strict=True):
+    for machine, cells in zip(decisions.index, decision_cells(decisions), strict=True):
+        lines.append(markdown_row(" ".join(machine), cells))
+    return "\n".join(lines)
+
+
+def decision_cells(decisions: pd.DataFrame) -> list[list[str]]:
+    """Format threshold, source, both counts and rates with intervals, precision and F1 of each
+    machine.
+    """
+    rows = []
+    for row in decisions.to_dict("records"):
         cells = [f"{row['threshold']:.6g}", row["source"]]
         for rate, (part, whole) in RATES.items():
             cells += [str(row[whole]), str(row[part]), format_rate(row, rate)]
-        cells += [percent(row["precision"]), percent(row["F1"])]
-        lines.append(markdown_row(" ".join(machine), cells))
-    return "\n".join(lines)
+        rows.append([*cells, percent(row["precision"]), percent(row["F1"])])
+    return rows
 
 
 def write_per_machine(folder: Path, name: str, recordings: pd.DataFrame, column: str) -> None:
