@@ -19,6 +19,7 @@ from classes import Classes, MachineClass
 from config import COMPUTATION_KEYS, KEYS, Config, make_config
 from distributed import from_main
 from errors import LFS_POINTER, UserError
+from evaluation.bank import Bank
 from evaluation.scores import StoredClips
 from utils import check_writable, lock, notice, remove_temporary, replace_file
 
@@ -46,7 +47,7 @@ class RunFiles:
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
-        self.timelines = self.folder / "timelines"  # figures that score.py draws
+        self.pictures = self.folder / "pictures"  # figures that score.py draws
         # Scores of later recordings, from score.py --calibrate
         self.calibration = best.with_name(f"{best.stem}.calibration.json")
 
@@ -150,7 +151,7 @@ class Checkpoint:
     history: list[EpochResult] = field(default_factory=list)
     n_training: int | None = None
     held_out: HeldOut | None = None
-    bank: StoredClips | None = None
+    bank: Bank | None = None
     fingerprint: str = ""
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -277,7 +278,7 @@ class Checkpoint:
             "history": [list(result) for result in self.history],
             "n_training": self.n_training,
             "held_out": vars(self.held_out),
-            "bank": None if bank is None else bank._asdict(),
+            "bank": None if bank is None else bank.to_plain(),
             "fingerprint": self.fingerprint,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
@@ -299,7 +300,7 @@ class Checkpoint:
             classes=Classes(tuple(MachineClass(*entry) for entry in values.pop("classes"))),
             history=[EpochResult(*result) for result in values.pop("history")],
             held_out=HeldOut(**values.pop("held_out")),
-            bank=None if bank is None else StoredClips(**bank),
+            bank=None if bank is None else Bank.from_plain(bank),
             **values,
         )
 

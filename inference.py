@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.mkldnn import to_mkldnn
 from tqdm import tqdm
 
-from audio import Windows, choose_windows
+from audio import SECONDS, Windows, choose_windows
 from checkpoint import Checkpoint
 from classes import Classes
 from config import MODEL_KEYS, RECORDING_KEYS, Config
 from dataloader import ClipSet, cut_into_batches, fingerprint_of, load_clips
 from errors import UserError
+from evaluation.bank import Bank
 from evaluation.scores import KINDS, Outputs, Scorer, StoredClips
 from losses import MODES, Objective
 from model import (
@@ -27,9 +28,10 @@ from model import (
     MobileFaceNet,
     TASTgramMFN,
     fold_batch_norm,
+    levels_of,
     spectrum_of,
 )
-from model.tastgram import N_MELS
+from model.tastgram import N_BANDS, N_MELS
 from utils import autocast, choose_precision, keep_freed_memory, notice, set_up_numerics
 
 CPU_BATCH = 16  # larger batches are no faster, and 64 clips take 3 GB
@@ -42,13 +44,13 @@ class Model:
     """A trained network, in evaluation mode. It is loaded onto the CPU; scoring moves it.
 
     Attributes:
-        network: The network with the weights of the checkpoint.
+        network: The network with the weights of the checkpoint; None to score without a network.
         config: The configuration it was trained with.
         classes: The classes that it distinguishes.
         checkpoint: The checkpoint it comes from.
     """
 
-    network: TASTgramMFN
+    network: TASTgramMFN | None
     config: Config
     classes: Classes
     checkpoint: Checkpoint
@@ -60,6 +62,7 @@ class Model:
     @property
     def weights_sha256(self) -> str:
         """A hash of the weights."""
+        assert self.network
         digest = hashlib.sha256()
         for tensor in self.network.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -81,8 +84,8 @@ class Model:
             kind=kind,
             classes=self.classes,
             objective=Objective(self.config.mode, self.config.m, self.config.s),
-            centres=self.network.centres().cpu(),
-            bank=None if bank is None else bank.by_class(len(self.classes)),
+            centres=None if self.network is None else self.network.centres().cpu(),
+            bank=None if bank is None else bank.clips.by_class(len(self.classes)),
             neighbours=neighbours,
             dtype=dtype,
         )
@@ -158,26 +161,35 @@ def with_bank(model: Model, config: Config, kinds: Iterable[str], device: torch.
         f"{model.path} holds no embeddings of its training clips; they are computed from "
         f"{config.data_root}"
     )
+    data_root = Path(config.data_root)
     clips = load_clips(config, model.classes, "train", model.config.windows("train"))
     if model.checkpoint.config is None:
-        checkpoint = replace(model.checkpoint, bank=embed(model, clips, config, device))
-        return replace(model, checkpoint=checkpoint)
+        bank = make_bank(embed(model, clips, config, device), clips, model.classes, data_root)
+        return replace(model, checkpoint=replace(model.checkpoint, bank=bank))
     train_clips, valid_clips = clips.split(model.config.split_ratio, model.config.seed)
     if fingerprint_of(train_clips, valid_clips) != model.checkpoint.fingerprint:
         raise UserError(
             f"the recordings under {config.data_root} are not those that {model.path} was trained "
             "on; set --data_root to the folder of that run, or choose another --scoring"
         )
-    bank = embed(model, train_clips, config, device)
+    outputs = embed(model, train_clips, config, device)
+    bank = make_bank(outputs, train_clips, model.classes, data_root)
     assert model.checkpoint.held_out
-    held_out = model.checkpoint.held_out.with_outputs(embed(model, valid_clips, config, device))
+    stored = StoredClips.from_outputs(embed(model, valid_clips, config, device), valid_clips.labels)
+    held_out = model.checkpoint.held_out.with_outputs(stored)
     return replace(model, checkpoint=replace(model.checkpoint, bank=bank, held_out=held_out))
 
 
-def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> StoredClips:
-    """Compute what a checkpoint keeps of clips, in float32."""
-    outputs = run_model(model, clips, config, device, "embeddings", precision="fp32")
-    return StoredClips.from_outputs(outputs, clips.labels)
+def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) -> Outputs:
+    """Compute the outputs for clips that a checkpoint is to keep, in float32."""
+    return run_model(model, clips, config, device, "embeddings", precision="fp32")
+
+
+def make_bank(outputs: Outputs, clips: ClipSet, classes: Classes, root: Path) -> Bank:
+    """Keep the outputs for training clips, whose files are in the folder `root`."""
+    files = [path.relative_to(root).as_posix() for path in clips.paths]
+    starts = torch.from_numpy(clips.clip_starts)
+    return Bank.from_outputs(outputs, clips.labels, files, starts, classes)
 
 
 # ---- Outputs for clips ----
@@ -197,19 +209,19 @@ def run_model(
     set_up_numerics()
     keep_freed_memory()
     outputs = run_network(
-        model.network.move_to(device),
+        None if model.network is None else model.network.move_to(device),
         clips,
         np.arange(len(clips)),
         config.batch_size,
         choose_precision(precision or config.eval_precision, device),
         title,
     )
-    return Outputs(*(values.cpu() for values in outputs))
+    return outputs.apply(Tensor.cpu)
 
 
 @torch.no_grad()
 def run_network(
-    network: TASTgramMFN,
+    network: TASTgramMFN | None,
     clips: ClipSet,
     numbers: np.ndarray,
     batch_size: int,
@@ -217,33 +229,40 @@ def run_network(
     title: str | None = None,
 ) -> Outputs:
     """Run a network on the clips of these numbers, with the running statistics of batch norm.
+    Without a network, similarity and embedding are empty.
 
     The network runs in `precision`, the front end in float32, both on the device of the network.
     `batch_size` is one for training: without gradients a GPU has room for twice as many clips.
-    `title` is that of a progress bar; None for no bar. Returns the outputs on the device, with the
-    spectrum.
+    `title` is that of a progress bar; None for no bar. Returns the outputs on the device, with
+    levels.
     """
-    device = next(network.parameters()).device
+    device, n_classes, embedding_size, prepared = torch.device("cpu"), 0, 0, None
+    if network is not None:
+        device = next(network.parameters()).device
+        n_classes, embedding_size = network.num_classes, EMBEDDING_SIZE
+        prepared = optimise(network, device, precision)
     front_end = FrontEnd(CHANNELS).to(device)
-    prepared = optimise(network, device, precision)
     plan = cut_into_batches(
         numbers, min(batch_size, CPU_BATCH) if device.type == "cpu" else 2 * batch_size
     )
     # Allocated once: the results of each batch apart would fragment the memory that glibc keeps.
-    similarity = torch.empty(len(numbers), network.num_classes, device=device)
-    embedding = torch.empty(len(numbers), EMBEDDING_SIZE, device=device)
+    similarity = torch.empty(len(numbers), n_classes, device=device)
+    embedding = torch.empty(len(numbers), embedding_size, device=device)
     spectrum = torch.empty(len(numbers), 2 * N_MELS, device=device)
+    levels = torch.empty(len(numbers), N_BANDS, SECONDS, device=device)
     data = clips.read(plan, device)
     bar = tqdm(data, title, len(plan), unit="batch", leave=False, disable=None if title else True)
     start = 0
     for samples in bar:
         rows = slice(start, start + len(samples))
         inputs = front_end(samples)
-        with autocast(device, precision):
-            similarity[rows], embedding[rows] = prepared(**inputs)
+        if prepared is not None:
+            with autocast(device, precision):
+                similarity[rows], embedding[rows] = prepared(**inputs)
         spectrum[rows] = spectrum_of(inputs["log_mel"])
+        levels[rows] = levels_of(inputs["log_mel"])
         start += len(samples)
-    return Outputs(similarity, embedding, spectrum)
+    return Outputs(similarity, embedding, spectrum, levels)
 
 
 def optimise(network: TASTgramMFN, device: torch.device, precision: torch.dtype) -> nn.Module:

@@ -32,7 +32,8 @@ MACHINE_COLUMNS = ["machine_type", "machine_id"]
 COLUMNS = ["path", *MACHINE_COLUMNS, "attributes", "domain", "condition", "part"]
 ONE_CLASS = (
     "all training recordings are of one class, but the method learns by telling classes apart; add "
-    "recordings of more machines or, if file names have attributes, use --classes attributes"
+    "recordings of more machines or, if file names have attributes, use --classes attributes; one "
+    "machine alone can be scored without training: score.py --normal FOLDER"
 )
 NAMES_SHOWN = 5  # of files that are skipped
 

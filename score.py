@@ -11,6 +11,8 @@
     # another rate of false alarms, or a threshold of your own
     python score.py check_points/press.pth new.wav --machine_type press --false_alarms 0.01
     python score.py check_points/press.pth new.wav --machine_type press --threshold 0.004
+    # one machine alone: without training, against a folder of its normal recordings
+    python score.py --normal normal/ new.wav
 
 Each recording, given as a file or in a folder, is scored from beginning to end (with --window first
 its first 10 s alone) against the given machine ID or, without one, against the ID of the machine
@@ -18,15 +20,25 @@ type that it fits best. The script prints a line for each recording: file, machi
 threshold, normal or anomalous. A recording of several windows is anomalous if it has an alarm: a
 stretch in which at least alarm_windows of alarm_span consecutive windows lie above the threshold
 (if it has fewer windows, all of them). Its line has the alarms with start, end and highest score,
-the start of the window with the highest score, and the number of windows above the threshold.
---timeline also prints every window. --json prints the results as JSON. --plots draws the scores of
-the windows, one figure per recording in the folder NAME/timelines beside a checkpoint NAME.pth.
+the start of the window with the highest score, and the number of windows above the threshold. A
+second line says how the window with the highest score differs from normal training clips of the
+machine, in level and in a range of frequencies, and names the most similar one. It describes the
+sound, and does not explain the decision.
+
+--timeline also prints every window. --json prints the results as JSON. --plots draws a figure for
+each recording in the folder NAME/pictures beside a checkpoint NAME.pth: the scores of its windows,
+and the window with the highest score beside the most similar normal clip, if this is in data_root.
 
 --calibrate FOLDER scores the normal recordings in FOLDER and the folders in it, and writes their
 scores to NAME.calibration.json. From then on, the thresholds of their machines come from these
 scores, in score.py, eval.py and export.py, instead of those of the recordings that training held
 out. The machine of a recording is the one given, or else that of its name, as in training, and of
 the folder of its machine type. Remove the file to return to the held-out recordings.
+
+--normal FOLDER takes the place of the checkpoint, for a single machine: recordings are compared
+with the normal recordings in FOLDER and the folders in it, by the score that uses no network
+(scoring: spectrum). Thresholds come from the same recordings, each scored against all others.
+--plots writes to check_points/FOLDER/pictures.
 
 If a file cannot be read, its line says why, the other files are scored, and the exit status is 2.
 The exit status does not depend on the decisions.
@@ -43,7 +55,8 @@ from typing import Any
 
 from audio import Windows
 from checkpoint import RunFiles
-from config import SCORING_KEYS, Config, check_effect, parse_command_line
+from classes import Machine
+from config import MODEL_KEYS, SCORING_KEYS, Config, check_effect, parse_command_line
 from errors import UserError
 from evaluation.calibration import calibrate, find_normal
 from evaluation.scores import KINDS
@@ -57,9 +70,13 @@ from evaluation.single import (
     score_recordings,
 )
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
+from evaluation.without_network import load_folder
 from inference import Model, load_model, with_bank
+from names import format_id
 from recordings import MACHINE_COLUMNS
 from utils import OneLineParser, check_writable, run_script, use_device
+
+CHECK_POINTS = Path("check_points")  # the folder of figures without a checkpoint is there
 
 
 def score(config: Config, options: Namespace) -> None:
@@ -68,25 +85,30 @@ def score(config: Config, options: Namespace) -> None:
     Raises:
         UserError: At the end, if some recordings could not be scored.
     """
-    model, windows = load(config, options, [config.scoring])
-    (files, problems), device = find_files(options.recordings), use_device(config.device)
-    candidates = find_candidates(model, options.machine_type, options.machine_id)
-    folder = RunFiles(options.checkpoint).timelines
-    if options.plots:
-        remedy = "copy the checkpoint to a writable folder, where the figures are written too"
-        check_writable(folder / "picture.png", remedy)
+    files, problems = find_files(options.recordings)
+    device = use_device(config.device)
+    if options.normal:
+        machine = name_machine(options)
+        model = load_folder(options.normal, machine, choose_window(config), config, device)
+        candidates = [machine]
+    else:
+        model = load_model(options.checkpoint, config)
+        candidates = find_candidates(model, options.machine_type, options.machine_id)
+    windows = choose_windows(model, config, [config.scoring])
+    pictures = find_pictures(options) if options.plots else None
     results = score_recordings(model, files, candidates, config, windows, device)
     results += [{"file": str(path), "error": reason} for path, reason in problems.items()]
-    if options.plots:
-        name_figures(results, folder)
+    if pictures:
+        name_figures(results, pictures)
     if options.json:
         print_json(results, options.timeline)
     else:
         print_scores(results, options.timeline)
     report_rate(results, config)
-    n_drawn = draw(results, config.scoring, windows.channel) if options.plots else 0
-    if n_drawn and not options.json:
-        print(f"{n_drawn} timelines: {folder}")
+    if pictures:
+        draw(results, config.scoring, windows.channel, options.normal or Path(config.data_root))
+        if not options.json:
+            print(f"pictures: {pictures}")
     n_bad = sum("error" in row for row in results)
     if n_bad:
         raise UserError(
@@ -94,20 +116,45 @@ def score(config: Config, options: Namespace) -> None:
         )
 
 
-def load(config: Config, options: Namespace, kinds: Sequence[str]) -> tuple[Model, Windows]:
-    """Load the model, and choose which windows of recordings are scored, for these kinds of
-    score.
-    """
-    model = load_model(options.checkpoint, config)
-    window = config.window if "window" in config.given else "all"
-    windows = model.windows(config, "test", window)
+def choose_window(config: Config) -> str:
+    """Return which part of recordings to score, "first" or "all"."""
+    return config.window if "window" in config.given else "all"
+
+
+def choose_windows(model: Model, config: Config, kinds: Sequence[str]) -> Windows:
+    """Return which windows of recordings are scored, for these kinds of score."""
+    windows = model.windows(config, "test", choose_window(config))
     check_effect(config, windows, kinds)
-    return model, windows
+    return windows
+
+
+def name_machine(options: Namespace) -> Machine:
+    """Return the name of the machine of --normal: as given, or that of the folder."""
+    name = options.machine_id or options.normal.resolve().name
+    return options.machine_type or "machine", format_id(name)
+
+
+def find_pictures(options: Namespace) -> Path:
+    """Return the folder of the figures.
+
+    Raises:
+        UserError: If it is not writable.
+    """
+    if options.normal:
+        checkpoint = CHECK_POINTS / f"{options.normal.resolve().name}.pth"
+        remedy = "start in a writable folder"
+    else:
+        checkpoint = options.checkpoint
+        remedy = "copy the checkpoint to a writable folder, where the figures are written too"
+    folder = RunFiles(checkpoint).pictures
+    check_writable(folder / "picture.png", remedy)
+    return folder
 
 
 def run_calibration(config: Config, options: Namespace) -> None:
     """Score normal recordings, keep the scores for thresholds, and print these."""
-    model, windows = load(config, options, list(KINDS))
+    model = load_model(options.checkpoint, config)
+    windows = choose_windows(model, config, list(KINDS))
     device = use_device(config.device)
     remedy = "copy the checkpoint to a writable folder, where the scores are written too"
     check_writable(RunFiles(options.checkpoint).calibration, remedy)
@@ -126,33 +173,40 @@ def run_calibration(config: Config, options: Namespace) -> None:
     print(f"the scores of {len(recordings)} recordings: {path}")
 
 
-def draw(results: Sequence[Mapping[str, Any]], kind: str, channel: int) -> int:
-    """Draw the recordings that have a file for a figure. Returns how many.
+def draw(results: Sequence[Mapping[str, Any]], kind: str, channel: int, normal_root: Path) -> None:
+    """Draw the recordings that have a file for a figure. The files of normal clips are in
+    `normal_root`.
 
     Raises:
         UserError: At the end, if some could not be read again.
     """
-    from evaluation.figures import draw_timeline  # matplotlib takes a second to import
+    from evaluation.recording_figure import draw_recording  # matplotlib takes a second to import
 
     chosen = [row for row in results if "picture" in row]
     problems = []
     for row in chosen:
         try:
-            draw_timeline(row, kind, channel, Path(row["picture"]))
+            draw_recording(row, kind, channel, normal_root, Path(row["picture"]))
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError(
             f"{len(problems)} of {len(chosen)} recordings could not be drawn: {'; '.join(problems)}"
         )
-    return len(chosen)
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="file of trained weights")
-    add("recordings", nargs="*", type=Path, help="files, or folders with WAV or FLAC files")
+    add(
+        "recordings",
+        metavar="FILE",
+        nargs="*",
+        type=Path,
+        help="first the checkpoint, unless --normal is given; then the recordings: files, or "
+        "folders with WAV or FLAC files",
+    )
+    add("--normal", metavar="FOLDER", type=Path, help="folder of normal recordings of one machine")
     add("--machine_type", help="machine type of the recordings")
     add(
         "--machine_id",
@@ -165,25 +219,44 @@ def main() -> None:
         help="folder of normal recordings from which to set the thresholds",
     )
     add("--timeline", action="store_true", help="also print score and decision of each window")
-    add("--plots", action="store_true", help="draw the scores over time (PNG)")
+    add("--plots", action="store_true", help="draw a figure for each recording (PNG)")
     add("--json", action="store_true", help="print the results as JSON")
     keys = (*SCORING_KEYS, "batch_size", "eval_precision")
     config, options = parse_command_line(parser, keys=keys)
-    check_options(config, options)
-    if options.calibrate:
-        run_calibration(config, options)
-    else:
-        score(config, options)
-
-
-def check_options(config: Config, options: Namespace) -> None:
-    """Raise `UserError` for options that are missing, or have no effect beside --calibrate."""
-    if not options.calibrate:
-        if not options.recordings or not options.machine_type:
-            raise UserError(
-                "the recordings and --machine_type are required, or --calibrate (see --help)"
-            )
+    if options.normal:
+        check_normal(config, options)
+        score(config.model_copy(update={"scoring": "spectrum"}), options)
         return
+    if not options.recordings:
+        raise UserError("a checkpoint is required, or --normal FOLDER (see --help)")
+    options.checkpoint = options.recordings.pop(0)
+    if options.calibrate:
+        check_calibration(config, options)
+        run_calibration(config, options)
+    elif options.recordings and options.machine_type:
+        score(config, options)
+    else:
+        raise UserError(
+            "the recordings and --machine_type are required, or --calibrate (see --help)"
+        )
+
+
+def check_normal(config: Config, options: Namespace) -> None:
+    """Raise `UserError` for recordings that are missing beside --normal, or for options that have
+    no effect there.
+    """
+    if not options.recordings:
+        raise UserError("the recordings to score are required beside --normal (see --help)")
+    names = ["calibrate"] if options.calibrate else []
+    names += sorted(config.given & {*MODEL_KEYS, "data_root", "eval_precision"})
+    if "scoring" in config.given and config.scoring != "spectrum":
+        names.append("scoring")
+    if names:
+        raise UserError(f"{names[0]} has no effect with --normal; leave it out")
+
+
+def check_calibration(config: Config, options: Namespace) -> None:
+    """Raise `UserError` for options that have no effect beside --calibrate."""
     if options.recordings:
         raise UserError(
             f"{options.recordings[0]}: --calibrate scores only the recordings in its folder; leave "

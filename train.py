@@ -70,7 +70,7 @@ def clear(files: RunFiles) -> None:
     for file in (files.best, files.last, files.history, files.calibration):
         file.unlink(missing_ok=True)
     remove_files(files.tensorboard, ["events.out.tfevents.*"])
-    remove_files(files.timelines, ["*.png"])
+    remove_files(files.pictures, ["*.png"])
     for split in ("test", "evaluation"):
         clear_results(files.results(split))
 

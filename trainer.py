@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from distributed import (
 )
 from errors import UserError
 from evaluation.scores import Outputs, Scorer, StoredClips
-from inference import build_network, run_network
+from inference import build_network, make_bank, run_network
 from losses import Mix, Objective
 from model import HEAD_WEIGHTS, FrontEnd, TASTgramMFN
 from sampling import Batch, Sampler
@@ -186,11 +187,10 @@ class Trainer:
         scores, losses, hits = gather_rows(columns, len(clips)).T.cpu().numpy()
         return Validation(scores, float(losses.mean()), float(hits.mean()))
 
-    def embed(self, clips: ClipSet) -> StoredClips:
-        """Compute what the checkpoint keeps of clips."""
+    def embed(self, clips: ClipSet) -> Outputs:
+        """Compute the outputs for clips that the checkpoint is to keep."""
         share = self.run_share(clips, "embeddings")
-        outputs = Outputs(*(gather_rows(values, len(clips)) for values in share))
-        return StoredClips.from_outputs(outputs, clips.labels)
+        return share.apply(lambda values: gather_rows(values, len(clips)))
 
     def run_share(self, clips: ClipSet, title: str | None = None) -> Outputs:
         """Run the network in evaluation mode and float32 on this process's share of the clips.
@@ -289,10 +289,13 @@ class Trainer:
         if best.bank is not None:
             return
         self.network.load_state_dict(best.weights)
-        bank, held_out = self.embed(self.train_clips), self.embed(self.valid_clips)
+        outputs, valid_outputs = self.embed(self.train_clips), self.embed(self.valid_clips)
         if is_main():
             assert best.held_out
-            complete = replace(best, bank=bank, held_out=best.held_out.with_outputs(held_out))
+            root = Path(self.config.data_root)
+            bank = make_bank(outputs, self.train_clips, self.classes, root)
+            stored = StoredClips.from_outputs(valid_outputs, self.valid_clips.labels)
+            complete = replace(best, bank=bank, held_out=best.held_out.with_outputs(stored))
             complete.save(self.files.best)
             print(f"added the embeddings of the clips to {self.files.best}", flush=True)
         barrier()

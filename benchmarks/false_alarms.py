@@ -418,11 +418,12 @@ def draw_hour(
     config: Config,
     picture: Path,
 ) -> None:
-    from evaluation.figures import draw_timeline
+    from evaluation.recording_figure import draw_recording
 
     mean = float(scores.mean())
     row = describe_recording(machine, mean, threshold, starts, scores, config.alarm_rule)
-    draw_timeline(row | {"file": str(file)}, config.scoring, config.channel, picture)
+    row["file"] = str(file)
+    draw_recording(row, config.scoring, config.channel, file.parent, picture)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def all_scores(
     bank = model.checkpoint.bank
     assert bank
     for penalty in PENALTIES:
-        distances = type_distances(bank, model.classes, outputs.embedding, machines, penalty)
+        distances = type_distances(bank.clips, model.classes, outputs.embedding, machines, penalty)
         yield f"nearest 2 of the type, penalty {penalty}", distances
 
 

@@ -163,6 +163,7 @@ def draw_inputs(result: Result, path: Path, waveform: Axes, channels: Sequence[A
     """
     samples = read_samples(path, 0.0, result.windows.channel)
     inputs = FrontEnd(PUBLISHED_CHANNELS)(samples)
+    assert result.model.network
     images = result.model.network.cpu().features(**inputs)[0].numpy()
     seconds = np.arange(samples.shape[1]) / SAMPLE_RATE
     waveform.plot(seconds, inputs["waveform"][0], lw=0.2, color="0.5")

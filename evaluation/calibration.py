@@ -223,12 +223,14 @@ def make_entries(clips: ClipSet, scores: dict[str, np.ndarray]) -> dict[Machine,
 
 
 def read_entries(model: Model) -> dict[Machine, CalibrationEntry]:
-    """Read the entry of each machine; none without the file, or if it is of another model, which a
-    notice says.
+    """Read the entry of each machine; none without a network or without the file, or if it is of
+    another model, which a notice says.
 
     Raises:
         UserError: If the file is no calibration.
     """
+    if model.network is None:
+        return {}
     path = RunFiles(model.path).calibration
     if not path.exists():
         return {}
@@ -248,7 +250,6 @@ def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFram
 
     A notice names the machines whose recordings have no such score, or are of another channel.
     """
-    path = RunFiles(model.path).calibration
     rows = []
     without = []
     for machine, entry in read_entries(model).items():
@@ -259,6 +260,7 @@ def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFram
         for number, values in enumerate(scores):
             rows += [(*machine, number, score) for score in values or () if score is not None]
     if without:
+        path = RunFiles(model.path).calibration
         notice(
             f"{path} has no scores of the kind {score_name} on channel {channel} for "
             f"{', '.join(without)}; calibrate again with them"

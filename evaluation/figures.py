@@ -19,6 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
@@ -31,7 +32,7 @@ from evaluation.metrics import MAX_FPR
 from evaluation.result import Result
 from evaluation.scores import KINDS, Kind
 from model import CHANNELS, FrontEnd
-from model.tastgram import HOP_LENGTH, N_FRAMES, N_MELS, temporal_gate
+from model.tastgram import HOP_LENGTH, N_MELS, mel_frequencies, temporal_gate
 from names import ANOMALOUS, AVERAGE, NORMAL, POOLED, UNLABELLED
 from recordings import MACHINE_COLUMNS
 from utils import replace_file
@@ -62,10 +63,8 @@ STYLE = {
 }
 
 TITLE_LENGTH = 26  # characters in a line above a panel
+TICKS = (0.5, 1, 2, 4)  # kHz, of the frequencies of a log-mel
 MAX_POINTS = 5000  # of the map of embeddings
-# Columns of the log-mel of a whole recording. Each has two frames or more.
-MAX_COLUMNS = 1440
-COLUMNS_PER_SECOND = 15
 
 
 @contextmanager
@@ -273,6 +272,7 @@ def draw_tastgram(result: Result, path: Path) -> None:
     """
     normal = result.recordings[result.recordings["condition"] == NORMAL]
     recording = (normal if len(normal) else result.recordings).iloc[0]
+    assert result.model.network
     network = result.model.network.cpu()
     samples = read_samples(recording["path"], 0.0, result.windows.channel)
     inputs = FrontEnd(CHANNELS)(samples)
@@ -281,18 +281,34 @@ def draw_tastgram(result: Result, path: Path) -> None:
     with figure(path, COLUMN, 1.35 * (len(images) + 1)) as drawn:
         *channel_axes, gate_axis = drawn.subplots(len(images) + 1, 1, sharex=True)
         for axis, name, image in zip(channel_axes, network.channels, images, strict=True):
-            shown = draw_image(axis, image, SECONDS)
-            axis.set(title=name if name == "tgram" else f"{name} (dB)", ylabel="row")
+            shown = draw_image(axis, image, (0, SECONDS))
+            if name == "tgram":
+                axis.set(title=name, ylabel="filter")
+            else:
+                axis.set(title=f"{name} (dB)")
+                set_frequencies(axis)
             drawn.colorbar(shown, ax=axis)
         draw_gate(gate_axis, gate)
         title = f"{recording['machine_type']}, {recording['path'].name}"
         drawn.suptitle(escape(title), fontsize=8)
 
 
-def draw_image(axis: Axes, image: np.ndarray, duration: float) -> Any:
-    """Draw an image with a row for each mel bin over a time axis. Returns it, for a colour bar."""
-    extent = (0, duration, 0, N_MELS)
-    return axis.imshow(image, origin="lower", aspect="auto", extent=extent, cmap="viridis")
+def draw_image(
+    axis: Axes, image: np.ndarray, times: tuple[float, float], **style: Any
+) -> AxesImage:
+    """Draw an image with a row for each mel bin over a time axis, which begins and ends at `times`.
+    Returns it, for a colour bar.
+    """
+    extent = (*times, 0, N_MELS)
+    style = {"cmap": "viridis"} | style
+    return axis.imshow(image, origin="lower", aspect="auto", extent=extent, **style)
+
+
+def set_frequencies(axis: Axes) -> None:
+    """Label the rows of a log-mel with their frequencies."""
+    rows = np.interp(np.array(TICKS) * 1000, mel_frequencies(), np.arange(N_MELS) + 0.5)
+    axis.set_yticks(rows, [f"{tick:g}" for tick in TICKS])
+    axis.set_ylabel("kHz")
 
 
 def draw_gate(axis: Axes, gate: np.ndarray) -> None:
@@ -353,72 +369,3 @@ def draw_history(history: pd.DataFrame, path: Path) -> None:
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         lr.plot(epochs, history["lr"], color=GREEN)
         lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-
-
-# ---- A recording ----
-
-
-def draw_timeline(row: Mapping[str, Any], kind: str, channel: int, path: Path) -> None:
-    """Draw the score of each window of a recording over time, above the log-mel of the recording.
-    `row` is as `score_recordings` returns it, `kind` the kind of its scores.
-    """
-    last_start = row["windows"][-1]["start"]
-    duration = last_start + SECONDS
-    unit, unit_name = (60, "min") if duration > 120 else (1, "s")
-    with figure(path, PAGE, 3.2) as drawn:
-        score_axis, image_axis = drawn.subplots(2, 1, sharex=True)
-        draw_window_scores(score_axis, row, unit)
-        score_axis.set(ylabel=f"score\n({KINDS[kind].unit})", ylim=(0, None))
-        log_mel = average_log_mel(Path(row["file"]), last_start, channel)
-        draw_image(image_axis, log_mel, duration / unit)
-        time_label = f"time ({unit_name})"
-        image_axis.set(xlabel=time_label, ylabel="mel bin", xlim=(0, duration / unit))
-        machine = f"{row['machine_type']} {row['machine_id']}"
-        title = f"{Path(row['file']).name}: {machine}, score {row['score']:.3g}"
-        if row["decision"]:
-            title += f", {row['decision']}"
-        drawn.suptitle(escape(title), fontsize=8)
-        legend = score_axis.get_legend_handles_labels()
-        drawn.legend(*legend, loc="outside lower center", ncols=4)
-
-
-def draw_window_scores(axis: Axes, row: Mapping[str, Any], unit: float) -> None:
-    """Draw the score of each window at its middle, coloured by its decision; the threshold, and the
-    alarms.
-
-    `row` is a recording as `score_recordings` returns it, `unit` the seconds in a unit of the axis.
-    """
-    windows = row["windows"]
-    middles = np.array([window["start"] for window in windows]) + SECONDS / 2
-    scores = np.array([window["score"] for window in windows])
-    decisions = np.array([window["decision"] or UNLABELLED for window in windows])
-    for number, alarm in enumerate(row["alarms"] or ()):
-        label = None if number else "alarm"
-        axis.axvspan(alarm["start"] / unit, alarm["end"] / unit, color="0.85", lw=0, label=label)
-    axis.plot(middles / unit, scores, color="0.6", lw=0.6)
-    for decision, (colour, _) in CONDITIONS.items():
-        chosen = decisions == decision
-        if chosen.any():
-            label = decision if row["decision"] else None
-            axis.plot(middles[chosen] / unit, scores[chosen], ".", ms=3, color=colour, label=label)
-    if row["threshold"] is not None:
-        axis.axhline(row["threshold"], color="black", linestyle=":", label="threshold")
-
-
-@torch.no_grad()
-def average_log_mel(path: Path, last_start: float, channel: int) -> np.ndarray:
-    """Compute the log-mel `(M, columns)` in dB of a whole recording, averaged over the frames of
-    each column. `last_start` is the second at which the last window of the recording starts.
-    """
-    front_end = FrontEnd(["sgram"])
-    duration = last_start + SECONDS
-    n_columns = min(MAX_COLUMNS, int(duration * COLUMNS_PER_SECOND))
-    sums = np.zeros((n_columns, N_MELS))
-    counts = np.zeros((n_columns, 1))
-    for start in (*np.arange(0, last_start, SECONDS), last_start):
-        log_mel = front_end(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
-        times = start + np.arange(N_FRAMES) * HOP_LENGTH / SAMPLE_RATE
-        columns = np.minimum(times / duration * n_columns, n_columns - 1).astype(int)
-        np.add.at(sums, columns, log_mel.T)
-        np.add.at(counts, columns, 1)
-    return (sums / counts).T

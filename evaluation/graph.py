@@ -20,6 +20,7 @@ class ScoringGraph(nn.Module):
 
     def __init__(self, model: Model, config: Config) -> None:
         super().__init__()
+        assert model.network
         self.front_end = FrontEnd(CHANNELS)
         network = fold_batch_norm(model.network).cpu()
         self.network = network.to(  # type: ignore[call-overload]

@@ -33,16 +33,24 @@ from losses import Objective
 
 class Outputs(NamedTuple):
     """What scores of B clips are computed from: similarity to each class `(B, C)`, embedding
-    `(B, E)`, spectrum `(B, 2 M)`.
+    `(B, E)`, spectrum `(B, 2 M)`; and `levels` `(B, N_BANDS, SECONDS)`, for what differs in their
+    sound (None where this is not asked for).
     """
 
     similarity: Tensor
     embedding: Tensor
     spectrum: Tensor
+    levels: Tensor | None = None
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Outputs":
+        """Apply a function to each tensor."""
+        levels = None if self.levels is None else function(self.levels)
+        similarity, embedding = function(self.similarity), function(self.embedding)
+        return Outputs(similarity, embedding, function(self.spectrum), levels)
 
     def select(self, rows: Tensor) -> "Outputs":
         """Return the outputs for the clips with these numbers."""
-        return Outputs(*(values[rows] for values in self))
+        return self.apply(lambda values: values[rows])
 
 
 LEAST_SPREAD = 0.1  # dB; a mel bin may be constant in all training clips, as in digital silence

@@ -17,7 +17,14 @@ from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
 from errors import UserError, give_reason
-from evaluation.scores import check_scores, over_windows, split_by_recording
+from evaluation.difference import Difference, describe_difference, find_difference
+from evaluation.scores import (
+    Outputs,
+    check_scores,
+    find_worst,
+    over_windows,
+    split_by_recording,
+)
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from inference import Model, run_model, with_bank
 from names import ANOMALOUS, NORMAL, format_id, list_audio
@@ -77,9 +84,10 @@ def score_recordings(
         A dictionary of plain values for each recording: `file`, and either `error` or
         `machine_type`, `machine_id`, `score`, `threshold`, `decision`, `alarms` (`start` and `end`
         in seconds and highest `score` of each), `n_windows`, `n_anomalous` (the number of anomalous
-        windows), `worst` (the window with the highest score) and `windows` (`start`, `score` and
-        `decision` of each). Without a threshold, `threshold`, the decisions, `alarms` and
-        `n_anomalous` are None.
+        windows), `worst` (the window with the highest score), `windows` (`start`, `score` and
+        `decision` of each) and `difference` (of the worst window, see `plain_difference`). Without
+        a threshold, `threshold`, the decisions, `alarms` and `n_anomalous` are None; without
+        training clips to compare with, `difference` is.
     """
     model = with_bank(model, config, [config.scoring], device)
     checked = check_recordings(paths, windows, config.num_workers)
@@ -116,17 +124,19 @@ def score_usable(
     check_scores(scores.min(axis=1), machines, config.scoring, model.path)
     thresholds = find_thresholds(model, scorer, config).loc[list(candidates)]
     explain_thresholds(thresholds, config, model.path)
-    parts = split_by_recording(window_scores, clips.clip_recordings)
+    own_scores = window_scores[np.arange(len(clips)), best[clips.clip_recordings]]
+    parts = split_by_recording(own_scores, clips.clip_recordings)
+    differences = find_differences(model, clips, outputs, machines, own_scores)
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
-        column = best[number]
         results[path] = describe_recording(
             machine,
-            float(scores[number, column]),
+            float(scores[number, best[number]]),
             threshold_of(thresholds, machine),
             starts[number],
-            parts[number][:, column],
+            parts[number],
             config.alarm_rule,
+            differences[number],
         )
     for path, error in clips.unreadable.items():
         results[path] = {"error": str(error).removeprefix(f"{path}: ")}
@@ -140,6 +150,7 @@ def describe_recording(
     starts: Sequence[float],
     scores: np.ndarray,
     rule: AlarmRule,
+    difference: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the entry of a recording in the results of `score_recordings`; `starts` and `scores`
     are those of its windows.
@@ -165,7 +176,59 @@ def describe_recording(
         "n_anomalous": n_anomalous,
         "worst": windows[int(np.argmax(scores))],
         "windows": windows,
+        "difference": difference,
     }
+
+
+def find_differences(
+    model: Model,
+    clips: ClipSet,
+    outputs: Outputs,
+    machines: Sequence[Machine],
+    window_scores: np.ndarray,
+) -> list[dict[str, Any] | None]:
+    """Find how the window with the highest score of each recording differs from normal clips of its
+    machine, as `plain_difference` returns it; None where the checkpoint has no training clips.
+    """
+    bank = model.checkpoint.bank
+    if bank is None or outputs.levels is None:
+        return [None] * len(machines)
+    normal = {name: bank.of_machine(model.classes, name) for name in set(machines)}
+    differences: list[dict[str, Any] | None] = []
+    worst = find_worst(window_scores, clips.clip_recordings)
+    for clip, machine in zip(worst.tolist(), machines, strict=True):
+        spectrum, levels = outputs.spectrum[clip].double(), outputs.levels[clip].double()
+        difference = find_difference(spectrum.numpy(), levels.numpy(), normal[machine])
+        differences.append(plain_difference(difference, float(clips.clip_starts[clip])))
+    return differences
+
+
+def plain_difference(difference: Difference, clip_start: float) -> dict[str, Any]:
+    """Return a difference in plain values. `clip_start` is that of the clip in its recording.
+
+    `text` describes it; `similar` is the most similar normal clip (`file` and `start` in seconds);
+    `level` has `decibels` and `is_unusual`, `band` also `low` and `high` in Hz, `start` and `end`
+    in seconds of the recording. Both are None where too few normal clips are known.
+    """
+    level, band = difference.level, difference.band
+    plain: dict[str, Any] = {
+        "text": describe_difference(difference, clip_start),
+        "similar": {"file": difference.file, "start": difference.start},
+        "level": None,
+        "band": None,
+    }
+    if level is not None and band is not None:
+        low, high = band.hertz
+        plain["level"] = {"decibels": level.decibels, "is_unusual": level.is_unusual}
+        plain["band"] = {
+            "decibels": band.decibels,
+            "is_unusual": band.is_unusual,
+            "low": low,
+            "high": high,
+            "start": clip_start + band.start,
+            "end": clip_start + band.end,
+        }
+    return plain
 
 
 def name_decision(score: float, threshold: float | None) -> str | None:
@@ -194,7 +257,7 @@ def name_figures(results: Sequence[dict[str, Any]], folder: Path) -> None:
 
 def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> None:
     """Print a line for each recording: file, machine, score, threshold, decision; or file and
-    error.
+    error. A second line has the difference.
 
     Of several windows the line has the alarms and the worst window, and with a timeline each window
     has a line: start, score, decision.
@@ -213,6 +276,8 @@ def print_scores(results: Sequence[Mapping[str, Any]], has_timeline: bool) -> No
             alarms = [Alarm(**alarm) for alarm in row["alarms"] or ()]
             cells.append(describe_windows(starts, scores, row["threshold"], alarms))
         print("\t".join(cells))
+        if row["difference"]:
+            print(f"\t{one_line(row['difference']['text'])}")
         for window in row["windows"] if has_timeline else ():
             cells = [
                 format_time(window["start"]),

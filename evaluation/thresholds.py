@@ -35,7 +35,8 @@ def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFram
     later = read_calibration(model, scorer.name, model.windows(config, "test").channel)
     machines, replaced = (pd.MultiIndex.from_frame(x[MACHINE_COLUMNS]) for x in (held_out, later))
     held_out = held_out[~machines.isin(replaced)]
-    parts = [held_out.assign(origin="held-out"), later.assign(origin="later")]
+    origin = "held-out" if model.network else "normal"
+    parts = [held_out.assign(origin=origin), later.assign(origin="later")]
     normal = pd.concat([part for part in parts if len(part)] or parts[:1])
     return fit_thresholds(model.classes.machines, normal, config.threshold, config.false_alarms)
 
@@ -50,7 +51,7 @@ def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
     if held_out is None:
         return nothing
     machines = [model.classes.entries[label].machine for label in held_out.labels]
-    if scorer.kind == "published":
+    if scorer.kind == "published" or model.network is None:
         scores = held_out.scores
     elif held_out.embedding is None or held_out.spectrum is None:
         return nothing
@@ -233,11 +234,13 @@ def explain_thresholds(thresholds: pd.DataFrame, config: Config, path: Path) -> 
         )
     if is_missing.any():
         needed = least if config.threshold == "conformal" else 2
+        remedy = "hold out more, ask for another rate, or use score.py --calibrate"
+        if path.is_dir():  # of normal recordings, without a network
+            remedy = f"add recordings to {path}, or ask for another rate"
         notice(
             f"no threshold, which takes {needed} normal recordings of the machine (threshold: "
             f"{config.threshold}, false_alarms: {config.false_alarms:g}): "
-            f"{name_counts(thresholds[is_missing])}; hold out more, ask for another rate, or use "
-            "score.py --calibrate"
+            f"{name_counts(thresholds[is_missing])}; {remedy}"
         )
 
 

@@ -1,7 +1,7 @@
 """The network: it computes embeddings and class similarities from batches of samples."""
 
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
-from model.tastgram import FrontEnd, LogMel, spectrum_of
+from model.tastgram import FrontEnd, LogMel, levels_of, spectrum_of
 from model.tastgram_mfn import CHANNELS, HEAD_WEIGHTS, PUBLISHED_CHANNELS, TASTgramMFN
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "MobileFaceNet",
     "TASTgramMFN",
     "fold_batch_norm",
+    "levels_of",
     "spectrum_of",
 ]

@@ -5,18 +5,21 @@ Choi & Choi, "Noisy-ArcMix: Additive Noisy Angular Margin Loss Combined With Mix
 Sound Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F frames.
 """
 
+import functools
 from collections.abc import Collection
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from audio import N_SAMPLES, SAMPLE_RATE
+from audio import N_SAMPLES, SAMPLE_RATE, SECONDS
 
 N_FFT = 2048  # samples; also the length of the window
 HOP_LENGTH = 512  # samples
 N_MELS = 128
+N_BANDS = 16  # of equally many mel bins, in which sounds are compared
 N_FRAMES = N_SAMPLES // HOP_LENGTH + 1  # 313
 POWER_FLOOR = 2.220446049250313e-16  # added to the mel power before the logarithm, as published
 
@@ -81,6 +84,34 @@ def spectrum_of(log_mel: Tensor) -> Tensor:
     """
     bins = log_mel.squeeze(1)
     return torch.cat([bins.mean(dim=2), bins.std(dim=2, correction=0)], dim=1)
+
+
+def levels_of(log_mel: Tensor) -> Tensor:
+    """Mean level of each of N_BANDS bands of mel bins in each second, in dB: log-mel `(B, 1, M, F)`
+    -> `(B, N_BANDS, SECONDS)`.
+    """
+    bands = log_mel.squeeze(1).unflatten(1, (N_BANDS, -1)).mean(dim=2)
+    second = torch.arange(N_FRAMES, device=log_mel.device) * HOP_LENGTH // SAMPLE_RATE
+    is_in = F.one_hot(second.clamp(max=SECONDS - 1), SECONDS).to(bands.dtype)  # (F, SECONDS)
+    return bands @ (is_in / is_in.sum(dim=0))
+
+
+@functools.cache
+def mel_frequencies() -> np.ndarray:
+    """Return the centre of each mel bin in Hz `(M,)`, to 1 Hz."""
+    nyquist = SAMPLE_RATE // 2
+    filters = torchaudio.functional.melscale_fbanks(
+        nyquist + 1, 0, nyquist, N_MELS, SAMPLE_RATE, mel_scale="slaney"
+    )
+    return filters.argmax(dim=0).numpy().astype(float)
+
+
+def band_edges() -> np.ndarray:
+    """Return the limits of the N_BANDS bands of mel bins in Hz `(N_BANDS + 1,)`."""
+    centres = mel_frequencies()
+    width = N_MELS // N_BANDS
+    inner = (centres[width - 1 : -1 : width] + centres[width::width]) / 2
+    return np.array([0, *inner, SAMPLE_RATE / 2])
 
 
 class TgramNet(nn.Module):

@@ -284,7 +284,7 @@ def test_clearing_removes_the_run_and_nothing_else(tmp_path):
     results = files.results("test")
     names = ("metrics.csv", "report.html", "decision_result_fan_id_00.csv", "figures/roc.png")
     written = [files.best, files.last, files.history, files.tensorboard / "events.out.tfevents.1"]
-    written.append(files.timelines / "a.wav.png")
+    written.append(files.pictures / "a.wav.png")
     for folder in (results, files.results("evaluation")):
         written += [folder / name for name in names]
     others = [files.folder / "mine.txt", results / "mine.txt", tmp_path / "run.other.pth"]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -342,15 +343,14 @@ def test_a_bare_state_dict_has_all_training_clips_in_its_bank(trained_copy, data
     assert status == 0
     model = load_model(trained_copy / "bare.pth", config)
     model = with_bank(model, config, ["nearest"], torch.device("cpu"))
-    assert len(model.checkpoint.bank.labels) == 12
+    assert len(model.checkpoint.bank.clips.labels) == 12
     assert "bare.pth: no scores of held-out recordings, so there are no decisions" in errors
 
 
 def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, fails):
     bank = Checkpoint.load(trained_copy / "run.pth").bank
-    is_other = bank.labels != 1
-    bank = StoredClips(*(values[is_other] for values in bank))
-    change_checkpoint(trained_copy / "run.pth", bank=bank)
+    clips = StoredClips(*(values[bank.clips.labels != 1] for values in bank.clips))
+    change_checkpoint(trained_copy / "run.pth", bank=replace(bank, clips=clips))
     words = ("--data_root", data_root, "--device", "cpu", "--scoring", "nearest")
     message = "run.pth: the checkpoint has no training clips of fan 02, which nearest needs"
     fails(eval_script.main, trained_copy / "run.pth", *words, match=message)

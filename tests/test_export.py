@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import reference
 import torch
-from conftest import clips_in_memory, make_lively, tone, write_clip
+from conftest import clips_in_memory, make_bank, make_lively, tone, write_clip
 from mutations import broken, without_length
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,7 +31,7 @@ from errors import UserError
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
 from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
-from evaluation.scores import KINDS, Outputs, StoredClips
+from evaluation.scores import KINDS, Outputs
 from inference import Model, build_network, load_model, run_model
 from model import CHANNELS, EMBEDDING_SIZE
 from model.tastgram import N_MELS
@@ -70,7 +70,7 @@ def reference_model(config: Config, classes: Classes = PUBLISHED) -> Model:
     count = len(labels)
     spectra = torch.randn(count, 2 * N_MELS) - 20
     outputs = Outputs(torch.zeros(count, 1), torch.randn(count, EMBEDDING_SIZE), spectra)
-    bank = StoredClips.from_outputs(outputs, labels)
+    bank = make_bank(outputs, labels)
     checkpoint = Checkpoint(Path("run.pth"), network.state_dict(), bank=bank)
     return Model(network.eval(), config, classes, checkpoint)
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +13,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import clips_of, make_lively, tone, write_clip
+from conftest import clips_of, make_lively
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from audio import Windows, check_recording
 from checkpoint import RunFiles, read_history
 from config import load_config
 from errors import UserError
 from evaluation.figures import (
     FONT,
-    MAX_COLUMNS,
     draw_all,
     draw_angles,
     draw_scores,
-    draw_timeline,
     escape,
     figure,
     find_font,
@@ -204,77 +200,6 @@ def test_a_panel_has_the_runs_of_a_configuration(result, tmp_path, monkeypatch):
     left, right = (axis.get_position() for axis in (one, other))
     assert left.x1 < right.x0
     assert left.y0 == pytest.approx(right.y0)
-
-
-# ---- A recording ----
-
-N_SECONDS = 133
-
-
-@pytest.fixture
-def timeline_row(tmp_path) -> Mapping:
-    """A recording that is loud from second 20 to 30, as `score_recordings` describes it."""
-    path = tmp_path / "a.wav"
-    write_clip(path, np.concatenate([tone(0, 20.0), 10 * tone(0, 10.0), tone(0, 103.0)]))
-    windows = []
-    for start in check_recording(path, Windows(hop=5)).starts:
-        windows.append({"start": start, "score": 3.0, "decision": "normal"})
-    windows[4] |= {"score": 4.0, "decision": "anomalous"}
-    return {
-        "file": str(path),
-        "machine_type": "fan",
-        "machine_id": "b",
-        "score": 3.1,
-        "threshold": 3.5,
-        "decision": "normal",
-        "windows": windows,
-        "alarms": [{"start": 20.0, "end": 40.0, "score": 4.0}],
-    }
-
-
-def test_a_timeline_has_the_score_of_each_window(timeline_row, tmp_path, monkeypatch):
-    written = collect_figures(monkeypatch)
-    draw_timeline(timeline_row, "published", 0, tmp_path / "a.png")
-    axis, _ = written[0].axes
-    windows = timeline_row["windows"]
-    line, normal, anomalous, threshold = axis.lines
-    middles = [(window["start"] + 5) / 60 for window in windows]
-    assert list(line.get_xdata()) == pytest.approx(middles)
-    assert list(line.get_ydata()) == [window["score"] for window in windows]
-    assert len(normal.get_xdata()) == len(windows) - 1
-    assert anomalous.get_ydata() == [4.0]
-    assert set(threshold.get_ydata()) == {3.5}
-    (span,) = axis.patches
-    ends = span.get_x(), span.get_x() + span.get_width()
-    assert ends == pytest.approx((20 / 60, 40 / 60))
-    labels = [text.get_text() for text in written[0].legends[0].get_texts()]
-    assert labels == ["alarm", "normal", "anomalous", "threshold"]
-
-
-def test_a_timeline_has_the_log_mel_of_the_whole_recording(timeline_row, tmp_path, monkeypatch):
-    written = collect_figures(monkeypatch)
-    draw_timeline(timeline_row, "published", 0, tmp_path / "a.png")
-    _, axis = written[0].axes
-    log_mel = axis.images[0].get_array()
-    assert log_mel.shape == (128, MAX_COLUMNS)
-    level = log_mel.mean(axis=0)
-    seconds = np.arange(len(level)) / len(level) * N_SECONDS
-    is_loud = (seconds > 20.1) & (seconds < 29.8)
-    is_soft = (seconds < 19.8) | (seconds > 30.2)
-    assert level[is_loud].min() > level[is_soft].max() + 5, "dB"
-    assert written[0].get_suptitle() == "a.wav: fan b, score 3.1, normal"
-    assert axis.get_xlabel() == "time (min)"
-
-
-def test_a_timeline_without_a_threshold_has_no_decisions(timeline_row, tmp_path, monkeypatch):
-    written = collect_figures(monkeypatch)
-    windows = [window | {"decision": None} for window in timeline_row["windows"]]
-    row = timeline_row | {"threshold": None, "decision": None, "windows": windows, "alarms": None}
-    draw_timeline(row, "angle", 0, tmp_path / "a.png")
-    axis, _ = written[0].axes
-    assert [len(line.get_xdata()) for line in axis.lines] == [len(windows)] * 2
-    assert [text.get_text() for text in written[0].legends[0].get_texts()] == []
-    assert written[0].get_suptitle() == "a.wav: fan b, score 3.1"
 
 
 # ---- Text ----

@@ -15,7 +15,7 @@ from test_eval import evaluate
 import eval as eval_script
 import score as score_script
 import train as train_script
-from audio import read_recording
+from audio import N_SAMPLES, read_recording
 from checkpoint import Checkpoint, HeldOut
 from errors import UserError
 
@@ -54,7 +54,7 @@ def test_the_best_fitting_id_is_named(lively, data_root, call):
         scores[machine_id] = json.loads(output)[0]["score"]
     status, output, _ = score(call, lively, clip, "--machine_type", "fan")
     assert status == 0
-    file, machine, value, threshold, decision = output.rstrip("\n").split("\t")
+    file, machine, value, threshold, decision = output.splitlines()[0].split("\t")
     best = min(scores, key=scores.get)
     assert (file, machine) == (str(clip), f"fan {best:02d}")
     assert float(value) == pytest.approx(scores[best], rel=1e-4)
@@ -86,6 +86,22 @@ def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_pa
     lines = output.splitlines()
     assert lines[0].split("\t")[:2] == [str(good), "fan 02"]
     assert lines[1] == f"{tmp_path / 'empty'}\terror: no WAV or FLAC files in this folder"
+
+
+def test_the_most_similar_normal_recording_is_named(trained, data_root, tmp_path, call):
+    name = "fan/train/normal_id_00_00000001.wav"
+    samples = np.empty(N_SAMPLES, dtype=np.int16)
+    read_recording(data_root / name, samples, 0.0, 0)
+    clip = write_clip(tmp_path / "new.wav", samples)
+    status, output, _ = score(call, trained, clip, *FAN, "--json")
+    assert status == 0
+    (row,) = json.loads(output)
+    text = f"most similar normal recording: {name}"
+    assert row["difference"]["text"] == text
+    assert row["difference"]["similar"] == {"file": name, "start": 0.0}
+    assert row["difference"]["band"] is None, "four clips are too few"
+    _, output, _ = score(call, trained, clip, *FAN)
+    assert output.splitlines()[1] == f"\t{text}"
 
 
 # ---- Recordings of any length ----
@@ -137,18 +153,18 @@ def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, 
     assert json.loads(output)[0]["score"] == pytest.approx(expected[0], rel=1e-4), "asked for"
 
 
-def test_pictures_of_timelines(lively, long_recording, data_root, call):
+def test_pictures_of_recordings(lively, long_recording, data_root, call):
     clip = data_root / "fan" / "test" / "normal_id_00_00000000.wav"
     other = long_recording.with_name("other") / clip.name
     write_clip(other, tone(5))
     status, output, _ = score(call, lively, long_recording, clip, other, *FAN, "--plots", "--json")
     assert status == 0
-    folder = lively / "run" / "timelines"
+    folder = lively / "run" / "pictures"
     files = [folder / f"{name}.png" for name in ("long.wav", clip.name, f"{clip.name} (2)")]
     assert [row["picture"] for row in json.loads(output)] == list(map(str, files))
     assert sorted(folder.iterdir()) == sorted(files)
     _, output, _ = score(call, lively, clip, *FAN, "--plots")
-    assert output.splitlines()[1:] == [f"1 timelines: {folder}"]
+    assert output.splitlines()[1:] == [f"pictures: {folder}"]
 
 
 def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, call):
@@ -163,7 +179,7 @@ def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, cal
     assert status == 0
     for row in json.loads(output):
         assert (row["decision"], row["n_windows"], row["n_anomalous"]) == (None, 2, None)
-    assert len(list((lively / "run" / "timelines").iterdir())) == 2
+    assert len(list((lively / "run" / "pictures").iterdir())) == 2
 
 
 def test_what_is_changed_in_single_recordings_is_said(lively, tmp_path, call):
@@ -310,7 +326,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_end_the_others(lively, tmp_path,
     assert status == 2
     assert output.count("fan 00") == 2
     assert f"1 of 2 recordings could not be drawn: {paths[0]}: unreadable" in errors
-    drawn = [path.name for path in (lively / "run" / "timelines").iterdir()]
+    drawn = [path.name for path in (lively / "run" / "pictures").iterdir()]
     assert drawn == ["b.wav.png"]
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, change_checkpoint, clips_of, make_lively
+from conftest import CLASSES, change_checkpoint, clips_of, make_bank, make_lively
 
 from checkpoint import Checkpoint, HeldOut
 from classes import Classes, MachineClass
 from config import load_config, make_config
 from dataloader import ClipSet
 from evaluation.result import Result, evaluate
-from evaluation.scores import Outputs, StoredClips, find_worst, over_windows
+from evaluation.scores import Outputs, find_worst, over_windows
 from evaluation.thresholds import score_held_out
 from inference import Model, build_network, load_model, run_model, with_bank
 from model import EMBEDDING_SIZE, spectrum_of
@@ -80,7 +80,7 @@ def planar_model(
     head.weight.data = centres
     labels = torch.tensor([0, 0, 0, 0, 1])
     outputs = Outputs(torch.zeros(5, 3), in_plane(0, 20, -20, 90, 50), BANK_SPECTRA)
-    bank = StoredClips.from_outputs(outputs, labels)
+    bank = make_bank(outputs, labels)
     checkpoint = Checkpoint(Path("run.pth"), network.state_dict(), bank=bank)
     return Model(network, config, classes, checkpoint)
 
@@ -306,7 +306,8 @@ def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
     train_clips, valid_clips = clips_of(data_root).split(0.95, 2023)
     assert (len(train_clips), len(valid_clips)) == (9, 3)
     checkpoint = model.checkpoint
-    for clips, kept in ((train_clips, checkpoint.bank), (valid_clips, checkpoint.held_out)):
+    assert checkpoint.bank.files[0] == "fan/train/normal_id_00_00000000.wav"
+    for clips, kept in ((train_clips, checkpoint.bank.clips), (valid_clips, checkpoint.held_out)):
         outputs = run_model(model, clips, config, CPU)
         assert torch.equal(kept.labels, clips.labels)
         assert kept.embedding.dtype == kept.spectrum.dtype == torch.float16

@@ -41,7 +41,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_what_a_run_leaves(trained):
     best, last = (Checkpoint.load(trained / name) for name in ("run.pth", "run.last.pth"))
     assert last.bank is None
-    assert len(best.bank.labels) == best.n_training == 9  # of 12
+    assert len(best.bank.clips.labels) == best.n_training == 9  # of 12
     assert len(best.held_out.labels) == len(best.held_out.embedding) == 3
     assert best.classes == last.classes == CLASSES
     assert list(best.weights) == list(build_network(load_config(), CLASSES).state_dict())
@@ -82,8 +82,9 @@ def test_embeddings_that_a_run_was_stopped_before_are_made_when_it_is_resumed(
     assert status == 0
     assert f"added the embeddings of the clips to {trained_copy / 'run.pth'}" in output
     again = Checkpoint.load(trained_copy / "run.pth")
-    for one, other in zip(again.bank, whole.bank, strict=True):
+    for one, other in zip(again.bank.clips, whole.bank.clips, strict=True):
         assert torch.equal(one, other)
+    assert again.bank.files == whole.bank.files
     assert torch.equal(again.held_out.embedding, whole.held_out.embedding)
     assert (trained_copy / "run.last.pth").read_bytes() == last
 
