@@ -4,6 +4,7 @@
 #   make test-slow    run all tests
 #   make gpu          eight minutes on a GPU: its speed, its tests, what bounds it, what to set
 #   make paper        the published table: download, train four modes with three seeds, evaluate, compare
+# make demo TORCH=cpu sets up .venv with PyTorch without CUDA, from PyTorch's own index
 # Variables of make paper: SEEDS="2023 1 2", INPUTS=all, DATA=folder, EPOCH=300, OPTIONS="--batch_size 128"
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,7 +59,11 @@ lint: .venv/installed
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
-	@echo 'installing into .venv (5.6 GB), which takes some minutes'
+	@echo 'installing into .venv ($(if $(TORCH),PyTorch for $(TORCH),5.6 GB)), which takes some minutes'
 	$(PYTHON) -m venv .venv
+ifdef TORCH
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch' requirements.txt) \
+		--index-url https://download.pytorch.org/whl/$(TORCH)
+endif
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@

@@ -98,7 +98,8 @@ class Trainer:
             )
             print(f"{counts}, on {self.device}", flush=True)
         log = self.open_log()
-        for epoch in range(len(self.history), self.config.epoch):
+        first = len(self.history)
+        for epoch in range(first, self.config.epoch):
             begin = time.monotonic()
             self.set_learning_rate(epoch)
             self.parallel_loss.train()
@@ -119,6 +120,8 @@ class Trainer:
             self.history.append(EpochResult(epoch + 1, lr, *results, seconds))
             self.save(scores, is_best)
             self.report(is_best, log)
+            if epoch == first:
+                self.report_duration()
             # torchrun ends the job when a process fails: wait until the files are written.
             barrier()
 
@@ -327,6 +330,13 @@ class Trainer:
                     log.add_scalar(name, value, result.epoch)
             log.flush()
 
+    def report_duration(self) -> None:
+        """Print how long the remaining epochs take if they are as fast as the last one."""
+        n_left = self.config.epoch - len(self.history)
+        if n_left and is_main():
+            duration = format_duration(n_left * self.history[-1].seconds)
+            print(f"about {duration} left at this speed", flush=True)
+
     @contextlib.contextmanager
     def announce_stop(self) -> Iterator[None]:
         """Print a notice of what can be resumed when Ctrl-C or SIGTERM stops the training."""
@@ -346,6 +356,15 @@ class Trainer:
         reserved = OTHER_MEMORY + ACTIVATIONS * width * share  # bytes, estimated
         clips = (self.train_clips, self.valid_clips)
         keep_on_gpu(clips, self.config.data_device, self.device, reserved)
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration in round numbers, as in "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 class Validation(NamedTuple):

@@ -10,6 +10,7 @@ import functools
 import getpass
 import glob
 import io
+import itertools
 import os
 import platform
 import re
@@ -35,12 +36,25 @@ from errors import UserError, explain, give_reason
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser without abbreviated options that raises `UserError` for a mistake."""
+    """An argument parser without abbreviated options that raises `UserError` for a mistake, as for
+    an option that is given twice.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        given = set()
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            option = word.split("=")[0]
+            if option in given:
+                raise UserError(f"command line: {option} is given twice; leave one out")
+            if option in self._option_string_actions:
+                given.add(option)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

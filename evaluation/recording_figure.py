@@ -59,7 +59,9 @@ def draw_recording(
     heights = [HEIGHTS[name] for name in names]
     with figure(path, PAGE, sum(heights) + 0.5) as drawn:
         layout = [[name, f"beside {name}"] for name in names]
-        axes = drawn.subplot_mosaic(layout, height_ratios=heights, width_ratios=[5, 1])
+        axes: dict[str, Axes] = drawn.subplot_mosaic(
+            layout, height_ratios=heights, width_ratios=[5, 1]
+        )
         for name in ("scores", "whole", "time"):
             if name in names:
                 axes[f"beside {name}"].set_axis_off()

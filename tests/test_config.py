@@ -148,6 +148,7 @@ def test_save_path_holds_mode_and_seed():
         ),
         (["--batchsize", "3"], r"unknown option --batchsize; did you mean --batch_size\?"),
         (["--epo", "3"], r"unknown option --epo; did you mean --epoch\?"),  # never abbreviated
+        (["--lr", "1", "--seed=2", "--lr=3"], r"command line: --lr is given twice; leave one out"),
         (["--lr", "fast"], r"lr: 'fast' is not a number above 0"),
         (["--lr", "-1"], r"lr: -1 is not a number above 0"),
         (["--lr", "nan"], r"lr: 'nan' is not a number above 0"),

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from audio import N_SAMPLES
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, EpochResult
 from classes import Classes, MachineClass
 from config import load_config
 from dataloader import ClipSet, keep_on_gpu
@@ -25,7 +25,7 @@ from evaluation.scores import Outputs
 from inference import run_network
 from losses import MODES, Mix
 from sampling import Batch, draw_mix
-from trainer import Averages, Trainer
+from trainer import Averages, Trainer, format_duration
 
 VALUES = reference.VALUES
 CPU = torch.device("cpu")
@@ -65,6 +65,17 @@ def mixes(mode: str) -> list[Mix | None]:
     for lam, partner in reference.mixing():
         steps.append(Mix(torch.tensor(lam, dtype=torch.float32), partner))
     return steps
+
+
+def test_the_remaining_time_is_that_of_the_last_epoch(capsys):
+    trainer = reference_trainer("arcface", epoch=4)
+    trainer.history = [EpochResult(1, 1e-4, 1.0, 0.5, 1.0, 0.5, seconds=90.0)]
+    trainer.report_duration()
+    assert capsys.readouterr().out == "about 4 min left at this speed\n"
+    trainer.history *= 4
+    trainer.report_duration()
+    assert capsys.readouterr().out == "", "after the last one"
+    assert [format_duration(x) for x in (41.2, 610, 12_600)] == ["41 s", "10 min", "3.5 h"]
 
 
 # ---- The step ----
