@@ -286,8 +286,8 @@ def find_deviations(
 
 def describe_difference(difference: Difference, clip_start: float) -> str:
     """Describe a difference, as in "2.5 to 4.4 kHz 9 dB above normal, from 0:00:03 to 0:00:06;
-    level as usual; most similar normal recording: normal_id_00_0001.wav". `clip_start` is that of
-    the clip in its recording, in seconds.
+    level as usual (+0 dB); most similar normal recording: normal_id_00_0001.wav". `clip_start` is
+    that of the clip in its recording, in seconds.
     """
     similar = f"most similar normal recording: {difference.file}"
     if difference.start:
@@ -314,7 +314,7 @@ def describe_band(band: Deviation, clip_start: float) -> str:
 def describe_level(level: Deviation) -> str:
     """Describe the difference in level."""
     if not level.is_unusual:
-        return "level as usual"
+        return f"level as usual ({round(level.decibels):+d} dB)"
     side = "louder" if level.decibels > 0 else "quieter"
     size = f"the whole {abs(level.decibels):.0f} dB {side} than normal"
     return f"{size} (has microphone, gain or place changed?)"

@@ -152,7 +152,12 @@ LEVEL = Deviation(0.4, 0.5, 3.0, 0, N_BANDS, 0, SECONDS)
 @pytest.mark.parametrize(
     ("band", "level", "start", "text"),
     [
-        (BAND, LEVEL, 0.0, "2.5 to 4.4 kHz 9 dB below normal, from 3 to 6 s; level as usual"),
+        (
+            BAND,
+            LEVEL,
+            0.0,
+            "2.5 to 4.4 kHz 9 dB below normal, from 3 to 6 s; level as usual (+0 dB)",
+        ),
         (
             BAND._replace(start=0, end=SECONDS, decibels=9.4),
             LEVEL._replace(decibels=3.1, size=4.0),
