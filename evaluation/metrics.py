@@ -164,12 +164,11 @@ class Row:
 
     `values` holds `(1 + draws,)` numbers for each metric: first the value of the recordings
     themselves, then of the resampled ones; all NaN without normal or without anomalous recordings.
-    `counts` holds the numbers of recordings, by COUNTS. A row that combines others has their mean
-    or, where its values are minima, their minimum; NaN where it combines none.
+    `counts` holds the numbers of recordings, by COUNTS. A row that combines others has their sums.
     """
 
     values: dict[str, np.ndarray]
-    counts: dict[str, float]
+    counts: dict[str, int]
 
 
 Rows = dict[tuple[str, str], Row]  # by machine type and machine ID or summary
@@ -246,11 +245,7 @@ def make_table(rows: Rows) -> pd.DataFrame:
         for name, values in row.values.items():
             cells[f"{name}_low"], cells[f"{name}_high"] = interval(values[1:])
         table_rows.append(cells)
-    table = pd.DataFrame(table_rows).set_index(MACHINE_COLUMNS)
-    for name in COUNTS:  # as integers, except for means
-        counts = [int(count) if count.is_integer() else count for count in table[name]]
-        table[name] = pd.Series(counts, table.index, dtype=object)
-    return table
+    return pd.DataFrame(table_rows).set_index(MACHINE_COLUMNS)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -366,17 +361,17 @@ def combine(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> Row:
 
     Rows without normal or without anomalous recordings are left out, and so are missing values.
     """
-    return Row(combine_values(rows, function), combine_counts(rows, function))
+    return Row(combine_values(rows, function), combine_counts(rows))
 
 
 def combine_harmonically(rows: Sequence[Row], rule: Rule) -> Row:
-    """Combine rows by the harmonic mean, and their counts by the mean.
+    """Combine rows by the harmonic mean.
 
     The official score is the harmonic mean of its terms in all rows.
     """
     values = combine_values(rows, harmonic_mean)
     values[OFFICIAL] = official_score([row.values for row in rows], rule)
-    return Row(values, combine_counts(rows, np.mean))
+    return Row(values, combine_counts(rows))
 
 
 def combine_values(
@@ -388,11 +383,10 @@ def combine_values(
     }
 
 
-def combine_counts(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, float]:
-    counts = np.array([list(row.counts.values()) for row in rows])
-    counts = counts[(counts > 0).all(axis=1)]  # of rows with both conditions: others have no values
-    combined = function(counts, axis=0).tolist() if len(counts) else [np.nan] * len(COUNTS)
-    return dict(zip(COUNTS, combined, strict=True))
+def combine_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Add up the counts of rows with both conditions; others have no values."""
+    counted = [row.counts for row in rows if all(row.counts.values())]
+    return {name: sum(counts[name] for counts in counted) for name in COUNTS}
 
 
 def official_score(rows: Sequence[Mapping[str, np.ndarray]], rule: Rule) -> np.ndarray:

@@ -63,7 +63,7 @@ def metric_table(metrics: Metrics) -> pd.DataFrame:
     for name in metrics.rule.names:
         text[name] = [with_interval(row, name) for _, row in metrics.table.iterrows()]
     for name in COUNTS:
-        text[name] = ["-" if pd.isna(count) else f"{count:g}" for count in metrics.table[name]]
+        text[name] = metrics.table[name].to_numpy()
     return text
 
 
