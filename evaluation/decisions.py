@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from config import Config
-from evaluation.metrics import COVERAGE
+from evaluation.metrics import TAIL
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, known_recordings
 
@@ -54,9 +54,8 @@ def binomial_interval(count: int, n: int) -> tuple[float, float]:
     """
     import scipy.stats  # takes half a second
 
-    tail = (1 - COVERAGE) / 2
-    low = scipy.stats.beta.ppf(tail, count, n - count + 1) if count else 0.0
-    high = scipy.stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
+    low = scipy.stats.beta.ppf(TAIL, count, n - count + 1) if count else 0.0
+    high = scipy.stats.beta.ppf(1 - TAIL, count + 1, n - count) if count < n else 1.0
     return float(low), float(high)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from evaluation.decisions import RATES, describe_decisions, format_rate
-from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, Metrics, Rule
+from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, TAIL, Metrics, Rule
 from evaluation.result import Result
 from model import PUBLISHED_CHANNELS
 from names import AVERAGE, HMEAN, MEAN, MIN, POOLED, SOURCE, SUMMARY_ROWS, TARGET
@@ -344,7 +344,9 @@ def format_results(
     texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
     explanation = (
         f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test "
-        f"recordings within {strata}). Pooled: one AUC over all recordings of a machine type. "
+        f"recordings within {strata}). The resamples of a value of 100 are all 100; its lower "
+        f"bound is the value at which as many recordings give 100 in {TAIL:.1%} of cases at most. "
+        "Pooled: one AUC over all recordings of a machine type. "
         "mAUC: the lowest AUC of an ID."
     )
     heading = f"# {escape_markdown(title)}"

@@ -165,7 +165,9 @@ def test_the_score_files_give_the_mean_rows(result, tmp_path):
     for machine_type, values in expected.items():
         written = [float(cell) for cell in means[machine_type][2:4]]
         assert written == pytest.approx(values.tolist(), abs=1e-9)
-    assert markdown_table(ShownMetrics(result.metrics)) in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert markdown_table(ShownMetrics(result.metrics)) in text
+    assert "value at which as many recordings give 100 in 2.5% of cases at most" in text
 
 
 def test_the_average_without_a_network_is_the_last_row(result, tmp_path, capsys):
