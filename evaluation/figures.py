@@ -264,6 +264,8 @@ def draw_machine_scores(axis: Axes, recordings: pd.DataFrame, kind: Kind) -> Non
     axis.xaxis.set_major_locator(ticks)
     if is_logarithmic:
         axis.xaxis.set_major_formatter(format_power)
+    else:
+        axis.ticklabel_format(axis="x", useOffset=False)
 
 
 def format_power(exponent: float, _: float) -> str:
@@ -347,17 +349,22 @@ def project(embedding: np.ndarray) -> np.ndarray:
 
 
 def draw_history(history: pd.DataFrame, path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs."""
+    """Draw loss, accuracy and learning rate over the epochs: lines, or the points of one epoch."""
     epochs = history["epoch"]
+    style: dict[str, Any] = {"marker": "." if len(epochs) == 1 else ""}
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)
         for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-            axis.plot(epochs, history[f"train_{name}"], color=BLUE, label="training (mixed)")
-            axis.plot(epochs, history[f"valid_{name}"], "--", color=RED, label="validation")
-            axis.set(xlabel="epoch", ylabel=name)
+            training, validation = history[f"train_{name}"], history[f"valid_{name}"]
+            axis.plot(epochs, training, color=BLUE, label="training (mixed)", **style)
+            axis.plot(epochs, validation, "--", color=RED, label="validation", **style)
+            axis.set(ylabel=name)
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-        lr.plot(epochs, history["lr"], color=GREEN)
-        lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+        lr.plot(epochs, history["lr"], color=GREEN, **style)
+        lr.set(ylabel="learning rate", ylim=(0, None))
+        for axis in (loss, accuracy, lr):
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
 # ---- A recording ----

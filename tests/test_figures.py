@@ -29,6 +29,7 @@ from evaluation.figures import (
     MAX_COLUMNS,
     draw_all,
     draw_angles,
+    draw_history,
     draw_scores,
     draw_timeline,
     escape,
@@ -174,6 +175,15 @@ def test_each_machine_has_an_axis_for_its_scores(result, tmp_path, monkeypatch):
     assert other.lines[0].get_xdata()[0] == pytest.approx(np.log10(40))
 
 
+def test_scores_that_differ_little_have_ticks_in_full(result, tmp_path, monkeypatch):
+    recordings = result.recordings.assign(level=18.861 + np.arange(12) / 1e5, threshold=np.nan)
+    written = collect_figures(monkeypatch)
+    draw_scores(replace(result, recordings=recordings), tmp_path / "scores.png")
+    for axis in written[0].axes:
+        assert axis.xaxis.get_offset_text().get_text() == ""
+        assert axis.get_xticklabels()[1].get_text().startswith("18.86")
+
+
 @pytest.mark.parametrize(
     ("windows", "name"), [(Windows(), "anomaly score"), (Windows(hop=5), "alarm level")]
 )
@@ -222,6 +232,18 @@ def test_the_history_is_drawn(result, axes):
     for axis, names in zip(axes["history"], columns, strict=True):
         for line, name in zip(axis.lines, names, strict=True):
             assert list(line.get_ydata()) == list(history[name])
+
+
+def test_the_history_of_one_epoch_is_points(tmp_path, monkeypatch):
+    names = ["train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "lr"]
+    history = pd.DataFrame([{"epoch": 1} | dict.fromkeys(names, 0.5)])
+    written = collect_figures(monkeypatch)
+    draw_history(history, tmp_path / "history.png")
+    draw_history(pd.concat([history, history.assign(epoch=2)]), tmp_path / "history.png")
+    for drawn, marker in zip(written, (".", ""), strict=True):
+        for axis in drawn.axes:
+            assert {line.get_marker() for line in axis.lines} == {marker}
+            assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_a_damaged_history_is_named_and_a_missing_one_is_in_the_checkpoint(trained_copy):
