@@ -204,8 +204,9 @@ class Metrics:
         """The machine types in the table; the last is `average`."""
         return self.table.index.unique("machine_type").tolist()
 
-    def summary_row(self, machine_type: str, summary: str) -> pd.Series:
-        key: Any = machine_type, summary  # pandas' types take a tuple for a single cell
+    def row(self, machine_type: str, machine_id: str) -> pd.Series:
+        """Return the row of the table of a machine ID or summary."""
+        key: Any = machine_type, machine_id  # pandas' types take a tuple for a single cell
         return self.table.loc[key]
 
 

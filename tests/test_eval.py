@@ -70,8 +70,8 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
     pattern = r"fan 02   \| of 2 normal \d called anomalous, .*; asked: 50 %\), of 2 anomalous \d"
     assert re.search(pattern, output)
     table = (folder / "results.md").read_text()
-    assert "| normal | called anomalous | rate (asked: 50 %) | anomalous | detected |" in table
-    assert "| fan 02 | " in table
+    assert "| machine | false alarms (asked: 50 %) | detected | threshold | from |" in table
+    assert re.search(r"\| fan 02 \| \d of 2, .* % \(.*\) \| \d of 2, .* % \(", table)
     assert "\nwithout a network | " in output
     assert "\n| without a network | " in table
     baseline = json.loads((folder / "metrics.json").read_text())["without a network"]
