@@ -187,6 +187,27 @@ def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(
     assert "Hardest" not in (results / "report.html").read_text()
 
 
+def test_the_removal_of_figures_and_report_is_announced(trained_copy, data_root, call):
+    """Not if the call writes them again, and not the second time."""
+    folder = trained_copy / "run" / "test"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "roc.png").touch()
+    (folder / "report.html").touch()
+    _, _, errors = evaluate(call, trained_copy, data_root, "--plots")
+    notice = f"notice: {folder}: removed %s of the earlier evaluation; %s writes new ones\n"
+    assert notice % ("report.html", "--report") in errors
+    assert not (folder / "report.html").exists()
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert notice % ("figures", "--plots") in errors
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert "removed" not in errors
+    (folder / "figures").mkdir()
+    (folder / "figures" / "roc.png").touch()
+    (folder / "report.html").touch()
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert notice % ("figures and report.html", "--report") in errors
+
+
 # ---- Which configuration counts ----
 
 
