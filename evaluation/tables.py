@@ -296,7 +296,8 @@ def write_result(result: Result, folder: Path) -> None:
     write_per_machine(folder, "decision_result", decided, "decision")
     if len(decisions):
         write_csv(folder / "decisions.csv", decisions.reset_index())
-    print(f"{len(recordings)} scores{' and metrics' if result.metrics else ''}: {folder}")
+    scores = "1 score" if len(recordings) == 1 else f"{len(recordings)} scores"
+    print(f"{scores}{' and metrics' if result.metrics else ''}: {folder}")
 
 
 def show_metrics(

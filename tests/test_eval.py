@@ -707,6 +707,6 @@ def test_one_recording(trained_copy, tmp_path, call, condition, scoring):
     status, output, errors = evaluate(call, trained_copy, tmp_path / "data", *words)
     assert status == 0, errors
     assert "Warning" not in errors
-    assert f"{2 if condition == 'both' else 1} scores and metrics" in output
+    assert f"{'2 scores' if condition == 'both' else '1 score'} and metrics" in output
     decisions = read_csv(trained_copy / "run" / "test" / "anomaly_score_fan_id_02.csv")
     assert len(decisions) == (2 if condition == "both" else 1)
