@@ -55,7 +55,7 @@ from evaluation.scores import KINDS
 from evaluation.tables import write_result
 from evaluation.thresholds import explain_thresholds
 from inference import load_model
-from utils import OneLineParser, check_writable, lock, run_script, use_device
+from utils import OneLineParser, check_writable, lock, notice, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 
@@ -107,10 +107,26 @@ def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]
     # Of several evaluations at once, the files of the last one stay.
     explain_thresholds(chosen.thresholds, config, path)
     with lock(folder.with_name(f".{split}.lock"), waits=True):
+        announce_removal(folder, options)
         write_result(chosen, folder)
         if options.plots or options.report:
             draw(chosen, folder, options.report)
     return results
+
+
+def announce_removal(folder: Path, options: Namespace) -> None:
+    """Print a notice if figures or report of an earlier evaluation will be removed and not written
+    again.
+    """
+    removed = []
+    if any((folder / "figures").glob("*.png")) and not (options.plots or options.report):
+        removed.append("figures")
+    if (folder / "report.html").exists() and not options.report:
+        removed.append("report.html")
+    if removed:
+        option = "--report" if "report.html" in removed else "--plots"
+        names = " and ".join(removed)
+        notice(f"{folder}: removed {names} of the earlier evaluation; {option} writes new ones")
 
 
 def draw(result: Result, folder: Path, has_report: bool) -> None:

@@ -130,14 +130,15 @@ def compare(groups: Groups, folder: Path, figure: str = "") -> None:
     metrics = metrics_of(results[0])
     columns = columns_of(metrics.rule)
     machine_types = [name for name in metrics.machine_types if name != AVERAGE]
-    lines = section(
-        f"Average over {len(machine_types)} machine types",
-        comparison_table(groups, AVERAGE, columns),
-    )
+    lines, of_runs = [], "Runs"
+    if len(machine_types) > 1:
+        title = f"Average over {len(machine_types)} machine types"
+        lines += section(title, comparison_table(groups, AVERAGE, columns))
+        of_runs += ", average over machine types"
     for machine_type in machine_types:
         title = escape_markdown(machine_type)
         lines += section(title, comparison_table(groups, machine_type, columns))
-    lines += section("Runs, average over machine types", run_table(results, columns))
+    lines += section(of_runs, run_table(results, columns))
     text = "\n".join([*lines, EXPLANATION])
     if metrics.rule.text:
         text += f"\nDomains: {metrics.rule.text}.\n"

@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 
 from config import Config
-from evaluation.metrics import COVERAGE
+from evaluation.metrics import TAIL
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, known_recordings
 
 Row = Mapping[Hashable, Any]  # of the table of decisions
 RATES = {"false_alarm_rate": ("n_false_alarms", "n_normal"), "recall": ("n_detected", "n_anomaly")}
+COUNTED = [name for pair in RATES.values() for name in pair]
 
 
 def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.DataFrame:
@@ -37,7 +38,12 @@ def count_decisions(recordings: pd.DataFrame, thresholds: pd.DataFrame) -> pd.Da
     )
     with_threshold = thresholds[thresholds["threshold"].notna()]
     counts = counted.groupby(MACHINE_COLUMNS).sum().reindex(with_threshold.index, fill_value=0)
-    table = with_threshold[["threshold", "source"]].join(counts.astype(int))
+    return add_rates(with_threshold[["threshold", "source"]].join(counts.astype(int)))
+
+
+def add_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of counts with rates, their intervals, precision and F1 beside them."""
+    table = table.copy()
     n_called = table["n_false_alarms"] + table["n_detected"]
     for rate, (part, whole) in RATES.items():
         table[rate] = table[part] / table[whole]
@@ -54,9 +60,8 @@ def binomial_interval(count: int, n: int) -> tuple[float, float]:
     """
     import scipy.stats  # takes half a second
 
-    tail = (1 - COVERAGE) / 2
-    low = scipy.stats.beta.ppf(tail, count, n - count + 1) if count else 0.0
-    high = scipy.stats.beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
+    low = scipy.stats.beta.ppf(TAIL, count, n - count + 1) if count else 0.0
+    high = scipy.stats.beta.ppf(1 - TAIL, count + 1, n - count) if count < n else 1.0
     return float(low), float(high)
 
 
@@ -77,23 +82,21 @@ def describe_decisions(decisions: pd.DataFrame, asked: str) -> str:
     "of 16 normal 2 called anomalous, 12.5 % (1.6 to 38.3; asked: 10 %), of 24 anomalous 22, ...".
     """
     counted = decisions[decisions["n_normal"] + decisions["n_anomaly"] > 0]
-    names = map(" ".join, counted.index)
-    rows: dict[str, Row] = dict(zip(names, counted.to_dict("records"), strict=True))
-    if len(rows) > 1:
-        rows["all"] = sum_of(counted)
-    lines = {name: describe_row(row, asked) for name, row in rows.items()}
+    lines = {name: describe_row(row, asked) for name, row in named_rows(counted).items()}
     width = max(map(len, lines), default=0)
     return "\n".join(f"{name:{width}} | {text}" for name, text in lines.items())
 
 
-def sum_of(decisions: pd.DataFrame) -> Row:
-    """Return counts, rates and intervals over all machines."""
-    row: dict[Hashable, Any] = {}
-    for rate, (part, whole) in RATES.items():
-        row[part], row[whole] = int(decisions[part].sum()), int(decisions[whole].sum())
-        row[rate] = row[part] / row[whole] if row[whole] else math.nan
-        row[f"{rate}_low"], row[f"{rate}_high"] = binomial_interval(row[part], row[whole])
-    return row
+def named_rows(decisions: pd.DataFrame) -> dict[str, Row]:
+    """Return the row of each machine by its name and, if several have known recordings, the row
+    "all": the sums of the counts, with rates, precision and F1.
+    """
+    names = map(" ".join, decisions.index)
+    rows: dict[str, Row] = dict(zip(names, decisions.to_dict("records"), strict=True))
+    if (decisions["n_normal"] + decisions["n_anomaly"] > 0).sum() > 1:
+        sums = decisions[COUNTED].sum().to_frame("all").T
+        (rows["all"],) = add_rates(sums).to_dict("records")
+    return rows
 
 
 def describe_row(row: Row, asked: str) -> str:

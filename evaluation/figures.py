@@ -64,6 +64,9 @@ STYLE = {
 
 TITLE_LENGTH = 26  # characters in a line above a panel
 TICKS = (0.5, 1, 2, 4)  # kHz, of the frequencies of a log-mel
+N_BINS = 30  # of the scores of a machine
+MAX_INTERVALS = 3  # between the ticks of a small panel
+LEAST_SHOWN = 1e-12  # the position of a score of 0 on a logarithmic axis
 MAX_POINTS = 5000  # of the map of embeddings
 
 
@@ -156,10 +159,12 @@ def read_samples(path: Path, start: float, channel: int) -> Tensor:
 
 def draw_all(result: Result, folder: Path) -> list[Path]:
     """Draw the figures that an evaluation allows into a folder, and return their files."""
-    draws: dict[str, Callable[[Result, Path], None]] = {}
+    draws: dict[str, Callable[[Result, Path], None]] = {"scores": draw_scores}
     if result.metrics is not None:
-        draws |= {"angles": draw_result_angles, "roc": draw_roc}
-    draws |= {"scores": draw_scores, "tastgram": draw_tastgram}
+        draws["roc"] = draw_roc
+        if not KINDS[result.kind].uses_bank:  # a score without centres says nothing about angles
+            draws["angles"] = draw_result_angles
+    draws["tastgram"] = draw_tastgram
     if len(result.recordings) > 3:  # t-SNE needs a few
         draws["embedding"] = draw_embedding
     history = read_history(result.model.checkpoint)
@@ -227,37 +232,39 @@ def draw_roc(result: Result, path: Path) -> None:
 
 
 def draw_scores(result: Result, path: Path) -> None:
-    """Draw histograms of the scores of each machine, with its threshold."""
+    """Draw histograms of the scores of each machine on an axis for itself, with its threshold."""
     kind = KINDS[result.kind]
-    positions = axis_positions(result.recordings["level"], kind)
-    recordings = result.recordings.assign(position=positions)
-    machines = recordings.groupby(MACHINE_COLUMNS, sort=False)
-    bins = np.histogram_bin_edges(positions, 40)
-    if kind.is_logarithmic:
-        bins = np.linspace(np.floor(bins[0]), np.ceil(bins[-1]), 40)
+    machines = result.recordings.groupby(MACHINE_COLUMNS, sort=False)
     with panels(path, machines.ngroups, PAGE, 1.4) as (drawn, axes):
         handles: dict[str, Any] = {}  # by label
         for axis, (machine, of_machine) in zip(axes, machines, strict=True):
-            draw_histograms(axis, of_machine, "position", bins)
-            threshold = of_machine["threshold"].iloc[0]
-            if not np.isnan(threshold):
-                position = axis_positions(threshold, kind)
-                axis.axvline(position, color="black", linestyle=":", label="threshold")
+            draw_machine_scores(axis, of_machine, kind)
             axis.set_title(escape(f"{machine[0]} {machine[1]}"))
-            if kind.is_logarithmic:
-                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-                axis.xaxis.set_major_formatter(format_power)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles[label] = handle
-        name = "anomaly score" if result.windows.hop is None else "alarm level"
-        drawn.supxlabel(f"{name} ({kind.unit})", fontsize=8)
+        drawn.supxlabel(f"{result.level_name} ({kind.unit})", fontsize=8)
         drawn.supylabel("density", fontsize=8)
         drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
 
 
-def axis_positions(scores: Any, kind: Kind) -> Any:
-    """Return where scores of a kind lie on their axis: their log10, or the scores themselves."""
-    return np.log10(np.maximum(scores, 1e-12)) if kind.is_logarithmic else scores
+def draw_machine_scores(axis: Axes, recordings: pd.DataFrame, kind: Kind) -> None:
+    """Draw histograms of the scores of a machine, and its threshold if it has one. The axis is
+    logarithmic if the kind may be shown so and two powers of ten lie between the values.
+    """
+    threshold = recordings["threshold"].iloc[:1].dropna()
+    values = np.maximum([*recordings["level"], *threshold], LEAST_SHOWN)
+    is_logarithmic = kind.is_logarithmic and values.max() >= 100 * values.min()
+    positions = np.log10(values) if is_logarithmic else values
+    of_recordings = recordings.assign(position=positions[: len(recordings)])
+    draw_histograms(axis, of_recordings, "position", np.histogram_bin_edges(positions, N_BINS))
+    for position in positions[len(recordings) :]:
+        axis.axvline(position, color="black", linestyle=":", label="threshold")
+    ticks = MaxNLocator(MAX_INTERVALS, steps=[1, 2, 2.5, 5, 10], integer=is_logarithmic)
+    axis.xaxis.set_major_locator(ticks)
+    if is_logarithmic:
+        axis.xaxis.set_major_formatter(format_power)
+    else:
+        axis.ticklabel_format(axis="x", useOffset=False)
 
 
 def format_power(exponent: float, _: float) -> str:
@@ -358,14 +365,19 @@ def project(embedding: np.ndarray) -> np.ndarray:
 
 
 def draw_history(history: pd.DataFrame, path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs."""
+    """Draw loss, accuracy and learning rate over the epochs: lines, or the points of one epoch."""
     epochs = history["epoch"]
+    style: dict[str, Any] = {"marker": "." if len(epochs) == 1 else ""}
     with figure(path, PAGE, 2.2) as drawn:
         loss, accuracy, lr = drawn.subplots(1, 3)
         for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
-            axis.plot(epochs, history[f"train_{name}"], color=BLUE, label="training (mixed)")
-            axis.plot(epochs, history[f"valid_{name}"], "--", color=RED, label="validation")
-            axis.set(xlabel="epoch", ylabel=name)
+            training, validation = history[f"train_{name}"], history[f"valid_{name}"]
+            axis.plot(epochs, training, color=BLUE, label="training (mixed)", **style)
+            axis.plot(epochs, validation, "--", color=RED, label="validation", **style)
+            axis.set(ylabel=name)
         drawn.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-        lr.plot(epochs, history["lr"], color=GREEN)
-        lr.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+        lr.plot(epochs, history["lr"], color=GREEN, **style)
+        lr.set(ylabel="learning rate", ylim=(0, None))
+        for axis in (loss, accuracy, lr):
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""AUC, pAUC and other metrics of anomaly scores, with bootstrap intervals.
+"""AUC, pAUC and other metrics of anomaly scores, with 95 % intervals.
 
 The table of metrics has a row for each machine, named by its machine ID, and summary rows for each
 machine type: `pooled` (one ROC curve over all recordings of the type), `mean` and `min` over its
@@ -11,7 +11,7 @@ comparison then have it.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,11 @@ from recordings import MACHINE_COLUMNS
 MAX_FPR = 0.1  # pAUC covers false positive rates from 0 to here
 OFFICIAL = "official"  # the column of the official score
 COUNTS = ("n_normal", "n_anomaly")  # the columns with the numbers of recordings
-DRAWS, COVERAGE, SEED = 2000, 0.95, 0  # of the bootstrap
+COVERAGE = 0.95  # of an interval
+TAIL = (1 - COVERAGE) / 2
+DRAWS, SEED = 2000, 0  # of the bootstrap
+
+ALMOST_1 = 1 - 1e-9  # to allow for rounding; pairs in the wrong order take more
 
 # ---- Metrics ----
 
@@ -57,7 +61,7 @@ class Metric:
     Attributes:
         name: The name of the column.
         compute: Computes it `(draws,)` from false and true positive rates `(draws, points)`. Higher
-            values are better: `min` is the row of the worst machine.
+            values are better, 1 is perfect: `min` is the row of the worst machine.
         normal: The domain of the normal recordings that are used; "" for all of them.
         anomalous: The domain of the anomalous recordings that are used; "" for all of them.
         summaries: The summary rows of which the terminal, results.md and comparison.md show it.
@@ -92,6 +96,11 @@ class Rule:
         """The columns of the table that hold metrics, with the official score."""
         names = [metric.name for metric in self.metrics]
         return [*names, OFFICIAL] if self.official else names
+
+    def terms_of(self, name: str) -> list[Metric]:
+        """Return the metrics that a column consists of: several for the official score."""
+        names = self.official if name == OFFICIAL else (name,)
+        return [metric for metric in self.metrics if metric.name in names]
 
     def shown_in(self, summary: str) -> list[str]:
         """Return the columns that tables for reading show of a summary row.
@@ -164,12 +173,14 @@ class Row:
 
     `values` holds `(1 + draws,)` numbers for each metric: first the value of the recordings
     themselves, then of the resampled ones; all NaN without normal or without anomalous recordings.
-    `counts` holds the numbers of recordings, by COUNTS. A row that combines others has their mean
-    or, where its values are minima, their minimum; NaN where it combines none.
+    `counts` holds the numbers of recordings, by COUNTS. A row that combines others has their sums.
+    `pairs` holds for each metric the number of independent pairs on which a value of 1 rests; see
+    `lowest_value` and `combine_pairs`. It is 0 where the value is missing.
     """
 
     values: dict[str, np.ndarray]
-    counts: dict[str, float]
+    counts: dict[str, int]
+    pairs: dict[str, int]
 
 
 Rows = dict[tuple[str, str], Row]  # by machine type and machine ID or summary
@@ -193,8 +204,9 @@ class Metrics:
         """The machine types in the table; the last is `average`."""
         return self.table.index.unique("machine_type").tolist()
 
-    def summary_row(self, machine_type: str, summary: str) -> pd.Series:
-        key: Any = machine_type, summary  # pandas' types take a tuple for a single cell
+    def row(self, machine_type: str, machine_id: str) -> pd.Series:
+        """Return the row of the table of a machine ID or summary."""
+        key: Any = machine_type, machine_id  # pandas' types take a tuple for a single cell
         return self.table.loc[key]
 
 
@@ -232,10 +244,10 @@ def measure(
         rows[AVERAGE, summary] = combine(type_rows, np.mean)
     if rule.official:
         rows[AVERAGE, HMEAN] = combine_harmonically(all_id_rows, rule)
-    return Metrics(rule, make_table(rows), rows)
+    return Metrics(rule, make_table(rows, rule), rows)
 
 
-def make_table(rows: Rows) -> pd.DataFrame:
+def make_table(rows: Rows, rule: Rule) -> pd.DataFrame:
     """Build the table of `Metrics` from its rows."""
     table_rows = []
     for machine, row in rows.items():
@@ -244,20 +256,32 @@ def make_table(rows: Rows) -> pd.DataFrame:
             cells[name] = values[0]
         cells |= row.counts
         for name, values in row.values.items():
-            cells[f"{name}_low"], cells[f"{name}_high"] = interval(values[1:])
+            low, high = interval(values[1:])
+            if values[0] > ALMOST_1:
+                low = min(low, lowest_value(rule.terms_of(name), row.pairs[name]))
+            cells[f"{name}_low"], cells[f"{name}_high"] = low, high
         table_rows.append(cells)
-    table = pd.DataFrame(table_rows).set_index(MACHINE_COLUMNS)
-    for name in COUNTS:  # as integers, except for means
-        counts = [int(count) if count.is_integer() else count for count in table[name]]
-        table[name] = pd.Series(counts, table.index, dtype=object)
-    return table
+    return pd.DataFrame(table_rows).set_index(MACHINE_COLUMNS)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
     """Return the bounds of the middle 95 % of bootstrap draws `(draws,)`."""
-    tail = 100 * (1 - COVERAGE) / 2
-    low, high = np.percentile(draws, (tail, 100 - tail))
+    low, high = np.quantile(draws, (TAIL, 1 - TAIL))
     return float(low), float(high)
+
+
+def lowest_value(metrics: Sequence[Metric], n_pairs: int) -> float:
+    """Return the lower bound of the 95 % interval of a value of 1, whose bootstrap draws are all 1:
+    the lowest of these metrics.
+
+    All of n independent pairs of a normal and an anomalous recording were in the right order. With
+    an AUC of a, the probability of that is a^n; at the bound it is 2.5 %. Among the ROC curves with
+    the area a, the one without true positives up to a false positive rate of 1 - a has the least
+    area up to any rate.
+    """
+    auc = TAIL ** (1 / n_pairs)
+    fpr, tpr = np.array([[0.0, 1 - auc, 1 - auc, 1.0]]), np.array([[0.0, 0.0, 1.0, 1.0]])
+    return min(metric.compute(fpr, tpr).item() for metric in metrics)
 
 
 # ---- Recordings and their bootstrap draws ----
@@ -274,6 +298,12 @@ class Sample:
     domain: np.ndarray
     scores: np.ndarray
     weights: np.ndarray
+
+    @property
+    def n_pairs(self) -> int:
+        """The number of pairs of a normal and an anomalous recording that share none."""
+        n_anomaly = int(self.is_anomaly.sum())
+        return min(n_anomaly, len(self.is_anomaly) - n_anomaly)
 
     def take(self, chosen: np.ndarray) -> "Sample":
         """Return the recordings for which `chosen` `(n,)` is true."""
@@ -324,21 +354,26 @@ def resample(strata: np.ndarray, draws: int, rng: np.random.Generator) -> np.nda
 def measure_sample(sample: Sample, rule: Rule) -> Row:
     """Compute all metrics of a rule for a sample."""
     values: dict[str, np.ndarray] = {}
+    pairs: dict[str, int] = {}
     curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray] | None] = {}
+    n_pairs: dict[tuple[str, str], int] = {}
     for metric in rule.metrics:
         domains = metric.normal, metric.anomalous
         if domains not in curves:
-            curves[domains] = roc_curves(sample.take_domains(*domains))
+            chosen = sample.take_domains(*domains)
+            curves[domains], n_pairs[domains] = roc_curves(chosen), chosen.n_pairs
         curve = curves[domains]
         if curve is None:
             values[metric.name] = np.full(len(sample.weights), np.nan)
         else:
             values[metric.name] = metric.compute(*curve)
+        pairs[metric.name] = n_pairs[domains]
     if rule.official:
         values[OFFICIAL] = official_score([values], rule)
+        pairs[OFFICIAL] = fewest(pairs[name] for name in rule.official)
     n_anomaly = int(sample.is_anomaly.sum())
     n_normal = len(sample.is_anomaly) - n_anomaly
-    return Row(values, {"n_normal": n_normal, "n_anomaly": n_anomaly})
+    return Row(values, {"n_normal": n_normal, "n_anomaly": n_anomaly}, pairs)
 
 
 def roc_curves(sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
@@ -347,7 +382,7 @@ def roc_curves(sample: Sample) -> tuple[np.ndarray, np.ndarray] | None:
     Returns false and true positive rates `(1 + draws, points)` at (0, 0) and after each group of
     equal scores, from the highest down; None if all recordings are normal, or all anomalous.
     """
-    if sample.is_anomaly.all() or not sample.is_anomaly.any():
+    if sample.n_pairs == 0:
         return None
     order = np.argsort(-sample.scores, kind="stable")
     starts = np.flatnonzero(np.diff(sample.scores[order], prepend=np.nan))  # of equal scores
@@ -366,33 +401,48 @@ def combine(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> Row:
 
     Rows without normal or without anomalous recordings are left out, and so are missing values.
     """
-    return Row(combine_values(rows, function), combine_counts(rows, function))
-
-
-def combine_harmonically(rows: Sequence[Row], rule: Rule) -> Row:
-    """Combine rows by the harmonic mean, and their counts by the mean.
-
-    The official score is the harmonic mean of its terms in all rows.
-    """
-    values = combine_values(rows, harmonic_mean)
-    values[OFFICIAL] = official_score([row.values for row in rows], rule)
-    return Row(values, combine_counts(rows, np.mean))
-
-
-def combine_values(
-    rows: Sequence[Row], function: Callable[..., np.ndarray]
-) -> dict[str, np.ndarray]:
-    return {
+    values = {
         name: combine_present([row.values[name] for row in rows], function)
         for name in rows[0].values
     }
+    return Row(values, combine_counts(rows), combine_pairs(rows, function))
 
 
-def combine_counts(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, float]:
-    counts = np.array([list(row.counts.values()) for row in rows])
-    counts = counts[(counts > 0).all(axis=1)]  # of rows with both conditions: others have no values
-    combined = function(counts, axis=0).tolist() if len(counts) else [np.nan] * len(COUNTS)
-    return dict(zip(COUNTS, combined, strict=True))
+def combine_harmonically(rows: Sequence[Row], rule: Rule) -> Row:
+    """Combine rows by the harmonic mean.
+
+    The official score is the harmonic mean of its terms in all rows.
+    """
+    combined = combine(rows, harmonic_mean)
+    combined.values[OFFICIAL] = official_score([row.values for row in rows], rule)
+    return combined
+
+
+def combine_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Add up the counts of rows with both conditions; others have no values."""
+    counted = [row.counts for row in rows if all(row.counts.values())]
+    return {name: sum(counts[name] for counts in counted) for name in COUNTS}
+
+
+def combine_pairs(rows: Sequence[Row], function: Callable[..., np.ndarray]) -> dict[str, int]:
+    """Return the numbers of pairs of combined rows.
+
+    Row i of n has k_i pairs, at least k, and all are in the right order with probability a_i^k_i.
+    In all rows they are so with a probability of at most (mean of a_i)^(n k), because a geometric
+    mean is at most the arithmetic mean. It is also at most (lowest a_i)^k, and neither the minimum
+    nor the harmonic mean is below the lowest a_i.
+    """
+    pairs = {}
+    for name in rows[0].pairs:
+        pairs_of_rows = [row.pairs[name] for row in rows]
+        factor = sum(map(bool, pairs_of_rows)) if function is np.mean else 1
+        pairs[name] = factor * fewest(pairs_of_rows)
+    return pairs
+
+
+def fewest(pairs: Iterable[int]) -> int:
+    """Return the lowest number of pairs, without those of missing values; 0 if all are missing."""
+    return min((number for number in pairs if number), default=0)
 
 
 def official_score(rows: Sequence[Mapping[str, np.ndarray]], rule: Rule) -> np.ndarray:

@@ -74,6 +74,11 @@ class Result:
         """The recordings whose condition is known."""
         return known_recordings(self.recordings)
 
+    @property
+    def level_name(self) -> str:
+        """The name of the `level` for axes and captions."""
+        return "anomaly score" if self.windows.hop is None else "alarm level"
+
 
 def evaluate(
     model: Model,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from evaluation.decisions import RATES, describe_decisions, format_rate
-from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, Metrics, Rule
+from evaluation.decisions import RATES, Row, describe_decisions, format_rate, named_rows
+from evaluation.metrics import COVERAGE, DRAWS, OFFICIAL, SEED, TAIL, Metrics, Rule
 from evaluation.result import Result
 from model import PUBLISHED_CHANNELS
 from names import AVERAGE, HMEAN, MEAN, MIN, POOLED, SOURCE, SUMMARY_ROWS, TARGET
@@ -150,9 +150,11 @@ class ShownMetrics(NamedTuple):
         network, if it is known.
         """
         types = self.metrics.machine_types
-        rows = {name: self.metrics.summary_row(name, summary) for name in types}
+        if len(types) == 2:  # the average would repeat the row of the only machine type
+            types.remove(AVERAGE)
+        rows = {name: self.metrics.row(name, summary) for name in types}
         if self.baseline:
-            rows[WITHOUT_NETWORK] = self.baseline.summary_row(AVERAGE, summary)
+            rows[WITHOUT_NETWORK] = self.baseline.row(AVERAGE, summary)
         return rows
 
 
@@ -287,14 +289,15 @@ def write_result(result: Result, folder: Path) -> None:
         about = result.about
         title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
         shown = ShownMetrics(result.metrics, published_rows(result), result.baseline)
-        show_metrics(shown, title, about, folder, decision_table(decisions, result.asked))
+        show_metrics(shown, title, about, folder, decision_section(decisions, result.asked))
         if described := describe_decisions(decisions, result.asked):
             print(described)
     decided = recordings[recordings["decision"].notna()]
     write_per_machine(folder, "decision_result", decided, "decision")
     if len(decisions):
         write_csv(folder / "decisions.csv", decisions.reset_index())
-    print(f"{len(recordings)} scores{' and metrics' if result.metrics else ''}: {folder}")
+    scores = "1 score" if len(recordings) == 1 else f"{len(recordings)} scores"
+    print(f"{scores}{' and metrics' if result.metrics else ''}: {folder}")
 
 
 def show_metrics(
@@ -340,15 +343,11 @@ def format_results(
 ) -> str:
     """Return the content of results.md."""
     rule = shown.metrics.rule
-    strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
-    texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
-    explanation = (
-        f"In percent, with {COVERAGE:.0%} bootstrap intervals ({DRAWS} draws of the test "
-        f"recordings within {strata}). Pooled: one AUC over all recordings of a machine type. "
-        "mAUC: the lowest AUC of an ID."
-    )
-    heading = f"# {escape_markdown(title)}"
-    paragraphs = [heading, markdown_table(shown), " ".join([explanation, *texts])]
+    paragraphs = [
+        f"# {escape_markdown(title)}",
+        markdown_table(shown),
+        f"{explain_metrics(rule)} mAUC: the lowest AUC of an ID.",
+    ]
     if rule.text:
         paragraphs.append(
             f"Harmonic means: over the IDs of a type, for `average` over all IDs; {rule.text}."
@@ -358,6 +357,19 @@ def format_results(
     lines = [f"- {name}: {escape_markdown(in_words(value))}" for name, value in about.items()]
     paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs) + "\n"
+
+
+def explain_metrics(rule: Rule) -> str:
+    """Say what a table of metrics with intervals shows."""
+    strata = "machine ID, domain and condition" if rule.official else "machine ID and condition"
+    texts = [f"{metric.name}: {metric.text}." for metric in rule.metrics if metric.text]
+    explanation = (
+        f"In percent, with {100 * COVERAGE:g} % bootstrap intervals ({DRAWS} draws of the test "
+        f"recordings within {strata}). The resamples of a value of 100 are all 100; its lower "
+        f"bound is the value at which as many recordings give 100 in {100 * TAIL:.1f} % of cases "
+        "at most. Pooled: one ROC curve over all recordings of a machine type."
+    )
+    return " ".join([explanation, *texts])
 
 
 def format_json(shown: ShownMetrics, about: dict[str, Any]) -> str:
@@ -380,31 +392,42 @@ def rows_by_type(metrics: Metrics) -> dict[str, dict]:
     return {machine_type: rows.loc[machine_type].to_dict("index") for machine_type in types}
 
 
-def decision_table(decisions: pd.DataFrame, asked: str) -> str:
+def decision_section(decisions: pd.DataFrame, asked: str) -> str:
     """Return the section of results.md about decisions; "" if there are none."""
     if decisions.empty:
         return ""
-    titles = [
-        "threshold", "from", "normal", "called anomalous", f"rate ({asked or '95 % interval'})",
-        "anomalous", "detected", "rate", "precision", "F1",
-    ]  # fmt: skip
+    titles, rows = decision_table(decisions, asked)
     lines = markdown_header("machine", titles)
-    for machine, cells in zip(decisions.index, decision_cells(decisions), strict=True):
-        lines.append(markdown_row(" ".join(machine), cells))
-    return "\n".join(lines)
+    lines += [markdown_row(name, cells) for name, cells in rows.items()]
+    return "\n".join([*lines, "", DECISION_EXPLANATION])
 
 
-def decision_cells(decisions: pd.DataFrame) -> list[list[str]]:
-    """Format threshold, source, both counts and rates with intervals, precision and F1 of each
-    machine.
+DECISION_EXPLANATION = (
+    "False alarms: normal recordings that were called anomalous; detected: anomalous ones; with "
+    f"exact intervals of {100 * COVERAGE:g} %. Precision and F1 are in percent."
+)
+
+
+def decision_table(decisions: pd.DataFrame, asked: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the titles of the columns of a table of decisions, and the cells of each machine by
+    its name, and of all.
     """
-    rows = []
-    for row in decisions.to_dict("records"):
-        cells = [f"{row['threshold']:.6g}", row["source"]]
-        for rate, (part, whole) in RATES.items():
-            cells += [str(row[whole]), str(row[part]), format_rate(row, rate)]
-        rows.append([*cells, percent(row["precision"]), percent(row["F1"])])
-    return rows
+    false_alarms = f"false alarms ({asked})" if asked else "false alarms"
+    titles = [false_alarms, "detected", "threshold", "from", "precision", "F1"]
+    cells = {}
+    for name, row in named_rows(decisions).items():
+        rates = [count_and_rate(row, rate) for rate in RATES]
+        threshold = f"{row['threshold']:.6g}" if "threshold" in row else "-"
+        source = row.get("source", "-")
+        ratios = [percent(row[ratio]) for ratio in ("precision", "F1")]
+        cells[name] = [*rates, threshold, source, *ratios]
+    return titles, cells
+
+
+def count_and_rate(row: Row, rate: str) -> str:
+    """Format a rate of decisions, as in "3 of 16, 18.8 % (4.0 to 45.6)"; "-" if it is missing."""
+    part, whole = RATES[rate]
+    return f"{row[part]} of {row[whole]}, {format_rate(row, rate)}" if row[whole] else "-"
 
 
 def write_per_machine(folder: Path, name: str, recordings: pd.DataFrame, column: str) -> None:

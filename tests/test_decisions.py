@@ -8,10 +8,12 @@ from evaluated import make_recordings
 
 from config import load_config
 from evaluation.decisions import (
+    COUNTED,
     asked_rate,
     binomial_interval,
     count_decisions,
     describe_decisions,
+    named_rows,
 )
 from recordings import MACHINE_COLUMNS
 
@@ -53,6 +55,18 @@ def test_the_decisions_in_words():
         "of 2 anomalous 1, 50.0 % (1.3 to 98.7)",
     ]
     assert describe_decisions(decided()[2:], "") == ""
+
+
+def test_the_row_of_all_machines_is_computed_from_the_sums():
+    rows = named_rows(decided())
+    assert list(rows) == ["fan 00", "fan 02", "valve 01", "all"]
+    row = rows["all"]
+    assert [row[name] for name in COUNTED] == [1, 5, 1, 2]
+    assert [row[name] for name in ("false_alarm_rate", "recall")] == [0.2, 0.5]
+    assert [row[name] for name in ("precision", "F1")] == [0.5, 0.5]
+    assert (row["recall_low"], row["recall_high"]) == binomial_interval(1, 2)
+    assert "threshold" not in row
+    assert list(named_rows(decided()[1:])) == ["fan 02", "valve 01"], "one with recordings"
 
 
 def test_the_rate_that_was_asked_for():

@@ -71,8 +71,8 @@ def test_what_an_evaluation_writes(trained_copy, data_root, call):
     pattern = r"fan 02   \| of 2 normal \d called anomalous, .*; asked: 50 %\), of 2 anomalous \d"
     assert re.search(pattern, output)
     table = (folder / "results.md").read_text()
-    assert "| normal | called anomalous | rate (asked: 50 %) | anomalous | detected |" in table
-    assert "| fan 02 | " in table
+    assert "| machine | false alarms (asked: 50 %) | detected | threshold | from |" in table
+    assert re.search(r"\| fan 02 \| \d of 2, .* % \(.*\) \| \d of 2, .* % \(", table)
     assert "\nwithout a network | " in output
     assert "\n| without a network | " in table
     baseline = json.loads((folder / "metrics.json").read_text())["without a network"]
@@ -186,6 +186,27 @@ def test_figures_and_report_of_unlabelled_clips_and_of_the_linear_head(
     assert f"4 figures: {results / 'figures'}" in output
     assert f"report: {results / 'report.html'}" in output
     assert "Hardest" not in (results / "report.html").read_text()
+
+
+def test_the_removal_of_figures_and_report_is_announced(trained_copy, data_root, call):
+    """Not if the call writes them again, and not the second time."""
+    folder = trained_copy / "run" / "test"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "figures" / "roc.png").touch()
+    (folder / "report.html").touch()
+    _, _, errors = evaluate(call, trained_copy, data_root, "--plots")
+    notice = f"notice: {folder}: removed %s of the earlier evaluation; %s writes new ones\n"
+    assert notice % ("report.html", "--report") in errors
+    assert not (folder / "report.html").exists()
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert notice % ("figures", "--plots") in errors
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert "removed" not in errors
+    (folder / "figures").mkdir()
+    (folder / "figures" / "roc.png").touch()
+    (folder / "report.html").touch()
+    _, _, errors = evaluate(call, trained_copy, data_root)
+    assert notice % ("figures and report.html", "--report") in errors
 
 
 # ---- Which configuration counts ----
@@ -686,6 +707,6 @@ def test_one_recording(trained_copy, tmp_path, call, condition, scoring):
     status, output, errors = evaluate(call, trained_copy, tmp_path / "data", *words)
     assert status == 0, errors
     assert "Warning" not in errors
-    assert f"{2 if condition == 'both' else 1} scores and metrics" in output
+    assert f"{'2 scores' if condition == 'both' else '1 score'} and metrics" in output
     decisions = read_csv(trained_copy / "run" / "test" / "anomaly_score_fan_id_02.csv")
     assert len(decisions) == (2 if condition == "both" else 1)

@@ -1,5 +1,6 @@
 """The figures of an evaluation and of a recording, read back from matplotlib's objects."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from evaluation.figures import (
     FONT,
     draw_all,
     draw_angles,
+    draw_history,
     draw_scores,
     escape,
     figure,
@@ -33,6 +35,7 @@ from evaluation.figures import (
     read_samples,
 )
 from evaluation.result import Result, evaluate
+from evaluation.scores import KINDS
 from inference import load_model
 from model import LogMel
 from recordings import MACHINE_COLUMNS
@@ -99,8 +102,15 @@ def has_histograms(axis: Axes, recordings: pd.DataFrame, values: pd.Series) -> b
 
 def test_every_figure_is_a_picture(figures):
     names = [file.stem for file in figures]
-    assert names == ["angles", "roc", "scores", "tastgram", "embedding", "history"]
+    assert names == ["scores", "roc", "angles", "tastgram", "embedding", "history"]
     assert all(matplotlib.image.imread(file).ndim == 3 for file in figures)
+
+
+def test_angles_are_drawn_of_scores_that_rest_on_them(result, tmp_path):
+    for kind in KINDS:
+        files = draw_all(replace(result, kind=kind), tmp_path / kind)
+        names = {file.stem for file in files}
+        assert ("angles" in names) == (kind in ("published", "angle")), kind
 
 
 def test_figures_that_an_evaluation_does_not_allow_are_left_out(result, tmp_path):
@@ -127,9 +137,56 @@ def test_angles_and_scores_are_drawn_as_histograms(result, axes):
     assert [axis.get_title() for axis in axes["scores"]] == ["fan 00", "fan 02", "valve 01"]
     machines = result.recordings.groupby(MACHINE_COLUMNS)
     for axis, (_, recordings) in zip(axes["scores"], machines, strict=True):
-        assert has_histograms(axis, recordings, np.log10(recordings["level"]))
+        assert has_histograms(axis, recordings, recordings["level"])
         (line,) = axis.lines
-        assert line.get_xdata()[0] == pytest.approx(np.log10(recordings["threshold"].iloc[0]))
+        assert line.get_xdata()[0] == pytest.approx(recordings["threshold"].iloc[0])
+
+
+def test_each_machine_has_an_axis_for_its_scores(result, tmp_path, monkeypatch):
+    """Small scores on a linear axis, and scores over many powers of ten, one of them 0, on
+    logarithmic ones.
+    """
+    small, wide, with_zero = [2.1e-4, 3e-4, 4e-4, 8.7e-4], [2e-5, 0.1, 5.0, 90.0], [0, 0.1, 3, 8]
+    recordings = result.recordings.sort_values(MACHINE_COLUMNS).assign(
+        level=np.array([*small, *wide, *with_zero]),
+        threshold=np.repeat([9.9e-4, 40.0, 2.0], 4),
+    )
+    written = collect_figures(monkeypatch)
+    draw_scores(replace(result, recordings=recordings), tmp_path / "scores.png")
+    one, other, last = written[0].axes
+    for axis, levels in ((one, small), (other, np.log10(wide)), (last, np.log10([1e-12, 8]))):
+        width = max(levels) - min(levels)
+        (threshold,) = axis.lines[0].get_xdata()[:1]
+        left, right = axis.get_xlim()
+        assert min(levels) - 0.2 * width < left < min(levels)
+        assert max(*levels, threshold) < right < max(*levels, threshold) + 0.2 * width
+        ticks = [tick for tick in axis.get_xticks() if left <= tick <= right]
+        assert len(ticks) >= 2
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        assert not any(box.overlaps(after) for box, after in itertools.pairwise(boxes))
+        if axis is not one:
+            assert all(float(tick).is_integer() for tick in ticks)
+            assert "10^" in axis.get_xticklabels()[1].get_text()
+    assert one.lines[0].get_xdata()[0] == 9.9e-4
+    assert other.lines[0].get_xdata()[0] == pytest.approx(np.log10(40))
+
+
+def test_scores_that_differ_little_have_ticks_in_full(result, tmp_path, monkeypatch):
+    recordings = result.recordings.assign(level=18.861 + np.arange(12) / 1e5, threshold=np.nan)
+    written = collect_figures(monkeypatch)
+    draw_scores(replace(result, recordings=recordings), tmp_path / "scores.png")
+    for axis in written[0].axes:
+        assert axis.xaxis.get_offset_text().get_text() == ""
+        assert axis.get_xticklabels()[1].get_text().startswith("18.86")
+
+
+@pytest.mark.parametrize(
+    ("windows", "name"), [(Windows(), "anomaly score"), (Windows(hop=5), "alarm level")]
+)
+def test_scores_over_windows_are_alarm_levels(result, windows, name, tmp_path, monkeypatch):
+    written = collect_figures(monkeypatch)
+    draw_scores(replace(result, windows=windows), tmp_path / "scores.png")
+    assert written[0].get_supxlabel() == f"{name} (cross-entropy)"
 
 
 def test_the_area_under_each_curve_is_its_auc(result, axes):
@@ -171,6 +228,18 @@ def test_the_history_is_drawn(result, axes):
     for axis, names in zip(axes["history"], columns, strict=True):
         for line, name in zip(axis.lines, names, strict=True):
             assert list(line.get_ydata()) == list(history[name])
+
+
+def test_the_history_of_one_epoch_is_points(tmp_path, monkeypatch):
+    names = ["train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "lr"]
+    history = pd.DataFrame([{"epoch": 1} | dict.fromkeys(names, 0.5)])
+    written = collect_figures(monkeypatch)
+    draw_history(history, tmp_path / "history.png")
+    draw_history(pd.concat([history, history.assign(epoch=2)]), tmp_path / "history.png")
+    for drawn, marker in zip(written, (".", ""), strict=True):
+        for axis in drawn.axes:
+            assert {line.get_marker() for line in axis.lines} == {marker}
+            assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 def test_a_damaged_history_is_named_and_a_missing_one_is_in_the_checkpoint(trained_copy):
@@ -232,13 +301,6 @@ def test_letters_that_no_font_has_are_spelt_out(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_control_characters_are_spelt_out(tmp_path):
     assert r"a\tb" in texts_of(draw_text(tmp_path / "a.png", "a\tb", "title"))
-
-
-def test_ticks_of_a_logarithmic_axis_are_whole_powers(result, tmp_path, monkeypatch):
-    written = collect_figures(monkeypatch)
-    draw_scores(result, tmp_path / "scores.png")
-    for axis in written[0].axes:
-        assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 @pytest.mark.filterwarnings("error")

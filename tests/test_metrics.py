@@ -1,11 +1,14 @@
 """AUC and pAUC of machines, their combinations over machines, and bootstrap intervals."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.optimize
+import scipy.stats
 from evaluated import make_recordings, make_sections, measured
 from sklearn.metrics import roc_auc_score
 
@@ -53,8 +56,16 @@ def expected_row(recordings: pd.DataFrame) -> list[float]:
     return [auc, partial_auc, sum(~is_anomaly), sum(is_anomaly)]
 
 
+def combined(rows: list[list[float]], function: Callable) -> list[float]:
+    """Combine AUC and pAUC of rows by a function; add up their counts."""
+    columns = np.transpose(rows)
+    return [*function(columns[:2], axis=1), *columns[2:].sum(axis=1)]
+
+
 def test_every_row_agrees_with_scikit_learn():
-    """Random scores with many ties; the rows of several IDs combined by hand."""
+    """Random scores with many ties; the rows of several IDs combined by hand, with the numbers of
+    their recordings added up.
+    """
     recordings = make_recordings(
         {
             ("fan", 2): (30, 20),
@@ -74,11 +85,11 @@ def test_every_row_agrees_with_scikit_learn():
             expected[machine_type, machine_id] = expected_row(of_machine)
             id_rows.append(expected_row(of_machine))
         expected[machine_type, "pooled"] = expected_row(of_type)
-        expected[machine_type, "mean"] = np.mean(id_rows, axis=0)
-        expected[machine_type, "min"] = np.min(id_rows, axis=0)
+        expected[machine_type, "mean"] = combined(id_rows, np.mean)
+        expected[machine_type, "min"] = combined(id_rows, np.min)
     for name in ("pooled", "mean", "min"):
         rows = [expected[machine_type, name] for machine_type in ("fan", "pump", "valve")]
-        expected["average", name] = np.mean(rows, axis=0)
+        expected["average", name] = combined(rows, np.mean)
     table = measure(recordings, draws=10).table
     assert list(table.index) == list(expected)
     for key, row in expected.items():
@@ -113,19 +124,21 @@ def test_the_lowest_is_taken_for_each_column_separately():
     table = measured(recordings, scores).table.loc["fan"]
     assert table.loc["00", "AUC"] > table.loc["02", "AUC"] == table.loc["min", "AUC"]
     assert table.loc["02", "pAUC"] > table.loc["00", "pAUC"] == table.loc["min", "pAUC"]
-    assert table.loc["min", ["n_normal", "n_anomaly"]].tolist() == [3, 7]
-    assert str(table.loc["mean", "n_normal"]) == "4", "a whole number of clips"
-    assert table.loc["mean", "n_anomaly"] == 7.5
 
 
 def test_machines_with_one_condition_are_left_out():
     recordings = make_recordings({("fan", 0): (2, 2), ("fan", 2): (2, 0), ("pump", 0): (0, 2)})
-    auc = measured(recordings, np.arange(8.0)).table["AUC"]
+    table = measured(recordings, np.arange(8.0)).table
+    auc = table["AUC"]
     assert math.isnan(auc["fan", "02"])
     assert auc["fan", "mean"] == auc["fan", "00"] == 1.0
     assert math.isnan(auc["pump", "pooled"])
     assert math.isnan(auc["pump", "mean"])
     assert auc["average", "mean"] == 1.0
+    counts = table[["n_normal", "n_anomaly"]]
+    assert counts.loc[("fan", "mean")].tolist() == counts.loc[("average", "min")].tolist() == [2, 2]
+    assert counts.loc[("fan", "pooled")].tolist() == [4, 2]
+    assert counts.loc[("pump", "mean")].tolist() == [0, 0]
 
 
 # ---- Rules ----
@@ -235,8 +248,109 @@ def test_the_spread_of_an_auc_is_that_of_hanley_and_mcneil(recordings):
     assert np.std(draws) == pytest.approx(error, rel=0.25)
 
 
-def test_perfect_scores_have_no_interval():
-    metrics = measured(make_recordings({("fan", 0): (5, 5)}), np.arange(10.0), draws=50)
+# ---- Perfect separation ----
+
+# Two machine IDs, of normal and anomalous recordings
+COUNTS_OF_IDS = [(60, 70), (60, 64)]
+# For each row the recordings that are separated, and in how many of them the separation is in doubt
+SEPARATIONS = {
+    "00": ([(60, 70)], 1),
+    "pooled": ([(120, 134)], 1),
+    "mean": (COUNTS_OF_IDS, 2),
+    "min": (COUNTS_OF_IDS, 1),
+}
+
+
+def population_curve(shape: str, auc: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ROC curve of a population with this AUC: two normal distributions, or anomalous
+    recordings above all but some normal ones, which lie above all of them.
+    """
+    if shape == "some above all":
+        return np.array([[0, 1 - auc, 1 - auc, 1]]), np.array([[0.0, 0, 1, 1]])
+    fpr = np.linspace(0, 1, 20_001)
+    return fpr[None], scipy.stats.norm.cdf(scipy.stats.norm.ppf(fpr) + distance_of(auc))[None]
+
+
+def distance_of(auc: float) -> float:
+    """Return the distance of two standard normal distributions with this AUC."""
+    return np.sqrt(2) * scipy.stats.norm.ppf(auc)
+
+
+def draw_perfect(shape: str, auc: float, counts: tuple[int, int], rng) -> np.ndarray:
+    """Draw recordings 20,000 times; return whether all anomalous ones have higher scores."""
+    normal, anomalous = (rng.normal(size=(20_000, count)) for count in counts)
+    if shape == "some above all":
+        normal = np.where(rng.random(normal.shape) < auc, normal - 100, normal + 100)
+    else:
+        anomalous = anomalous + distance_of(auc)
+    return normal.max(axis=1) < anomalous.min(axis=1)
+
+
+@pytest.mark.parametrize("shape", ["some above all", "two normal distributions"])
+@pytest.mark.parametrize("metric", NO_DOMAINS.metrics, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("row", SEPARATIONS)
+def test_where_the_bound_is_true_a_perfect_separation_has_2_5_percent(shape, metric, row):
+    """The lower bound of a value of 1 is the value of a population of which a fortieth or less is
+    separated perfectly: a fortieth of the least favourable population.
+    """
+    recordings = make_recordings(dict(zip([("fan", 0), ("fan", 2)], COUNTS_OF_IDS, strict=True)))
+    table = measured(recordings, recordings["condition"] == "anomalous").table.loc["fan"]
+    low, high = table.loc[row, [f"{metric.name}_low", f"{metric.name}_high"]]
+    assert high == pytest.approx(1)
+
+    def excess(auc: float) -> float:
+        return metric.compute(*population_curve(shape, auc)).item() - low
+
+    auc = scipy.optimize.brentq(excess, 0.6, 0.9999)
+    rng = np.random.default_rng(0)
+    counts_of_separations, n_doubtful = SEPARATIONS[row]
+    perfect = [draw_perfect(shape, auc, counts, rng) for counts in counts_of_separations]
+    share = np.mean(np.logical_and.reduce(perfect[:n_doubtful]))
+    if shape == "some above all":
+        assert share == pytest.approx(0.025, abs=0.004)
+    else:
+        assert share < 0.025
+
+
+def test_draws_of_a_perfect_separation_are_perfect_and_its_interval_is_not():
+    recordings = make_recordings({("fan", 0): (15, 24), ("fan", 2): (40, 1), ("pump", 0): (3, 0)})
+    metrics = measured(recordings, recordings["condition"] == "anomalous", draws=50)
     values = metrics.rows["fan", "00"].values
     assert (values["AUC"] == 1).all()
     assert np.allclose(values["pAUC"], 1)
+    n_pairs = {"00": 15, "02": 1, "pooled": 25, "mean": 2, "min": 1}
+    for name, count in n_pairs.items():
+        row = metrics.table.loc[("fan", name)]
+        assert row[["AUC_low", "AUC_high"]].tolist() == pytest.approx([0.025 ** (1 / count), 1])
+        assert row[["pAUC_low", "pAUC_high"]].tolist() == pytest.approx([9 / 19, 1])
+    for name in ("pooled", "mean", "min"):
+        average, of_fan = metrics.table.loc["average", name], metrics.table.loc["fan", name]
+        assert average.equals(of_fan), "pump has no anomalous recordings"
+
+
+def test_the_bounds_of_domains_and_of_the_official_score():
+    """An AUC of a domain has the pairs of its recordings, and the official score as few as the
+    domain with the fewest, and the bound of its lowest term.
+    """
+    counts = {"source": (90, 50), "target": (60, 50)}
+    recordings = make_sections("fan", {"00": counts, "01": counts})
+    recordings["score"] = recordings["condition"] == "anomalous"
+    table = measure(recordings, RULE_2022, draws=10).table.loc["fan"]
+    area_low = [0.025 ** (1 / count) for count in (100, 90, 60)]
+    pauc_low = [(1 + ((a - 0.9) - 0.005) / 0.095) / 2 for a in area_low]
+    names = ["AUC_low", "AUC_source_low", "AUC_target_low", "pAUC_low", "official_low"]
+    assert table.loc["00", names].tolist() == pytest.approx([*area_low, pauc_low[0], pauc_low[2]])
+    assert table.loc["hmean", names].tolist() == pytest.approx(table.loc["00", names].tolist())
+    no_target = recordings[(recordings["domain"] == "source") | (recordings["score"] == 1)]
+    table = measure(no_target, RULE_2022, draws=10).table.loc["fan"]
+    assert table.loc["00", "official_low"] == pytest.approx(table.loc["00", "pAUC_low"])
+    assert math.isnan(table.loc["00", "AUC_target_low"])
+
+
+def test_the_interval_of_an_almost_perfect_separation_is_that_of_the_bootstrap():
+    recordings = make_recordings({("fan", 0): (30, 30)})
+    scores = np.arange(60.0)
+    scores[[29, 30]] = scores[[30, 29]]
+    metrics = measured(recordings, scores, draws=200)
+    draws = metrics.rows["fan", "00"].values["AUC"][1:]
+    assert metrics.table.loc[("fan", "00"), "AUC_low"] == np.quantile(draws, 0.025)

@@ -242,7 +242,8 @@ def test_figures_that_the_organisers_give():
     rows = []
     for section in range(9):
         of_section = {name: np.array([column[section]]) for name, column in values.items()}
-        rows.append(Row(of_section, {"n_normal": 100, "n_anomaly": 100}))
+        counts = {"n_normal": 100, "n_anomaly": 100}
+        rows.append(Row(of_section, counts, pairs=dict.fromkeys(of_section, 50)))
     combined = combine_harmonically(rows, RULE_2022).values
     expected = {
         "AUC_source": 0.7150555228086642,

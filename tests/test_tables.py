@@ -165,7 +165,9 @@ def test_the_score_files_give_the_mean_rows(result, tmp_path):
     for machine_type, values in expected.items():
         written = [float(cell) for cell in means[machine_type][2:4]]
         assert written == pytest.approx(values.tolist(), abs=1e-9)
-    assert markdown_table(ShownMetrics(result.metrics)) in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert markdown_table(ShownMetrics(result.metrics)) in text
+    assert "value at which as many recordings give 100 in 2.5 % of cases at most" in text
 
 
 def test_the_average_without_a_network_is_the_last_row(result, tmp_path, capsys):
@@ -181,6 +183,36 @@ def test_the_average_without_a_network_is_the_last_row(result, tmp_path, capsys)
     last = markdown_table(ShownMetrics(result.metrics, {}, baseline)).splitlines()[-1]
     assert last.startswith("| without a network | ")
     assert last in (tmp_path / "results.md").read_text()
+
+
+def test_one_machine_type_has_no_average(result, tmp_path, capsys):
+    recordings = result.recordings[result.recordings["machine_type"] == "fan"]
+    one_type = make_result(recordings[COLUMNS], recordings["score"], draws=10)
+    baseline = measured(recordings, recordings["score"][::-1].to_list())
+    write_result(replace(one_type, baseline=baseline), tmp_path)
+    output, text = capsys.readouterr().out, (tmp_path / "results.md").read_text()
+    for row in ("fan", "without a network"):
+        assert line_of(output, row)
+        assert f"\n| {row} | " in text
+    assert "average" not in output + text
+    assert ["average", "mean"] in [row[:2] for row in read_csv(tmp_path / "metrics.csv")]
+
+
+def test_the_decisions_are_a_table_of_results(result, tmp_path):
+    write_result(result, tmp_path)
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    titles = "false alarms (asked: 20 %) | detected | threshold | from | precision | F1"
+    start = lines.index(f"| machine | {titles} |") + 2
+    names = [line.split(" | ")[0] for line in lines[start : start + 4]]
+    assert names == ["| fan 00", "| fan 02", "| valve 01", "| all"]
+    row = result.decisions.loc["fan", "00"]
+    rates = [f"{100 * row[name]:.1f} %" for name in ("false_alarm_rate", "recall")]
+    n_false_alarms, n_detected = row["n_false_alarms"], row["n_detected"]
+    cells = lines[start].split(" | ")
+    assert cells[1].startswith(f"{n_false_alarms} of 8, {rates[0]} (")
+    assert cells[2].startswith(f"{n_detected} of 8, {rates[1]} (")
+    assert cells[3:5] == [f"{row['threshold']:.6g}", "25 held-out recordings of the ID"]
+    assert lines[start + 3].split(" | ")[3:5] == ["-", "-"]
 
 
 def test_machines_with_one_condition_are_named(tmp_path, capsys):
