@@ -12,8 +12,9 @@ changed in one of these ways:
   one second of it.
 - a gain of -6, -3, 3 or 6 dB. It is right if the level is called unusual, in its direction. Beside
   it is how often a band is named as well.
-- unchanged: how often a level or band is called unusual (a twentieth is meant).
+- unchanged. It is right if neither level nor band nor fluctuation is called unusual.
 
+Anomalous test clips are not changed; "right" is how often one of the three is called unusual.
 Printed are percentages for each machine type.
 """
 
@@ -33,7 +34,7 @@ from dataloader import ClipSet, load_clips
 from evaluation.difference import Difference, NormalClips, find_difference, measure_spread
 from model import FrontEnd, levels_of, spectrum_of
 from model.tastgram import N_BANDS, band_edges
-from names import NORMAL
+from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_classes
 from utils import OneLineParser, run_script
 
@@ -41,6 +42,7 @@ NOISES = (6, 10, 15)  # dB above the level of the band
 GAINS = (-6, -3, 3, 6)  # dB
 LENGTHS = (2, 3, 4, 5, 6, 8)  # seconds of noise
 REPEATS = 2  # noises for each clip
+NAMES = ("level", "band", "fluctuation")
 FRONT_END = FrontEnd(["sgram"])
 
 
@@ -63,9 +65,12 @@ def main() -> None:
     rows = []
     for machine in classes.machines:
         normal = learn(select(train_clips, machine))
-        for samples in read(select(test_clips, machine, NORMAL)):
+        for samples in read(select(test_clips, machine)):
             rows += [(machine[0], *row) for row in measure_clip(samples, normal, rng)]
-    table = pd.DataFrame(rows, columns=["machine type", "change", "right", "level", "band"])
+        for samples in read(select(test_clips, machine, ANOMALOUS)):
+            found = unusual(find(samples.numpy().astype(float), normal))
+            rows.append((machine[0], "anomalous", any(found), *found))
+    table = pd.DataFrame(rows, columns=["machine type", "change", "right", *NAMES])
     groups = table.groupby(["machine type", "change"], sort=False)
     percent = 100 * groups.mean()
     percent.insert(0, "clips", groups.size())
@@ -108,31 +113,31 @@ def find(samples: np.ndarray, normal: NormalClips) -> Difference:
 
 def measure_clip(
     samples: torch.Tensor, normal: NormalClips, rng: np.random.Generator
-) -> list[tuple[str, bool, bool, bool]]:
-    """Return for each change of a clip its name, whether the line is right, and whether level and
-    band are called unusual.
+) -> list[tuple[str | bool, ...]]:
+    """Return for each change of a clip its name, whether the line is right, and what is called
+    unusual, in the order of NAMES.
     """
     clip = samples.numpy().astype(float)
-    rows = [("none", True, *unusual(find(clip, normal)))]
+    found = unusual(find(clip, normal))
+    rows: list[tuple[str | bool, ...]] = [("none", not any(found), *found)]
     for decibels in NOISES:
         for _ in range(REPEATS):
             noise = draw_noise(rng)
-            found = find(add_noise(clip, noise, decibels, rng), normal)
-            rows.append((f"noise {decibels} dB", names_noise(found, noise), *unusual(found)))
+            difference = find(add_noise(clip, noise, decibels, rng), normal)
+            is_right = names_noise(difference, noise)
+            rows.append((f"noise {decibels} dB", is_right, *unusual(difference)))
     for decibels in GAINS:
-        found = find(clip * 10 ** (decibels / 20), normal)
-        level, band = unusual(found)
-        assert found.level
-        is_right = level and np.sign(found.level.decibels) == np.sign(decibels)
-        rows.append((f"gain {decibels:+d} dB", is_right, level, band))
+        difference = find(clip * 10 ** (decibels / 20), normal)
+        level = difference.level
+        assert level
+        is_right = level.is_unusual and (level.decibels > 0) == (decibels > 0)
+        rows.append((f"gain {decibels:+d} dB", is_right, *unusual(difference)))
     return rows
 
 
-def unusual(difference: Difference) -> tuple[bool, bool]:
-    """Return whether the level and a band are called unusual."""
-    assert difference.level
-    assert difference.band
-    return difference.level.is_unusual, difference.band.is_unusual
+def unusual(difference: Difference) -> list[bool]:
+    """Return which of NAMES are called unusual."""
+    return [getattr(difference, name).is_unusual for name in NAMES]
 
 
 def names_noise(difference: Difference, noise: Noise) -> bool:

@@ -1,5 +1,5 @@
-"""How the sound of a clip differs from the normal clips of its machine: in level, or in a range of
-frequencies for some seconds.
+"""How the sound of a clip differs from the normal clips of its machine: in level, in a range of
+frequencies for some seconds, or in how much a range fluctuates.
 
 A clip is described by the levels of N_BANDS frequency bands in each second, in dB. They are
 compared with the mean levels of the N_NEAREST training clips whose spectra have the most similar
@@ -10,6 +10,9 @@ louder by a dB for a stretch of seconds. With w one there and zero elsewhere, an
 of x, the best estimate of a is w'S⁻¹x / w'S⁻¹w, and w'S⁻¹x / √(w'S⁻¹w) is its size in standard
 errors (a generalised likelihood ratio test). The range and stretch of the largest size describe the
 difference. All bands over the whole clip are the level, which is tested separately.
+
+Fluctuation is the standard deviation of the frames of a clip, in dB. Its difference from the mean
+of the training clips is tested in the same way, for each range of bands.
 
 This says where the sound differs, not why a network decides.
 """
@@ -50,15 +53,19 @@ class Spread(NamedTuple):
         between: Inverse covariance over the bands of the difference between a clip and the nearest
             ones, in 1/dB², `(N_BANDS, N_BANDS)`.
         within: The same of the difference between a second and its clip.
+        fluctuation: The same of the difference in fluctuation between a clip and the mean.
         level_limit: The size of the difference in level that the share USUAL of normal clips has
             at most.
         band_limit: The same of the largest difference in a range of bands.
+        fluctuation_limit: The same of the largest difference in fluctuation.
     """
 
     between: Tensor
     within: Tensor
+    fluctuation: Tensor
     level_limit: float = math.inf
     band_limit: float = math.inf
+    fluctuation_limit: float = math.inf
 
 
 def measure_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread | None:
@@ -71,34 +78,39 @@ def measure_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread | None:
     count = len(levels)
     if count < LEAST_CLIPS:
         return None
-    sizes = []
+    sizes: list[tuple[float, float, float]] = []
     for part in np.array_split(np.arange(count), N_PARTS):
         others = np.delete(np.arange(count), part)
         spread = estimate_spread(spectrum[others], levels[others])
         nearest = find_nearest(spectrum[part], spectrum[others])
         offset = find_offset(spectrum[part], spectrum[others][nearest])
         size, _ = scan(offset, changes_of(levels[part]), spread)
-        sizes.append(np.stack([np.abs(size[:, *LEVEL]), largest_in_bands(size)], axis=1))
+        more = fluctuation_of(spectrum[part]) - fluctuation_of(spectrum[others]).mean(axis=0)
+        fluctuation = np.abs(scan_ranges(more, spread.fluctuation)[0]).max(axis=1)
+        sizes += zip(np.abs(size[:, *LEVEL]), largest_in_bands(size), fluctuation, strict=True)
     place = min(count, math.ceil((count + 1) * USUAL)) - 1
-    level_limit, band_limit = np.sort(np.concatenate(sizes), axis=0)[place].tolist()
-    spread = estimate_spread(spectrum, levels)
-    return spread._replace(level_limit=level_limit, band_limit=band_limit)
+    limits = np.sort(sizes, axis=0)[place].tolist()
+    between, within, fluctuations, *_ = estimate_spread(spectrum, levels)
+    return Spread(between, within, fluctuations, *limits)
 
 
 def estimate_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread:
-    """Estimate both covariances from normal clips, without limits."""
+    """Estimate the covariances from normal clips, without limits."""
     nearest = find_nearest(spectrum, spectrum, is_same=True)
     offset = find_offset(spectrum, spectrum[nearest])
     changes = changes_of(levels).transpose(0, 2, 1).reshape(-1, N_BANDS)
     changes *= math.sqrt(SECONDS / (SECONDS - 1))  # the mean of the clip follows its seconds
+    fluctuation = fluctuation_of(spectrum)
+    fluctuation -= fluctuation.mean(axis=0)
     between, within = invert_covariance(offset), invert_covariance(changes)
-    return Spread(torch.from_numpy(between), torch.from_numpy(within))
+    return Spread(between, within, invert_covariance(fluctuation))
 
 
-def invert_covariance(values: np.ndarray) -> np.ndarray:
+def invert_covariance(values: np.ndarray) -> Tensor:
     """Return the inverse of the covariance of values `(n, bands)` of mean 0, with the prior."""
     prior = PRIOR_CLIPS * PRIOR_VARIANCE * np.eye(values.shape[1])
-    return np.linalg.inv((values.T @ values + prior) / (len(values) + PRIOR_CLIPS))
+    inverse = np.linalg.inv((values.T @ values + prior) / (len(values) + PRIOR_CLIPS))
+    return torch.from_numpy(inverse)
 
 
 def find_nearest(spectrum: np.ndarray, others: np.ndarray, is_same: bool = False) -> np.ndarray:
@@ -130,6 +142,13 @@ def find_offset(spectrum: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     return difference[:, :N_MELS].reshape(len(spectrum), N_BANDS, -1).mean(axis=2)
 
 
+def fluctuation_of(spectrum: np.ndarray) -> np.ndarray:
+    """Return the mean standard deviation of the mel bins of each band `(n, bands)` in dB, from
+    spectra `(n, 2 M)`.
+    """
+    return spectrum[:, N_MELS:].reshape(len(spectrum), N_BANDS, -1).mean(axis=2)
+
+
 def changes_of(levels: np.ndarray) -> np.ndarray:
     """Return the difference between the levels of each second and of its clip."""
     return levels - levels.mean(axis=2, keepdims=True)
@@ -157,6 +176,15 @@ def scan(offset: np.ndarray, changes: np.ndarray, spread: Spread) -> tuple[np.nd
     matched += matched_changes[..., ENDS] - matched_changes[..., STARTS]
     information = np.outer(power_of(between), share**2)
     information += np.outer(power_of(within), SECONDS * share * (1 - share))
+    return matched / np.sqrt(information), matched / information
+
+
+def scan_ranges(values: np.ndarray, inverse: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Test each range of bands, for values of the bands `(n, bands)` and their inverse covariance.
+    Returns sizes in standard errors and estimates, `(n, RANGES)`.
+    """
+    matched = values @ inverse.numpy() @ IN_RANGE.T
+    information = power_of(inverse.numpy())
     return matched / np.sqrt(information), matched / information
 
 
@@ -195,7 +223,7 @@ class Deviation(NamedTuple):
     """A difference from normal clips, in a range of bands for a stretch of a clip.
 
     Attributes:
-        decibels: By how much the clip is louder.
+        decibels: By how much the clip is louder, or fluctuates more.
         size: The same in standard errors.
         limit: The size that few normal clips exceed, see `Spread`.
         first_band: The first band of the range.
@@ -231,12 +259,14 @@ class Difference(NamedTuple):
         start: The start of that clip in its file, in seconds.
         level: The difference in level; None where there are fewer than LEAST_CLIPS normal clips.
         band: The largest difference in a range of bands; None as well.
+        fluctuation: The largest difference in fluctuation; None as well.
     """
 
     file: str
     start: float
     level: Deviation | None = None
     band: Deviation | None = None
+    fluctuation: Deviation | None = None
 
 
 def find_difference(spectrum: np.ndarray, levels: np.ndarray, normal: NormalClips) -> Difference:
@@ -261,7 +291,8 @@ def find_difference(spectrum: np.ndarray, levels: np.ndarray, normal: NormalClip
         share = (band.end - band.start) / SECONDS
         offset[:, band.first_band : band.end_band] -= band.decibels * share
         level, _ = find_deviations(offset, changes, spread)
-    return Difference(file, start, level, band)
+    more = fluctuation_of(spectrum[None]) - fluctuation_of(normal.spectrum).mean(axis=0)
+    return Difference(file, start, level, band, find_fluctuation(more, spread))
 
 
 def find_deviations(
@@ -281,6 +312,15 @@ def find_deviations(
     return level, band
 
 
+def find_fluctuation(more: np.ndarray, spread: Spread) -> Deviation:
+    """Return the largest difference in fluctuation `(1, bands)`."""
+    size, decibels = (values[0] for values in scan_ranges(more, spread.fluctuation))
+    place = np.abs(size).argmax()
+    low, high = RANGES[place]
+    found, limit = (float(decibels[place]), float(size[place])), spread.fluctuation_limit
+    return Deviation(*found, limit, low, high, 0, SECONDS)
+
+
 # ---- In words ----
 
 
@@ -294,9 +334,11 @@ def describe_difference(difference: Difference, clip_start: float) -> str:
         similar += f" from {format_time(difference.start)}"
     if difference.level is None or difference.band is None:
         return similar
-    return "; ".join(
-        [describe_band(difference.band, clip_start), describe_level(difference.level), similar]
-    )
+    band, fluctuation = difference.band, difference.fluctuation
+    first = describe_band(band, clip_start)
+    if fluctuation and fluctuation.is_unusual and not band.is_unusual:
+        first = describe_fluctuation(fluctuation)
+    return "; ".join([first, describe_level(difference.level), similar])
 
 
 def describe_band(band: Deviation, clip_start: float) -> str:
@@ -309,6 +351,13 @@ def describe_band(band: Deviation, clip_start: float) -> str:
     elif band.end - band.start < SECONDS:
         text += f", from {start:.0f} to {end:.0f} s"
     return text if band.is_unusual else f"no band unusual (at most {text})"
+
+
+def describe_fluctuation(fluctuation: Deviation) -> str:
+    """Describe the largest difference in fluctuation."""
+    side = "more" if fluctuation.decibels > 0 else "less"
+    decibels = f"{abs(fluctuation.decibels):.1f} dB {side}"
+    return f"{format_range(*fluctuation.hertz)} rises and falls by {decibels} than normal"
 
 
 def describe_level(level: Deviation) -> str:

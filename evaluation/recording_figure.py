@@ -137,7 +137,7 @@ def draw_clips(
         axes["normal"].set_title(escape(f"most similar normal recording: {file}"))
         draw_difference(drawn, axes, row, worst - normal)
     if row["difference"]:
-        mark(axes["worst"], row["difference"]["band"])
+        mark(axes["worst"], row["difference"])
 
 
 def draw_difference(
@@ -153,7 +153,7 @@ def draw_difference(
     axis.set_title("difference: red is louder than normal")
     set_frequencies(axis)
     drawn.colorbar(shown, ax=beside, label="dB")
-    mark(axis, row["difference"]["band"])
+    mark(axis, row["difference"])
     draw_spectrum(beside, difference, "black")
     beside.axvline(0, color="0.6", lw=0.6)
     below.plot(start + FRAME_TIMES, difference.mean(axis=0), color="black")
@@ -167,15 +167,21 @@ def draw_spectrum(axis: Axes, image: np.ndarray, colour: str) -> None:
     axis.set(ylim=(0, N_MELS), yticks=[])
 
 
-def mark(axis: Axes, band: Mapping[str, Any] | None) -> None:
-    """Mark the range and the seconds of a difference; dotted if it is not unusual."""
-    if band is None:
+def mark(axis: Axes, difference: Mapping[str, Any]) -> None:
+    """Mark the frequencies and seconds that the text of a difference names; dotted if they are not
+    unusual.
+    """
+    named, fluctuation = difference["band"], difference["fluctuation"]
+    if named is None:
         return
-    low, high = np.interp([band["low"], band["high"]], mel_frequencies(), np.arange(N_MELS) + 0.5)
-    line = "-" if band["is_unusual"] else ":"
+    if fluctuation["is_unusual"] and not named["is_unusual"]:
+        named = fluctuation
+    ends = named["low"], named["high"]
+    low, high = np.interp(ends, mel_frequencies(), np.arange(N_MELS) + 0.5)
+    line = "-" if named["is_unusual"] else ":"
     style: dict[str, Any] = {"fill": False, "edgecolor": "black", "linestyle": line}
-    width = band["end"] - band["start"]
-    axis.add_patch(Rectangle((band["start"], low), width, high - low, **style))
+    width = named["end"] - named["start"]
+    axis.add_patch(Rectangle((named["start"], low), width, high - low, **style))
 
 
 # ---- The windows of a recording ----

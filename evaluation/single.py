@@ -17,7 +17,7 @@ from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
 from errors import UserError, give_reason
-from evaluation.difference import Difference, describe_difference, find_difference
+from evaluation.difference import Deviation, Difference, describe_difference, find_difference
 from evaluation.scores import (
     Outputs,
     check_scores,
@@ -206,29 +206,31 @@ def find_differences(
 def plain_difference(difference: Difference, clip_start: float) -> dict[str, Any]:
     """Return a difference in plain values. `clip_start` is that of the clip in its recording.
 
-    `text` describes it; `similar` is the most similar normal clip (`file` and `start` in seconds);
-    `level` has `decibels` and `is_unusual`, `band` also `low` and `high` in Hz, `start` and `end`
-    in seconds of the recording. Both are None where too few normal clips are known.
+    `text` describes it; `similar` is the most similar normal clip (`file` and `start` in seconds).
+    `level`, `band` and `fluctuation` have `decibels` and `is_unusual`, `low` and `high` in Hz,
+    `start` and `end` in seconds of the recording; they are None where too few normal clips are
+    known.
     """
-    level, band = difference.level, difference.band
     plain: dict[str, Any] = {
         "text": describe_difference(difference, clip_start),
         "similar": {"file": difference.file, "start": difference.start},
-        "level": None,
-        "band": None,
     }
-    if level is not None and band is not None:
-        low, high = band.hertz
-        plain["level"] = {"decibels": level.decibels, "is_unusual": level.is_unusual}
-        plain["band"] = {
-            "decibels": band.decibels,
-            "is_unusual": band.is_unusual,
-            "low": low,
-            "high": high,
-            "start": clip_start + band.start,
-            "end": clip_start + band.end,
-        }
+    for name in ("level", "band", "fluctuation"):
+        deviation = getattr(difference, name)
+        plain[name] = deviation and plain_deviation(deviation, clip_start)
     return plain
+
+
+def plain_deviation(deviation: Deviation, clip_start: float) -> dict[str, Any]:
+    low, high = deviation.hertz
+    return {
+        "decibels": deviation.decibels,
+        "is_unusual": deviation.is_unusual,
+        "low": low,
+        "high": high,
+        "start": clip_start + deviation.start,
+        "end": clip_start + deviation.end,
+    }
 
 
 def name_decision(score: float, threshold: float | None) -> str | None:

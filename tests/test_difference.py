@@ -90,16 +90,29 @@ def test_a_gain_is_a_level_and_no_band(normal):
         assert after.level.is_unusual
         assert after.file == before.file
         assert after.band.is_unusual == before.band.is_unusual
+        assert after.fluctuation == pytest.approx(before.fluctuation)
+
+
+def test_a_range_that_rises_and_falls_is_found(normal):
+    """By 8 dB from one frame to the next, in bands whose frames differ by 1 dB otherwise."""
+    rng = np.random.default_rng(7)
+    (log_mel,) = make_log_mel(rng, 1)
+    before = difference_of(log_mel, normal)
+    assert not before.fluctuation.is_unusual
+    log_mel[0, 32:64] += torch.from_numpy(8.0 * rng.choice([-1, 1], size=N_FRAMES))
+    after = difference_of(log_mel, normal).fluctuation
+    assert after.is_unusual
+    assert (after.first_band, after.end_band) == (4, 8)
+    assert after.decibels == pytest.approx(6, abs=2)
 
 
 def test_few_normal_clips_are_unusual(normal):
     """About a twentieth of them in level, and in a band, as the limits say."""
     clips = make_log_mel(np.random.default_rng(3), 200)
     differences = [difference_of(log_mel, normal) for log_mel in clips]
-    levels = np.mean([difference.level.is_unusual for difference in differences])
-    bands = np.mean([difference.band.is_unusual for difference in differences])
-    assert 0 < levels < 0.12
-    assert 0 < bands < 0.12
+    for name in ("level", "band", "fluctuation"):
+        rate = np.mean([getattr(difference, name).is_unusual for difference in differences])
+        assert 0 < rate < 0.12, name
 
 
 def test_sizes_are_those_of_the_whole_covariance(normal):
@@ -147,6 +160,19 @@ def test_few_clips_are_no_measure():
 
 BAND = Deviation(-9.4, -20.0, 12.0, 10, 13, 3, 6)
 LEVEL = Deviation(0.4, 0.5, 3.0, 0, N_BANDS, 0, SECONDS)
+
+
+FLUCTUATION = Deviation(2.34, 5.0, 4.0, 10, 13, 0, SECONDS)
+
+
+def test_a_fluctuation_is_named_where_no_band_is():
+    text = "2.5 to 4.4 kHz rises and falls by 2.3 dB more than normal; level as usual (+0 dB)"
+    difference = Difference("a.wav", 0.0, LEVEL, BAND._replace(size=11.0), FLUCTUATION)
+    assert describe_difference(difference, 0.0).startswith(f"{text}; ")
+    difference = difference._replace(band=BAND)
+    assert "rises" not in describe_difference(difference, 0.0)
+    difference = Difference("a.wav", 0.0, LEVEL, BAND, FLUCTUATION._replace(size=3.0))
+    assert "rises" not in describe_difference(difference, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from audio import Windows
 from checkpoint import RunFiles, read_history
 from config import load_config
 from errors import UserError

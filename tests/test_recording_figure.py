@@ -17,6 +17,7 @@ DIFFERENCE = {
     "text": "1 to 2 kHz 9 dB above normal",
     "similar": {"file": "fan/train/b.wav", "start": 10.0},
     "level": {"decibels": 0.1, "is_unusual": False},
+    "fluctuation": {"decibels": 0.1, "is_unusual": False},
     "band": {
         "decibels": 9.0, "is_unusual": True, "low": 1000.0, "high": 2000.0, "start": 23.0,
         "end": 26.0,

@@ -1,0 +1,63 @@
+"""Score the recordings in a folder that are not in a log yet, and add them to the log.
+
+    python examples/score_new.py inbox log.jsonl check_points/press.pth \\
+        --config press.yaml --machine_type press --machine_id line-3
+
+Call it every few minutes, for instance with cron. After folder and log come the arguments of
+score.py, without recordings. The log has a line of JSON for each recording, as from `score.py
+--json`, with `time`; those that cannot be read are logged with their error. Files that were changed
+in the last minute may still be written, and wait for the next call. The anomalous recordings are
+printed, with what differs.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCORE = Path(__file__).resolve().parent.parent / "score.py"
+WAIT = 60  # seconds since the last change of a file
+FORMATS = (".wav", ".flac")
+
+
+def main() -> int:
+    if len(sys.argv) < 4:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder, log, *arguments = sys.argv[1:]
+    if not Path(folder).is_dir():
+        print(f"error: {folder}: not a folder; name the one with new recordings", file=sys.stderr)
+        return 2
+    files = find_new(Path(folder).absolute(), Path(log))
+    if not files:
+        return 0
+    command = [sys.executable, str(SCORE), *arguments, *files, "--json"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if not result.stdout:  # score.py has said why
+        return result.returncode
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    with Path(log).open("a") as file:
+        for row in json.loads(result.stdout):
+            file.write(json.dumps({"time": now} | row) + "\n")
+            if row.get("decision") == "anomalous":
+                difference = row["difference"] or {"text": ""}
+                print(f"{row['file']}: anomalous, {difference['text']}")
+    return 0
+
+
+def find_new(folder: Path, log: Path) -> list[str]:
+    """Return the recordings in a folder that are complete and not in the log, by name."""
+    known = set()
+    if log.exists():
+        known = {json.loads(line)["file"] for line in log.read_text().splitlines()}
+    files = []
+    for path in sorted(folder.iterdir()):
+        is_complete = time.time() - path.stat().st_mtime > WAIT
+        if path.suffix.lower() in FORMATS and is_complete and str(path) not in known:
+            files.append(str(path))
+    return files
+
+
+if __name__ == "__main__":
+    sys.exit(main())

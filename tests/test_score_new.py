@@ -1,0 +1,44 @@
+"""examples/score_new.py: the new recordings of a folder, every day."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import tone, write_clip
+from test_without_network import hum
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_each_recording_is_logged_once(tmp_path):
+    for number in range(12):
+        write_clip(tmp_path / "normal" / f"{number}.wav", hum(number))
+    inbox = tmp_path / "inbox"
+    good, faulty = write_clip(inbox / "a.wav", hum(60)), write_clip(inbox / "b.wav", tone(1))
+    bad = inbox / "c.flac"
+    bad.write_text("not audio")
+    for path in (good, faulty, bad):
+        os.utime(path, (0, 0))
+    (inbox / "notes.txt").touch()
+    unfinished = write_clip(inbox / "d.wav", hum(61))
+    log = tmp_path / "log.jsonl"
+    words = (inbox, log, "--normal", tmp_path / "normal", "--device", "cpu")
+    command = [sys.executable, ROOT / "examples" / "score_new.py", *words]
+
+    def call() -> tuple[str, list[dict]]:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return result.stdout, [json.loads(line) for line in log.read_text().splitlines()]
+
+    output, rows = call()
+    assert [row["file"] for row in rows] == [str(good), str(faulty), str(bad)]
+    assert [row.get("decision") for row in rows] == ["normal", "anomalous", None]
+    assert rows[2]["error"].startswith("unreadable")
+    assert output == f"{faulty}: anomalous, {rows[1]['difference']['text']}\n"
+    os.utime(unfinished, (0, 0))
+    output, rows = call()
+    assert [row["file"] for row in rows[3:]] == [str(unfinished)]
+    size = log.stat().st_size
+    assert call()[0] == ""
+    assert log.stat().st_size == size
