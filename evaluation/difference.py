@@ -343,6 +343,8 @@ def describe_difference(difference: Difference, clip_start: float) -> str:
 
 def describe_band(band: Deviation, clip_start: float) -> str:
     """Describe the largest difference in a range of bands."""
+    if not band.is_unusual and round(band.decibels) == 0:
+        return "no band unusual"
     side = "above" if band.decibels > 0 else "below"
     text = f"{format_range(*band.hertz)} {abs(band.decibels):.0f} dB {side} normal"
     start, end = clip_start + band.start, clip_start + band.end

@@ -185,6 +185,12 @@ def test_a_fluctuation_is_named_where_no_band_is():
             "2.5 to 4.4 kHz 9 dB below normal, from 3 to 6 s; level as usual (+0 dB)",
         ),
         (
+            BAND._replace(size=2.0, decibels=0.4),
+            LEVEL,
+            0.0,
+            "no band unusual; level as usual (+0 dB)",
+        ),
+        (
             BAND._replace(start=0, end=SECONDS, decibels=9.4),
             LEVEL._replace(decibels=3.1, size=4.0),
             0.0,
