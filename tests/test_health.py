@@ -1,16 +1,17 @@
 """benchmarks/health.py: the data of its sick runs, its figure and its table, without training."""
 
+import re
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from conftest import MACHINES, clips_of
+from conftest import MACHINES, change_checkpoint, clips_of
 from matplotlib.figure import Figure
 
 from benchmarks import health
-from checkpoint import EpochResult
+from checkpoint import Checkpoint, EpochResult
 from utils import write_csv
 
 
@@ -39,13 +40,15 @@ def test_wrong_ids_stay_within_the_machine_type(data_root, tmp_path):
 
 
 @pytest.fixture
-def output(tmp_path, monkeypatch):
+def output(tmp_path, trained, monkeypatch):
     """Two finished runs of the study, whose script trains and evaluates nothing."""
     runs = {name: health.RUNS[name] for name in ("healthy", "wrong_ids")}
     monkeypatch.setattr(health, "RUNS", runs)
     for number, name in enumerate(runs):
         history = [EpochResult(epoch, 1e-3, 9.0, 0.5, 8.0 + number, 0.25, 1) for epoch in (1, 2)]
         write_csv(tmp_path / name / "history.csv", pd.DataFrame(history))
+        for copy in (f"{name}.pth", f"{name}.last.pth"):
+            (tmp_path / copy).symlink_to(trained / "run.last.pth")
         row = {"machine_type": "average", "machine_id": "mean", "AUC": 0.9 - 0.1 * number}
         write_csv(tmp_path / name / "test" / "metrics.csv", pd.DataFrame([row]))
     return tmp_path
@@ -58,12 +61,15 @@ def test_a_run_is_a_line_of_each_panel_and_a_row(output, data_root, call, monkey
     words = ("--data_root", data_root, "--output", output)
     status, text, errors = call(health.main, *words)
     assert status == 0, errors
-    assert "| healthy | 2 | 9.00 | 8.00 | 0.25 | 90.0 |\n" in text
-    assert "| wrong IDs | 2 | 9.00 | 9.00 | 0.25 | 80.0 |\n" in text
+    assert re.search(
+        r"\| healthy \| 6 \| 9.00 \| 0.50 \| 8.00 \| 0.25 \| \d.\d\d \| 90.0 \|\n", text
+    )
+    assert re.search(r"\| wrong IDs \| 6 \| 9.00 \| 0.50 \| 9.00 \| .* \| 80.0 \|\n", text)
     assert (output / "training_health.md").read_text() in text
     (figure,) = drawn
     lines = [[list(line.get_ydata()) for line in axis.lines] for axis in figure.axes]
-    assert lines == [[[9, 9], [9, 9]], [[8, 8], [9, 9]], [[0.25, 0.25], [0.25, 0.25]]]
+    assert lines == [[[y, y], [z, z]] for y, z in ((9, 9), (0.5, 0.5), (8, 9), (0.25, 0.25))]
+    assert all(list(line.get_xdata()) == [3, 6] for line in figure.axes[0].lines)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["healthy", "wrong IDs"]
     scripts = [words[0] for words in called]
     assert scripts == ["train.py", "eval.py"] * 2
@@ -74,6 +80,18 @@ def test_a_run_is_a_line_of_each_panel_and_a_row(output, data_root, call, monkey
 def save(figure, path, drawn):
     drawn.append(figure)
     path.touch()
+
+
+def test_settled_statistics_are_not_those_of_the_last_steps(lively):
+    last = lively / "run.last.pth"
+    change_checkpoint(lively / "run.pth", last)
+    before = health.validate_settled(lively / "run.pth")
+    weights = Checkpoint.load(last).weights
+    for name in weights:
+        if name.endswith("running_mean"):
+            weights[name] = weights[name] + 1
+    change_checkpoint(last, weights=weights)
+    assert health.validate_settled(lively / "run.pth").loss == before.loss
 
 
 def test_a_folder_without_the_set_is_an_error(tmp_path, fails):
