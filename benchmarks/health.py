@@ -63,7 +63,7 @@ RUNS = {  # by the name of their files
     "healthy": Run("healthy"),
     "cross_entropy": Run("healthy, cross_entropy", {"mode": "cross_entropy"}),
     "high_lr": Run("learning rate 0.1", {"lr": "0.1"}),
-    "silent": Run("noise of 1 bit", {"data_root": SILENT}),
+    "silent": Run("noise of one bit", {"data_root": SILENT}),
     "wrong_ids": Run("wrong IDs", {"data_root": WRONG_IDS}),
     "two_ids": Run("two IDs", TWO_IDS | {"epoch": "20"}),
     "few_steps": Run("two IDs, 48 steps", TWO_IDS),
