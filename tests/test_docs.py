@@ -22,6 +22,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PICTURES = sorted(ROOT.glob("docs/*.png"))
 VARIABLES = {  # shell variables that loops on the pages set
     "PATH": os.environ["PATH"],
+    "demo": "--machines auto",
     "seed": "1",
     "classes": "section",
     "start": "nothing",
