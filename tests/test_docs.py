@@ -22,7 +22,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PICTURES = sorted(ROOT.glob("docs/*.png"))
 VARIABLES = {  # shell variables that loops on the pages set
     "PATH": os.environ["PATH"],
-    "demo": "--machines auto",
+    "data": "--data_root datasets/synthetic",
+    "all": "--machines auto --split_ratio 0.8",
+    "usual": "--epoch 8 --batch_size 16 --lr 1e-3",
+    "two": "--split_ratio 0.8 --batch_size 4 --lr 1e-3",
     "seed": "1",
     "classes": "section",
     "start": "nothing",
