@@ -127,11 +127,12 @@ def test_a_stop_reaches_the_script(tmp_path):
 
 
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
-    options = ("--data_root", data_root, "--output", tmp_path, "--machines", MACHINES)
+    others = ("--output", tmp_path, "--machines", MACHINES)
+    options = ("--data_root", data_root, *others)
     message = "command line: mode: all modes are trained"
     fails(reproduce.main, *options, "--mode", "arcface", match=message)
     fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
-    fails(reproduce.main, *options, "--data_root", tmp_path, match="no folder .*fan/train")
+    fails(reproduce.main, *others, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
     message = (
         r"arcmix_1.pth: the run to resume had another configuration: mode .* "

@@ -29,7 +29,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def make(folder: Path, *options: str) -> dict[str, bytes]:
-    synthesize.main(["--output", str(folder), "--train", "1", "--test", "1", *options])
+    counts = [] if "--train" in options else ["--train", "1"]
+    counts += [] if "--test" in options else ["--test", "1"]
+    synthesize.main(["--output", str(folder), *counts, *options])
     return contents(folder)
 
 
@@ -104,8 +106,8 @@ def test_the_sounds_stay_the_same(clip, expected):
 @pytest.mark.usefixtures("few")
 def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
     """The target domain has a faster machine, in a louder factory."""
-    options = ("--output", str(tmp_path / "set"), "--form", "2023", "--train", "8", "--test", "2")
-    synthesize.main([*options])
+    options = ("--form", "2023", "--test", "2")
+    make(tmp_path / "set", *options, "--train", "8")
     config = load_config(data_root=str(tmp_path / "set"), machines="auto", classes="attributes")
     classes = find_classes(config)
     speeds = ("spd_1", "spd_2", "spd_3")
@@ -119,14 +121,13 @@ def test_the_form_of_2023_can_be_trained_and_shifts_its_domain(tmp_path):
     assert kinds.tolist() == [2] * 8
     made = contents(tmp_path / "set")
     assert len(made) == 1 + 18 + 16
-    synthesize.main([*options])
-    assert contents(tmp_path / "set") == made
+    assert make(tmp_path / "set", *options, "--train", "8") == made
     with pytest.raises(UserError, match="contains another set"):
         make(tmp_path / "set")
     make(tmp_path / "set", "--overwrite")
     assert not list((tmp_path / "set").rglob("section_*"))
     with pytest.raises(UserError, match=r"--train 10001 .*: file names of 2023 have four digits"):
-        synthesize.main([*options, "--train", "10001"])
+        make(tmp_path / "set", *options, "--train", "10001")
 
 
 # ---- The machines ----
