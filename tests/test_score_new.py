@@ -9,6 +9,8 @@ from pathlib import Path
 from conftest import tone, write_clip
 from test_without_network import hum
 
+from examples import score_new
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,19 +28,12 @@ def test_each_recording_is_logged_once(tmp_path):
     log = tmp_path / "log.jsonl"
     words = (inbox, log, "--normal", tmp_path / "normal", "--device", "cpu")
     command = [sys.executable, ROOT / "examples" / "score_new.py", *words]
-
-    def call() -> tuple[str, list[dict]]:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        return result.stdout, [json.loads(line) for line in log.read_text().splitlines()]
-
-    output, rows = call()
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["file"] for row in rows] == [str(good), str(faulty), str(bad)]
     assert [row.get("decision") for row in rows] == ["normal", "anomalous", None]
     assert rows[2]["error"].startswith("unreadable")
-    assert output == f"{faulty}: anomalous, {rows[1]['difference']['text']}\n"
+    assert result.stdout == f"{faulty}: anomalous, {rows[1]['difference']['text']}\n"
+    assert score_new.find_new(inbox, log) == []
     os.utime(unfinished, (0, 0))
-    output, rows = call()
-    assert [row["file"] for row in rows[3:]] == [str(unfinished)]
-    size = log.stat().st_size
-    assert call()[0] == ""
-    assert log.stat().st_size == size
+    assert score_new.find_new(inbox, log) == [str(unfinished)]
