@@ -31,7 +31,7 @@ from evaluation.scores import LEAST_SPREAD
 from model.tastgram import N_BANDS, N_MELS, band_edges
 
 N_NEAREST = 3
-LEAST_CLIPS = 10  # of a machine, to measure how they vary
+LEAST_CLIPS, MOST_CLIPS = 10, 1000  # of a machine, to measure how they vary; more change little
 # Before clips are seen, levels vary by 1 dB. This counts as much as so many clips.
 PRIOR_VARIANCE, PRIOR_CLIPS = 1.0, 16
 N_PARTS = 5  # of the cross-validation
@@ -69,15 +69,18 @@ class Spread(NamedTuple):
 
 
 def measure_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread | None:
-    """Measure how n normal clips vary; None if there are fewer than LEAST_CLIPS. `spectrum` `(n, 2
-    M)` is from `spectrum_of`, `levels` `(n, N_BANDS, SECONDS)` from `levels_of`.
+    """Measure how n normal clips vary; None if there are fewer than LEAST_CLIPS. Of more than
+    MOST_CLIPS, so many at equal distances are used. `spectrum` `(n, 2 M)` is from `spectrum_of`,
+    `levels` `(n, N_BANDS, SECONDS)` from `levels_of`.
 
     The limits are cross-validated: each of N_PARTS of successive clips, which may be from the same
     recording or day, is compared with the others.
     """
-    count = len(levels)
-    if count < LEAST_CLIPS:
+    if len(levels) < LEAST_CLIPS:
         return None
+    count = min(len(levels), MOST_CLIPS)
+    chosen = np.linspace(0, len(levels) - 1, count).astype(int)
+    spectrum, levels = spectrum[chosen], levels[chosen]
     sizes: list[tuple[float, float, float]] = []
     for part in np.array_split(np.arange(count), N_PARTS):
         others = np.delete(np.arange(count), part)

@@ -156,6 +156,13 @@ def test_few_clips_are_no_measure():
     assert describe_difference(difference, 0.0) == "most similar normal recording: i from 0:00:20"
 
 
+def test_of_many_clips_some_are_measured(monkeypatch):
+    spectrum, levels = describe(make_log_mel(np.random.default_rng(8), 39))
+    some = measure_spread(spectrum[::2], levels[::2])
+    monkeypatch.setattr("evaluation.difference.MOST_CLIPS", 20)
+    assert torch.equal(measure_spread(spectrum, levels).within, some.within)
+
+
 # ---- In words ----
 
 BAND = Deviation(-9.4, -20.0, 12.0, 10, 13, 3, 6)
