@@ -12,7 +12,7 @@
     python score.py check_points/press.pth new.wav --machine_type press --false_alarms 0.01
     python score.py check_points/press.pth new.wav --machine_type press --threshold 0.004
     # one machine alone: without training, against a folder of its normal recordings
-    python score.py --normal normal/ new.wav
+    python score.py --normal compressor/ new.wav
 
 Each recording, given as a file or in a folder, is scored from beginning to end (with --window first
 its first 10 s alone) against the given machine ID or, without one, against the ID of the machine
