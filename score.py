@@ -56,7 +56,14 @@ from typing import Any
 from audio import Windows
 from checkpoint import RunFiles
 from classes import Machine
-from config import MODEL_KEYS, SCORING_KEYS, Config, check_effect, parse_command_line
+from config import (
+    DEFAULT_CONFIG,
+    MODEL_KEYS,
+    SCORING_KEYS,
+    Config,
+    check_effect,
+    parse_command_line,
+)
 from errors import UserError
 from evaluation.calibration import calibrate, find_normal
 from evaluation.scores import KINDS
@@ -74,7 +81,7 @@ from evaluation.without_network import load_folder
 from inference import Model, load_model, with_bank
 from names import format_id
 from recordings import MACHINE_COLUMNS
-from utils import OneLineParser, check_writable, run_script, use_device
+from utils import OneLineParser, check_writable, notice, run_script, use_device
 
 CHECK_POINTS = Path("check_points")  # the folder of figures without a checkpoint is there
 
@@ -94,6 +101,7 @@ def score(config: Config, options: Namespace) -> None:
     else:
         model = load_model(options.checkpoint, config)
         candidates = find_candidates(model, options.machine_type, options.machine_id)
+        check_scoring(model, config, options)
     windows = choose_windows(model, config, [config.scoring])
     pictures = find_pictures(options) if options.plots else None
     results = score_recordings(model, files, candidates, config, windows, device)
@@ -106,13 +114,25 @@ def score(config: Config, options: Namespace) -> None:
         print_scores(results, options.timeline)
     report_rate(results, config)
     if pictures:
-        draw(results, config.scoring, windows.channel, options.normal or Path(config.data_root))
+        root = options.normal.parent if options.normal else Path(config.data_root)
+        draw(results, config.scoring, windows.channel, root)
         if not options.json:
             print(f"pictures: {pictures}")
     n_bad = sum("error" in row for row in results)
     if n_bad:
         raise UserError(
             f"{n_bad} of {len(results)} recordings could not be scored; see the reasons above"
+        )
+
+
+def check_scoring(model: Model, config: Config, options: Namespace) -> None:
+    """Print a notice if the kind of score is that of config.yaml, and the run had another one."""
+    of_run = model.config.scoring
+    is_chosen = options.config != DEFAULT_CONFIG or "scoring" in config.given
+    if not is_chosen and config.scoring != of_run:
+        notice(
+            f"scoring: {config.scoring}, while the configuration of {model.path} has {of_run}; "
+            "give its file with --config, or --scoring"
         )
 
 
@@ -131,7 +151,7 @@ def choose_windows(model: Model, config: Config, kinds: Sequence[str]) -> Window
 def name_machine(options: Namespace) -> Machine:
     """Return the name of the machine of --normal: as given, or that of the folder."""
     name = options.machine_id or options.normal.resolve().name
-    return options.machine_type or "machine", format_id(name)
+    return options.machine_type or "machine", format_id(name).replace("/", "_")
 
 
 def find_pictures(options: Namespace) -> Path:
@@ -227,28 +247,37 @@ def main() -> None:
         check_normal(config, options)
         score(config.model_copy(update={"scoring": "spectrum"}), options)
         return
-    if not options.recordings:
-        raise UserError("a checkpoint is required, or --normal FOLDER (see --help)")
+    if not options.recordings or is_audio(options.recordings[0]):
+        raise UserError("the checkpoint is missing; name it first, or give --normal FOLDER")
     options.checkpoint = options.recordings.pop(0)
     if options.calibrate:
         check_calibration(config, options)
         run_calibration(config, options)
-    elif options.recordings and options.machine_type:
-        score(config, options)
+    elif not options.recordings:
+        raise UserError("the recordings to score are missing; name them after the checkpoint")
+    elif not options.machine_type:
+        raise UserError("--machine_type is missing: the type of the machine in the recordings")
     else:
-        raise UserError(
-            "the recordings and --machine_type are required, or --calibrate (see --help)"
-        )
+        score(config, options)
+
+
+def is_audio(path: Path) -> bool:
+    return path.suffix.lower() in (".wav", ".flac")
 
 
 def check_normal(config: Config, options: Namespace) -> None:
     """Raise `UserError` for recordings that are missing beside --normal, or for options that have
     no effect there.
     """
+    if options.calibrate:
+        raise UserError(
+            "--calibrate needs a checkpoint; with --normal, add the recordings to its folder"
+        )
     if not options.recordings:
-        raise UserError("the recordings to score are required beside --normal (see --help)")
-    names = ["calibrate"] if options.calibrate else []
-    names += sorted(config.given & {*MODEL_KEYS, "data_root", "eval_precision"})
+        raise UserError("the recordings to score are missing; name them beside --normal")
+    if options.recordings[0].suffix == ".pth":
+        raise UserError(f"{options.recordings[0]}: --normal needs no checkpoint; leave it out")
+    names = sorted(config.given & {*MODEL_KEYS, "data_root", "eval_precision"})
     if "scoring" in config.given and config.scoring != "spectrum":
         names.append("scoring")
     if names:

@@ -168,7 +168,9 @@ def scan(offset: np.ndarray, changes: np.ndarray, spread: Spread) -> tuple[np.nd
         changes: The differences between seconds and clip `(n, bands, SECONDS)` in dB.
 
     Returns:
-        Sizes in standard errors and estimates in dB, `(n, RANGES, STRETCHES)`.
+        Sizes in standard errors and estimates in dB, `(n, RANGES, STRETCHES)`. The size is 0 where
+        the estimate, which allows for the other bands, has another sign than the difference itself:
+        a range that is louder must not be called quieter.
     """
     between, within = spread.between.numpy(), spread.within.numpy()
     share = (ENDS - STARTS) / SECONDS
@@ -179,7 +181,12 @@ def scan(offset: np.ndarray, changes: np.ndarray, spread: Spread) -> tuple[np.nd
     matched += matched_changes[..., ENDS] - matched_changes[..., STARTS]
     information = np.outer(power_of(between), share**2)
     information += np.outer(power_of(within), SECONDS * share * (1 - share))
-    return matched / np.sqrt(information), matched / information
+    plain = np.pad(np.cumsum(IN_RANGE @ changes, axis=2), ((0, 0), (0, 0), (1, 0)))
+    plain = (
+        plain[..., ENDS] - plain[..., STARTS] + (offset @ IN_RANGE.T)[..., None] * (ENDS - STARTS)
+    )
+    size = np.where(matched * plain < 0, 0, matched / np.sqrt(information))
+    return size, matched / information
 
 
 def scan_ranges(values: np.ndarray, inverse: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -355,7 +362,7 @@ def describe_band(band: Deviation, clip_start: float) -> str:
         text += f", from {format_time(start)} to {format_time(end)}"
     elif band.end - band.start < SECONDS:
         text += f", from {start:.0f} to {end:.0f} s"
-    return text if band.is_unusual else f"no band unusual (at most {text})"
+    return text if band.is_unusual else f"no band unusual (largest: {text})"
 
 
 def describe_fluctuation(fluctuation: Deviation) -> str:

@@ -63,7 +63,7 @@ STYLE = {
 }
 
 TITLE_LENGTH = 26  # characters in a line above a panel
-TICKS = (0.5, 1, 2, 4)  # kHz, of the frequencies of a log-mel
+TICKS = (0.5, 1, 2, 4, 8)  # kHz, of the frequencies of a log-mel
 N_BINS = 30  # of the scores of a machine
 MAX_INTERVALS = 3  # between the ticks of a small panel
 LEAST_SHOWN = 1e-12  # the position of a score of 0 on a logarithmic axis

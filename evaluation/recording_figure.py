@@ -34,7 +34,7 @@ from utils import notice
 
 # Heights in inches
 HEIGHTS = {"scores": 1.5, "whole": 1.2, "worst": 1.3, "normal": 1.3, "difference": 1.3, "time": 0.9}
-UNIT_LENGTH, TITLE_LENGTH = 24, 120  # characters in a line beside the scores, and above all
+UNIT_LENGTH = 24  # characters in a line beside the scores
 FRAME_TIMES = np.arange(N_FRAMES) * HOP_LENGTH / SAMPLE_RATE  # seconds
 LEAST_RANGE = 6  # dB; smaller differences are pale
 # Columns of the log-mel of a whole recording. Each has two frames or more.
@@ -80,7 +80,7 @@ def name_recording(row: Mapping[str, Any]) -> str:
     if row["threshold"] is not None:
         title += f" (threshold {row['threshold']:.3g}), {row['decision']}"
     if row["difference"]:
-        title += "\n" + textwrap.fill(row["difference"]["text"], TITLE_LENGTH)
+        title += "\n" + row["difference"]["text"].replace("; ", "\n")
     return title
 
 
@@ -150,15 +150,16 @@ def draw_difference(
     largest = max(LEAST_RANGE, np.percentile(np.abs(difference), 99))
     style = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
     shown = draw_image(axis, difference, span, **style)
-    axis.set_title("difference: red is louder than normal")
+    axis.set_title("difference between both: red is louder than this normal recording")
     set_frequencies(axis)
     drawn.colorbar(shown, ax=beside, label="dB")
     mark(axis, row["difference"])
     draw_spectrum(beside, difference, "black")
     beside.axvline(0, color="0.6", lw=0.6)
+    beside.set_xlabel("mean over time")
     below.plot(start + FRAME_TIMES, difference.mean(axis=0), color="black")
     below.axhline(0, color="0.6", lw=0.6)
-    below.set(xlabel="time (s)", ylabel="mean (dB)", xlim=span)
+    below.set(xlabel="time (s)", ylabel="mean over\nfrequency (dB)", xlim=span)
 
 
 def draw_spectrum(axis: Axes, image: np.ndarray, colour: str) -> None:

@@ -244,14 +244,15 @@ def name_decision(score: float, threshold: float | None) -> str | None:
 
 
 def name_figures(results: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Add the file of a figure, `picture`, to each recording that has a score. Figures of
-    recordings with the same name are numbered.
+    """Add the file of a figure, `picture`, to each recording that has a score: named after machine
+    ID, folder and recording. Figures with the same name are numbered.
     """
     seen = Counter[str]()
     for row in results:
         if "error" in row:
             continue
-        name = Path(row["file"]).name
+        path = Path(row["file"])
+        name = "_".join([row["machine_id"], path.absolute().parent.name, path.name])
         seen[name] += 1
         suffix = f" ({seen[name]})" if seen[name] > 1 else ""
         row["picture"] = str(folder / f"{name}{suffix}.png")

@@ -31,7 +31,8 @@ def load_folder(
     folder: Path, machine: Machine, window: str, config: Config, device: torch.device
 ) -> Model:
     """Make a model without a network from the normal recordings of a machine in a folder and the
-    folders in it. `window` is "first" or "all".
+    folders in it. `window` is "first" or "all". In its bank, files begin with the name of the
+    folder.
 
     Raises:
         UserError: If there are no recordings, or if some cannot be used.
@@ -42,7 +43,7 @@ def load_folder(
     recordings[MACHINE_COLUMNS] = machine
     clips = make_clips(recordings, model.windows(config, "train", window), config.num_workers)
     outputs = run_model(model, clips, config, device, "normal recordings")
-    bank = make_bank(outputs, clips, classes, folder)
+    bank = make_bank(outputs, clips, classes, folder.parent)
     model = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
     scores = score_against_others(model, outputs, clips, config.neighbours)
     held_out = HeldOut(torch.from_numpy(clips.clip_recordings), clips.labels, scores)

@@ -4,10 +4,11 @@
         --config press.yaml --machine_type press --machine_id line-3
 
 Call it every few minutes, for instance with cron. After folder and log come the arguments of
-score.py, without recordings. The log has a line of JSON for each recording, as from `score.py
---json`, with `time`; those that cannot be read are logged with their error. Files that were changed
-in the last minute may still be written, and wait for the next call. The anomalous recordings are
-printed, with what differs.
+score.py, without recordings: a checkpoint or --normal FOLDER, and options. The log has a line of
+JSON for each recording, as from `score.py --json`, with `time`. Files that were changed in the last
+minute may still be written, and wait for the next call. Anomalous recordings are printed, with what
+differs, and so are those that cannot be read; the exit status is 2 then. They are not tried again
+unless their lines are removed from the log.
 """
 
 import json
@@ -40,10 +41,12 @@ def main() -> int:
     with Path(log).open("a") as file:
         for row in json.loads(result.stdout):
             file.write(json.dumps({"time": now} | row) + "\n")
-            if row.get("decision") == "anomalous":
+            if "error" in row:
+                print(f"{row['file']}: error: {row['error']}")
+            elif row["decision"] == "anomalous":
                 difference = row["difference"] or {"text": ""}
                 print(f"{row['file']}: anomalous, {difference['text']}")
-    return 0
+    return result.returncode
 
 
 def find_new(folder: Path, log: Path) -> list[str]:

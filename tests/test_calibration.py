@@ -265,8 +265,9 @@ def test_options_without_effect_beside_calibrate(lively, tmp_path, fails):
     fails(score_script.main, *words, "--alarm_span", "6", match="alarm_span has no effect with")
     message = "a.wav: --calibrate scores only the recordings in its folder; leave out others"
     fails(score_script.main, *words, tmp_path / "a.wav", match=message)
-    message = "the recordings and --machine_type are required, or --calibrate"
+    message = "the recordings to score are missing; name them after the checkpoint"
     fails(score_script.main, lively / "run.pth", match=message)
+    message = "--machine_type is missing"
     fails(score_script.main, lively / "run.pth", tmp_path / "a.wav", match=message)
 
 

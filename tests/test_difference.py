@@ -138,6 +138,15 @@ def test_sizes_are_those_of_the_whole_covariance(normal):
     assert size[place] == pytest.approx(w @ inverse @ x / np.sqrt(w @ inverse @ w))
 
 
+def test_a_louder_range_is_never_called_quieter(normal):
+    """Where one band is less loud than its neighbours, they are louder, and it is not quieter."""
+    offset = np.full((1, N_BANDS), 6.0)
+    offset[0, 7] = 3.0
+    size, decibels = scan(offset, np.zeros((1, N_BANDS, SECONDS)), normal.spread)
+    assert (decibels < 0).any()
+    assert (size >= 0).all()
+
+
 def test_the_most_similar_clip_has_the_shape_and_not_the_level():
     spectrum = np.random.default_rng(5).normal(size=(12, 2 * N_MELS))
     louder = spectrum[[4]]
@@ -208,7 +217,7 @@ def test_a_fluctuation_is_named_where_no_band_is():
             BAND._replace(size=11.0, start=0, end=SECONDS),
             LEVEL._replace(decibels=-3.1, size=-4.0),
             2400.0,
-            "no band unusual (at most 2.5 to 4.4 kHz 9 dB below normal, from 0:40:00 to 0:40:10); "
+            "no band unusual (largest: 2.5 to 4.4 kHz 9 dB below normal, from 0:40:00 to 0:40:10); "
             "the whole 3 dB quieter than normal (has microphone, gain or place changed?)",
         ),
     ],

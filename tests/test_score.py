@@ -78,8 +78,10 @@ def test_a_bad_recording_is_named_in_its_line_and_the_rest_scored(lively, tmp_pa
     words = (lively / "run.pth", good, "--machine_type", "fan", "--machine_id", "7")
     message = r"run.pth was not trained on fan 7; choose one of its machines: fan 00, 02; valve 01"
     fails(score_script.main, *words, match=message)
-    message = "the recordings and --machine_type are required"
+    message = "--machine_type is missing: the type of the machine in the recordings"
     fails(score_script.main, lively / "run.pth", good, match=message)
+    message = "the checkpoint is missing; name it first, or give --normal FOLDER"
+    fails(score_script.main, good, *machine, match=message)
     (tmp_path / "empty").mkdir()
     status, output, errors = score(call, lively, tmp_path / "empty", good, *machine)
     assert status == 2
@@ -155,12 +157,14 @@ def test_a_long_recording_is_heard_to_its_end(lively, long_recording, tmp_path, 
 
 def test_pictures_of_recordings(lively, long_recording, data_root, call):
     clip = data_root / "fan" / "test" / "normal_id_00_00000000.wav"
-    other = long_recording.with_name("other") / clip.name
+    other = long_recording.parent / "test" / clip.name
     write_clip(other, tone(5))
     status, output, _ = score(call, lively, long_recording, clip, other, *FAN, "--plots", "--json")
     assert status == 0
     folder = lively / "run" / "pictures"
-    files = [folder / f"{name}.png" for name in ("long.wav", clip.name, f"{clip.name} (2)")]
+    name = f"00_test_{clip.name}"
+    names = f"00_{long_recording.parent.name}_long.wav", name, f"{name} (2)"
+    files = [folder / f"{name}.png" for name in names]
     assert [row["picture"] for row in json.loads(output)] == list(map(str, files))
     assert sorted(folder.iterdir()) == sorted(files)
     _, output, _ = score(call, lively, clip, *FAN, "--plots")
@@ -327,7 +331,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_end_the_others(lively, tmp_path,
     assert output.count("fan 00") == 2
     assert f"1 of 2 recordings could not be drawn: {paths[0]}: unreadable" in errors
     drawn = [path.name for path in (lively / "run" / "pictures").iterdir()]
-    assert drawn == ["b.wav.png"]
+    assert drawn == [f"00_{tmp_path.name}_b.wav.png"]
 
 
 def test_hidden_files_of_a_folder_are_passed_over(lively, tmp_path, call):

@@ -28,12 +28,16 @@ def test_each_recording_is_logged_once(tmp_path):
     log = tmp_path / "log.jsonl"
     words = (inbox, log, "--normal", tmp_path / "normal", "--device", "cpu")
     command = [sys.executable, ROOT / "examples" / "score_new.py", *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, "of the file that is no recording"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["file"] for row in rows] == [str(good), str(faulty), str(bad)]
     assert [row.get("decision") for row in rows] == ["normal", "anomalous", None]
     assert rows[2]["error"].startswith("unreadable")
-    assert result.stdout == f"{faulty}: anomalous, {rows[1]['difference']['text']}\n"
+    assert result.stdout.splitlines() == [
+        f"{faulty}: anomalous, {rows[1]['difference']['text']}",
+        f"{bad}: error: {rows[2]['error']}",
+    ]
     assert score_new.find_new(inbox, log) == []
     os.utime(unfinished, (0, 0))
     assert score_new.find_new(inbox, log) == [str(unfinished)]
