@@ -48,7 +48,9 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> None
                 trainer.fit()
             trainer.add_bank()
         if is_main():
-            print(f"lowest validation loss {trainer.best_loss:.4f}; weights: {files.best}")
+            best = min(trainer.history, key=lambda result: result.valid_loss)
+            loss, accuracy = f"{best.valid_loss:.4f}", f"{best.valid_accuracy:.3f}"
+            print(f"lowest validation loss {loss}, accuracy {accuracy}; weights: {files.best}")
 
 
 def find_start(config: Config, files: RunFiles, resume: bool, overwrite: bool) -> Checkpoint:
