@@ -188,7 +188,8 @@ def find_differences(
     window_scores: np.ndarray,
 ) -> list[dict[str, Any] | None]:
     """Find how the window with the highest score of each recording differs from normal clips of its
-    machine, as `plain_difference` returns it; None where the checkpoint has no training clips.
+    machine, as `plain_difference` returns it; None where the checkpoint has no training clips of
+    the machine.
     """
     bank = model.checkpoint.bank
     if bank is None or outputs.levels is None:
@@ -197,6 +198,9 @@ def find_differences(
     differences: list[dict[str, Any] | None] = []
     worst = find_worst(window_scores, clips.clip_recordings)
     for clip, machine in zip(worst.tolist(), machines, strict=True):
+        if not normal[machine].files:
+            differences.append(None)
+            continue
         spectrum, levels = outputs.spectrum[clip].double(), outputs.levels[clip].double()
         difference = find_difference(spectrum.numpy(), levels.numpy(), normal[machine])
         differences.append(plain_difference(difference, float(clips.clip_starts[clip])))

@@ -368,13 +368,18 @@ def test_a_bare_state_dict_has_all_training_clips_in_its_bank(trained_copy, data
     assert "bare.pth: no scores of held-out recordings, so there are no decisions" in errors
 
 
-def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, fails):
+def test_an_id_without_training_clips_has_nothing_near(trained_copy, data_root, fails, call):
     bank = Checkpoint.load(trained_copy / "run.pth").bank
     clips = StoredClips(*(values[bank.clips.labels != 1] for values in bank.clips))
     change_checkpoint(trained_copy / "run.pth", bank=replace(bank, clips=clips))
     words = ("--data_root", data_root, "--device", "cpu", "--scoring", "nearest")
     message = "run.pth: the checkpoint has no training clips of fan 02, which nearest needs"
     fails(eval_script.main, trained_copy / "run.pth", *words, match=message)
+    clip = data_root / "fan" / "test" / "normal_id_02_00000000.wav"
+    words = (trained_copy / "run.pth", clip, "--machine_type", "fan", "--machine_id", "2")
+    status, output, _ = call(score_script.main, *words, "--device", "cpu", "--json")
+    assert status == 0
+    assert json.loads(output)[0]["difference"] is None
 
 
 # ---- Sections, domains, attributes ----
