@@ -277,7 +277,12 @@ def list_folder(folder: Path) -> list[Path]:
 
 def list_audio(folder: Path) -> list[Path]:
     """Return the WAV and FLAC files among the files of a folder from `list_folder`."""
-    return [path for path in list_folder(folder) if path.suffix.lower() in (".wav", ".flac")]
+    return [path for path in list_folder(folder) if is_audio(path)]
+
+
+def is_audio(path: Path) -> bool:
+    """Whether a file is named as a WAV or FLAC file."""
+    return path.suffix.lower() in (".wav", ".flac")
 
 
 def find_form(recordings: Iterable[Recording]) -> Form:

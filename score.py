@@ -79,7 +79,7 @@ from evaluation.single import (
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from evaluation.without_network import load_folder
 from inference import Model, load_model, with_bank
-from names import format_id
+from names import format_id, is_audio
 from recordings import MACHINE_COLUMNS
 from utils import OneLineParser, check_writable, notice, run_script, use_device
 
@@ -259,10 +259,6 @@ def main() -> None:
         raise UserError("--machine_type is missing: the type of the machine in the recordings")
     else:
         score(config, options)
-
-
-def is_audio(path: Path) -> bool:
-    return path.suffix.lower() in (".wav", ".flac")
 
 
 def check_normal(config: Config, options: Namespace) -> None:

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import FIRST_WINDOW, N_SAMPLES, SAMPLE_RATE, SECONDS
 from classes import Machine
-from config import load_config, parse_command_line
+from config import parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.difference import Difference, NormalClips, find_difference, measure_spread
 from model import FrontEnd, levels_of, spectrum_of
@@ -57,7 +57,7 @@ class Noise(NamedTuple):
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     config, _ = parse_command_line(parser, keys=("data_root", "num_workers"))
-    config = load_config(data_root=config.data_root, machines="auto")
+    config = config.model_copy(update={"machines": "auto"})
     classes = find_classes(config)
     train_clips = load_clips(config, classes, "train", FIRST_WINDOW)
     test_clips = load_clips(config, classes, "test", FIRST_WINDOW)

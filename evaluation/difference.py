@@ -88,9 +88,10 @@ def measure_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread | None:
         nearest = find_nearest(spectrum[part], spectrum[others])
         offset = find_offset(spectrum[part], spectrum[others][nearest])
         size, _ = scan(offset, changes_of(levels[part]), spread)
-        more = fluctuation_of(spectrum[part]) - fluctuation_of(spectrum[others]).mean(axis=0)
+        band = absolute_in_bands(size).max(axis=(1, 2))
+        more = find_excess(spectrum[part], spectrum[others])
         fluctuation = np.abs(scan_ranges(more, spread.fluctuation)[0]).max(axis=1)
-        sizes += zip(np.abs(size[:, *LEVEL]), largest_in_bands(size), fluctuation, strict=True)
+        sizes += zip(np.abs(size[:, *LEVEL]), band, fluctuation, strict=True)
     place = min(count, math.ceil((count + 1) * USUAL)) - 1
     limits = np.sort(sizes, axis=0)[place].tolist()
     between, within, fluctuations, *_ = estimate_spread(spectrum, levels)
@@ -103,10 +104,8 @@ def estimate_spread(spectrum: np.ndarray, levels: np.ndarray) -> Spread:
     offset = find_offset(spectrum, spectrum[nearest])
     changes = changes_of(levels).transpose(0, 2, 1).reshape(-1, N_BANDS)
     changes *= math.sqrt(SECONDS / (SECONDS - 1))  # the mean of the clip follows its seconds
-    fluctuation = fluctuation_of(spectrum)
-    fluctuation -= fluctuation.mean(axis=0)
     between, within = invert_covariance(offset), invert_covariance(changes)
-    return Spread(between, within, invert_covariance(fluctuation))
+    return Spread(between, within, invert_covariance(find_excess(spectrum, spectrum)))
 
 
 def invert_covariance(values: np.ndarray) -> Tensor:
@@ -145,11 +144,12 @@ def find_offset(spectrum: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     return difference[:, :N_MELS].reshape(len(spectrum), N_BANDS, -1).mean(axis=2)
 
 
-def fluctuation_of(spectrum: np.ndarray) -> np.ndarray:
-    """Return the mean standard deviation of the mel bins of each band `(n, bands)` in dB, from
-    spectra `(n, 2 M)`.
+def find_excess(spectrum: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the difference in fluctuation of each band between clips `(n, 2 M)` and the mean of
+    others `(m, 2 M)`: `(n, bands)` in dB.
     """
-    return spectrum[:, N_MELS:].reshape(len(spectrum), N_BANDS, -1).mean(axis=2)
+    difference = spectrum - others.mean(axis=0)
+    return difference[:, N_MELS:].reshape(len(spectrum), N_BANDS, -1).mean(axis=2)
 
 
 def changes_of(levels: np.ndarray) -> np.ndarray:
@@ -174,19 +174,19 @@ def scan(offset: np.ndarray, changes: np.ndarray, spread: Spread) -> tuple[np.nd
     """
     between, within = spread.between.numpy(), spread.within.numpy()
     share = (ENDS - STARTS) / SECONDS
-    matched_offset = offset @ between @ IN_RANGE.T  # (n, ranges)
-    matched_changes = np.cumsum(IN_RANGE @ within @ changes, axis=2)  # (n, ranges, seconds)
-    matched_changes = np.pad(matched_changes, ((0, 0), (0, 0), (1, 0)))
-    matched = matched_offset[..., None] * share
-    matched += matched_changes[..., ENDS] - matched_changes[..., STARTS]
+    matched = (offset @ between @ IN_RANGE.T)[..., None] * share
+    matched += sum_over_stretches(IN_RANGE @ within @ changes)
     information = np.outer(power_of(between), share**2)
     information += np.outer(power_of(within), SECONDS * share * (1 - share))
-    plain = np.pad(np.cumsum(IN_RANGE @ changes, axis=2), ((0, 0), (0, 0), (1, 0)))
-    plain = (
-        plain[..., ENDS] - plain[..., STARTS] + (offset @ IN_RANGE.T)[..., None] * (ENDS - STARTS)
-    )
+    plain = sum_over_stretches(IN_RANGE @ (offset[..., None] + changes))
     size = np.where(matched * plain < 0, 0, matched / np.sqrt(information))
     return size, matched / information
+
+
+def sum_over_stretches(values: np.ndarray) -> np.ndarray:
+    """Add up the seconds of each stretch: `(n, RANGES, SECONDS)` -> `(n, RANGES, STRETCHES)`."""
+    sums = np.pad(np.cumsum(values, axis=2), ((0, 0), (0, 0), (1, 0)))
+    return sums[..., ENDS] - sums[..., STARTS]
 
 
 def scan_ranges(values: np.ndarray, inverse: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -203,11 +203,11 @@ def power_of(inverse: np.ndarray) -> np.ndarray:
     return np.einsum("rb,bc,rc->r", IN_RANGE, inverse, IN_RANGE)
 
 
-def largest_in_bands(size: np.ndarray) -> np.ndarray:
-    """Return the largest size, without sign, of each clip `(n,)`, except that of the level."""
+def absolute_in_bands(size: np.ndarray) -> np.ndarray:
+    """Return sizes `(n, RANGES, STRETCHES)` without sign, and 0 for the level."""
     absolute = np.abs(size)
     absolute[:, *LEVEL] = 0
-    return absolute.max(axis=(1, 2))
+    return absolute
 
 
 # ---- The difference of a clip ----
@@ -278,6 +278,15 @@ class Difference(NamedTuple):
     band: Deviation | None = None
     fluctuation: Deviation | None = None
 
+    @property
+    def named(self) -> str:
+        """The deviation that is named beside the level: "band" or, where only that is unusual,
+        "fluctuation".
+        """
+        band, fluctuation = self.band, self.fluctuation
+        is_named = fluctuation and fluctuation.is_unusual and not (band and band.is_unusual)
+        return "fluctuation" if is_named else "band"
+
 
 def find_difference(spectrum: np.ndarray, levels: np.ndarray, normal: NormalClips) -> Difference:
     """Compare a clip with normal clips. `spectrum` `(2 M,)` is from `spectrum_of`, `levels`
@@ -301,7 +310,7 @@ def find_difference(spectrum: np.ndarray, levels: np.ndarray, normal: NormalClip
         share = (band.end - band.start) / SECONDS
         offset[:, band.first_band : band.end_band] -= band.decibels * share
         level, _ = find_deviations(offset, changes, spread)
-    more = fluctuation_of(spectrum[None]) - fluctuation_of(normal.spectrum).mean(axis=0)
+    more = find_excess(spectrum[None], normal.spectrum)
     return Difference(file, start, level, band, find_fluctuation(more, spread))
 
 
@@ -309,9 +318,8 @@ def find_deviations(
     offset: np.ndarray, changes: np.ndarray, spread: Spread
 ) -> tuple[Deviation, Deviation]:
     """Return the difference in level, and the largest one in a range of bands, of one clip."""
-    size, decibels = (values[0] for values in scan(offset, changes, spread))
-    absolute = np.abs(size)
-    absolute[LEVEL] = 0
+    sizes, estimates = scan(offset, changes, spread)
+    size, decibels, absolute = sizes[0], estimates[0], absolute_in_bands(sizes)[0]
     places = LEVEL, np.unravel_index(absolute.argmax(), absolute.shape)
     limits = spread.level_limit, spread.band_limit
     deviations = []
@@ -344,10 +352,10 @@ def describe_difference(difference: Difference, clip_start: float) -> str:
         similar += f" from {format_time(difference.start)}"
     if difference.level is None or difference.band is None:
         return similar
-    band, fluctuation = difference.band, difference.fluctuation
-    first = describe_band(band, clip_start)
-    if fluctuation and fluctuation.is_unusual and not band.is_unusual:
-        first = describe_fluctuation(fluctuation)
+    if difference.named == "fluctuation" and difference.fluctuation:
+        first = describe_fluctuation(difference.fluctuation)
+    else:
+        first = describe_band(difference.band, clip_start)
     return "; ".join([first, describe_level(difference.level), similar])
 
 

@@ -2,6 +2,7 @@
 highest score beside the most similar normal clip.
 """
 
+import functools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,13 @@ def name_recording(row: Mapping[str, Any]) -> str:
 @torch.no_grad()
 def read_log_mel(path: Path, start: float, channel: int) -> np.ndarray:
     """Compute the log-mel `(M, F)` in dB of the clip that starts at a second of a recording."""
-    return FrontEnd(["sgram"])(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
+    return make_front_end()(read_samples(path, start, channel))["log_mel"][0, 0].numpy()
+
+
+@functools.cache
+def make_front_end() -> FrontEnd:
+    """Make the front end once: a recording of an hour has hundreds of clips."""
+    return FrontEnd(["sgram"])
 
 
 def read_similar(row: Mapping[str, Any], channel: int, normal_root: Path) -> np.ndarray | None:
@@ -172,11 +179,9 @@ def mark(axis: Axes, difference: Mapping[str, Any]) -> None:
     """Mark the frequencies and seconds that the text of a difference names; dotted if they are not
     unusual.
     """
-    named, fluctuation = difference["band"], difference["fluctuation"]
+    named = difference[difference["named"]]
     if named is None:
         return
-    if fluctuation["is_unusual"] and not named["is_unusual"]:
-        named = fluctuation
     ends = named["low"], named["high"]
     low, high = np.interp(ends, mel_frequencies(), np.arange(N_MELS) + 0.5)
     line = "-" if named["is_unusual"] else ":"

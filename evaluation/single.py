@@ -213,11 +213,12 @@ def plain_difference(difference: Difference, clip_start: float) -> dict[str, Any
     `text` describes it; `similar` is the most similar normal clip (`file` and `start` in seconds).
     `level`, `band` and `fluctuation` have `decibels` and `is_unusual`, `low` and `high` in Hz,
     `start` and `end` in seconds of the recording; they are None where too few normal clips are
-    known.
+    known. `named` is which of the last two the text names.
     """
     plain: dict[str, Any] = {
         "text": describe_difference(difference, clip_start),
         "similar": {"file": difference.file, "start": difference.start},
+        "named": difference.named,
     }
     for name in ("level", "band", "fluctuation"):
         deviation = getattr(difference, name)

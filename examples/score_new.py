@@ -17,9 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-SCORE = Path(__file__).resolve().parent.parent / "score.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from names import list_audio
+
+ROOT = Path(__file__).resolve().parent.parent
 WAIT = 60  # seconds since the last change of a file
-FORMATS = (".wav", ".flac")
 
 
 def main() -> int:
@@ -33,7 +35,7 @@ def main() -> int:
     files = find_new(Path(folder).absolute(), Path(log))
     if not files:
         return 0
-    command = [sys.executable, str(SCORE), *arguments, *files, "--json"]
+    command = [sys.executable, str(ROOT / "score.py"), *arguments, *files, "--json"]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if not result.stdout:  # score.py has said why
         return result.returncode
@@ -55,9 +57,9 @@ def find_new(folder: Path, log: Path) -> list[str]:
     if log.exists():
         known = {json.loads(line)["file"] for line in log.read_text().splitlines()}
     files = []
-    for path in sorted(folder.iterdir()):
+    for path in list_audio(folder):
         is_complete = time.time() - path.stat().st_mtime > WAIT
-        if path.suffix.lower() in FORMATS and is_complete and str(path) not in known:
+        if is_complete and str(path) not in known:
             files.append(str(path))
     return files
 

@@ -16,6 +16,7 @@ N_SECONDS = 133
 DIFFERENCE = {
     "text": "1 to 2 kHz 9 dB above normal",
     "similar": {"file": "fan/train/b.wav", "start": 10.0},
+    "named": "band",
     "level": {"decibels": 0.1, "is_unusual": False},
     "fluctuation": {"decibels": 0.1, "is_unusual": False},
     "band": {
