@@ -130,7 +130,7 @@ class Checkpoint:
 
     Attributes:
         path: The file of the checkpoint.
-        weights: The state dict of the network.
+        weights: The state dict of the network, with the weights to score with.
         config: The configuration of the training; None in a bare state dict.
         classes: The classes of the network.
         history: The finished epochs.
@@ -139,6 +139,8 @@ class Checkpoint:
         bank: The training clips, with embeddings of these weights; only once the training has
             ended.
         fingerprint: A hash of the clips of the run, from `dataloader.fingerprint_of`.
+        trained_weights: The state dict to continue the training with, where `weights` is a moving
+            average of it; otherwise empty.
         optimizer: The state of the optimiser.
         scaler: The state of the gradient scaler; empty unless the precision is fp16.
         versions: The versions of the software that the training ran with.
@@ -153,6 +155,7 @@ class Checkpoint:
     held_out: HeldOut | None = None
     bank: Bank | None = None
     fingerprint: str = ""
+    trained_weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] | None = None
@@ -280,6 +283,7 @@ class Checkpoint:
             "held_out": vars(self.held_out),
             "bank": None if bank is None else bank.to_plain(),
             "fingerprint": self.fingerprint,
+            "trained_weights": self.trained_weights,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
             "versions": self.versions,

@@ -36,6 +36,7 @@ from names import MACHINE_TYPE, format_id, is_machine_id
 from utils import OneLineParser, suggest
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
+CHANNEL_NAMES = tuple(CHANNELS)
 
 # ---- The keys. A description completes the sentence "<value> is not ..." ----
 
@@ -85,11 +86,13 @@ MachineIDs = Annotated[
     AfterValidator(refuse_repeats),
 ]
 Channels = Annotated[
-    list[Literal[CHANNELS]],  # type: ignore[valid-type]
+    list[Literal[CHANNEL_NAMES]],  # type: ignore[valid-type]
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1),
     AfterValidator(refuse_repeats),
-    AfterValidator(lambda names: sorted(names, key=CHANNELS.index)),  # as they are stacked
+    AfterValidator(
+        lambda names: sorted(names, key=CHANNEL_NAMES.index)
+    ),  # as they are stacked
 ]
 
 
@@ -120,7 +123,7 @@ class Config(BaseModel):
     split_ratio: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
     mode: Literal[tuple(MODES)]  # type: ignore[valid-type]
     input: Annotated[
-        Channels, Field(description=f"a list of different channels out of {', '.join(CHANNELS)}")
+        Channels, Field(description=f"a list of different channels out of {', '.join(CHANNEL_NAMES)}")
     ]
     alpha: Positive
     m: Annotated[Real, Field(ge=0, le=math.pi, description="an angle from 0 to 3.14 radians")]
@@ -132,6 +135,9 @@ class Config(BaseModel):
     ]
     lr: Positive
     weight_decay: Annotated[Real, Field(ge=0, description="a number of at least 0")]
+    weight_average: Annotated[
+        Real, Field(ge=0, lt=1, description="0 or the decay of a moving average, below 1")
+    ]
     seed: Annotated[Whole, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
     init_from: Annotated[Path_, Field(description="the name of a file (a number needs quotes)")]
     save_path: Annotated[
@@ -251,7 +257,7 @@ def explain_error(
     field = Config.model_fields[key]
     choices = [name for name in get_args(field.annotation) if isinstance(name, str)]
     if key == "input":
-        choices = list(CHANNELS)
+        choices = list(CHANNEL_NAMES)
     allowed = field.description or f"one of {', '.join(choices)}"
     hint = suggest(str(values[key]), choices)
     return f"{source}: {key}: {values[key]!r} is not {allowed}{hint}"

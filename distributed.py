@@ -197,6 +197,25 @@ def gather_rows(share: Tensor, count: int) -> Tensor:
     return sum_over_ranks(rows)
 
 
+def share_of_batch(size: int) -> slice:
+    """Return which rows of a batch this process computes, where `np.array_split` divides it."""
+    quotient, remainder = divmod(size, world_size())
+    start = rank() * quotient + min(rank(), remainder)
+    return slice(start, start + quotient + (rank() < remainder))
+
+
+def gather_batch(share: Tensor, size: int) -> Tensor:
+    """Return all rows `(size, ...)` of a batch, from the shares of `share_of_batch`, in which the
+    rows of a process are neighbours. Differentiable.
+    """
+    if world_size() == 1:
+        return share
+    rows = share_of_batch(size)
+    before = share.new_zeros(rows.start, *share.shape[1:])
+    after = share.new_zeros(size - rows.stop, *share.shape[1:])
+    return sum_over_ranks(torch.cat([before, share, after]))
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum each element over all processes; every process gets the same bits. Differentiable."""
     return all_reduce(values) if dist.is_initialized() else values

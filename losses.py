@@ -7,9 +7,10 @@ of a clip of class a that is mixed with a partner of class b is
 
 ArcMix has b' = b, Noisy-ArcMix has b' = a (a deliberately inconsistent margin), ArcFace does not
 mix (lam = 1), and cross_entropy has neither mixup nor margin. Choi & Choi, ICASSP 2024, section
-2.2.
+2.2. OS-SCL adds to the loss of Noisy-ArcMix a contrastive term between the embeddings of a batch
+(Huang et al., ICASSP 2025).
 
-B batch, C classes.
+B batch, C classes, E embedding.
 """
 
 import math
@@ -20,6 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed import gather_batch, share_of_batch
+
+# Of the contrastive term of OS-SCL, as published
+TEMPERATURE, BASE_TEMPERATURE = 0.02, 0.07
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -29,11 +35,13 @@ class Mode:
         head: The head of the network that is trained.
         mixes: Whether clips are mixed.
         margin_on_partner: Whether the partner's term has the margin on the class of the partner.
+        contrasts: Whether the loss has a contrastive term.
     """
 
     head: str
     mixes: bool = False
     margin_on_partner: bool = False
+    contrasts: bool = False
 
 
 MODES = {
@@ -41,6 +49,7 @@ MODES = {
     "arcmix": Mode(head="arcface", mixes=True, margin_on_partner=True),
     "arcface": Mode(head="arcface"),
     "cross_entropy": Mode(head="fc_out"),
+    "os_scl": Mode(head="projected", mixes=True, contrasts=True),
 }
 
 
@@ -81,10 +90,32 @@ def margin_logits(cosine: Tensor, labels: Tensor, m: float, s: float) -> Tensor:
     return s * cosine.scatter(1, labels.unsqueeze(1), with_margin)
 
 
+def contrastive_loss(embedding: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    """Compute the supervised contrastive loss (Khosla et al., NeurIPS 2020), the mean over clips.
+
+    With the cosines of the angles between clips, divided by TEMPERATURE, as logits, the loss of a
+    clip is the mean cross-entropy of picking one of the other clips of its class out of all other
+    clips of the batch, times TEMPERATURE / BASE_TEMPERATURE; 0 where its class has no other clip.
+
+    `embedding` `(B, E)` and `labels` `(B,)` are those of this process's share of a batch of
+    `batch_size` clips, with which they are compared.
+    """
+    directions = F.normalize(embedding)
+    cosine = directions @ gather_batch(directions, batch_size).T  # (B, batch_size)
+    numbers = torch.arange(batch_size, device=labels.device)
+    is_itself = numbers[share_of_batch(batch_size)].unsqueeze(1) == numbers
+    logits = (cosine / TEMPERATURE).masked_fill(is_itself, -torch.inf)
+    is_partner = (labels.unsqueeze(1) == gather_batch(labels, batch_size)) & ~is_itself
+    losses = torch.where(is_partner, -F.log_softmax(logits, dim=1), 0.0).sum(dim=1)
+    mean = losses / is_partner.sum(dim=1).clamp(min=1)
+    return TEMPERATURE / BASE_TEMPERATURE * mean.mean()
+
+
 class Objective:
     """Logits, loss and accuracy of a training mode, with a margin `m` in radians and a scale `s`.
 
-    The similarities `(B, C)` are outputs of the network with the head of the mode.
+    The similarities `(B, C)` and embeddings `(B, E)` are outputs of the network with the head of
+    the mode.
     """
 
     def __init__(self, mode: str, m: float, s: float) -> None:
@@ -104,19 +135,29 @@ class Objective:
         """
         return F.cross_entropy(self.logits(similarity, margin_labels), labels, reduction=reduction)
 
-    def loss(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
-        """Return the mean loss of a batch whose inputs were mixed with `mix`.
+    def loss(
+        self,
+        similarity: Tensor,
+        embedding: Tensor,
+        labels: Tensor,
+        mix: Mix | None,
+        batch_size: int,
+    ) -> Tensor:
+        """Return the mean loss of B clips whose inputs were mixed with `mix`: the share of this
+        process of a batch of `batch_size` clips.
 
-        `labels` are the classes of its B clips, followed by those of rows that are partners only.
+        `labels` are the classes of the B clips, followed by those of rows that are partners only.
         """
         first_labels = labels[: len(similarity)]
         loss = self.cross_entropy(similarity, first_labels, first_labels)
-        if mix is None:
-            return loss
-        partner_labels = labels[mix.partner]
-        margin_labels = partner_labels if self.mode.margin_on_partner else first_labels
-        partner_loss = self.cross_entropy(similarity, partner_labels, margin_labels)
-        return mix.lam * loss + (1.0 - mix.lam) * partner_loss
+        if mix is not None:
+            partner_labels = labels[mix.partner]
+            margin_labels = partner_labels if self.mode.margin_on_partner else first_labels
+            partner_loss = self.cross_entropy(similarity, partner_labels, margin_labels)
+            loss = mix.lam * loss + (1.0 - mix.lam) * partner_loss
+        if self.mode.contrasts:
+            loss = loss + contrastive_loss(embedding, first_labels, batch_size)
+        return loss
 
     def accuracy(self, similarity: Tensor, labels: Tensor, mix: Mix | None = None) -> Tensor:
         """Return the fraction of clips whose most similar class is theirs. In a mixed batch, the

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import utils
@@ -40,6 +41,9 @@ from sampling import Batch, Sampler
 from utils import notice
 
 READ_EVERY = 20  # steps: reading their losses waits for the device
+# Share of the initial weights that a moving average may contain at the end of a training
+LEFT_OVER = 0.01
+AVERAGE_DECAY = 2e-6  # of the weights at each step, published with the moving average of OS-SCL
 ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
 OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
@@ -70,6 +74,7 @@ class Trainer:
         self.history: list[EpochResult] = []
         self.n_saved = 0  # epochs whose files are written
         self.network = build_network(config, classes).move_to(device)
+        self.average = self.start_average()
         self.front_end = FrontEnd(config.input).to(device)
         self.precision = utils.choose_precision(config.precision, device)
         self.objective = Objective(config.mode, config.m, config.s)
@@ -83,6 +88,36 @@ class Trainer:
             trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+
+    def start_average(self) -> AveragedModel | None:
+        """Return the moving average of the weights, before the first step; None where there is to
+        be none.
+
+        Raises:
+            UserError: If the training is too short for it.
+        """
+        decay, n_steps = self.config.weight_average, self.sampler.n_steps * self.config.epoch
+        if not decay:
+            return None
+        if decay**n_steps > LEFT_OVER:
+            highest = math.floor(1e4 * LEFT_OVER ** (1 / n_steps)) / 1e4
+            raise UserError(
+                f"weight_average: {decay:g} averages over about {1 / (1 - decay):.0f} steps, and "
+                f"the training has {n_steps}: its result would contain {decay**n_steps:.0%} of the "
+                f"initial weights; use at most {highest:g}, or 0 for no average"
+            )
+        return AveragedModel(
+            self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
+        )
+
+    @property
+    def scored_network(self) -> TASTgramMFN:
+        """The network that is validated, saved and scored: with averaged weights where there are
+        any.
+        """
+        network = self.network if self.average is None else self.average.module
+        assert isinstance(network, TASTgramMFN)
+        return network
 
     # ---- The loop ----
 
@@ -132,14 +167,26 @@ class Trainer:
         # For a last batch of another size the step would be compiled once more.
         is_whole = batch.size == self.config.batch_size
         with torch.compiler.set_stance("default" if is_whole else "force_eager"):
-            loss, accuracy = self.parallel_loss(inputs, batch.labels, batch.mix)
+            loss, accuracy = self.parallel_loss(inputs, batch.labels, batch.mix, batch.size)
         # DistributedDataParallel averages over processes, whose shares may differ in size: with
         # this weight the gradient is that of the mean over the clips of the whole batch.
         weight = batch.share_size * world_size() / batch.size
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.update_average()
         return torch.stack([loss.detach(), accuracy])
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Add the weights to their moving average. As published, all of them, with the statistics
+        of batch norm, decay by AVERAGE_DECAY then.
+        """
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+            values = self.network.state_dict().values()
+            numbers = [value for value in values if value.is_floating_point()]
+            torch._foreach_mul_(numbers, 1.0 - AVERAGE_DECAY)
 
     def learning_rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, from 0: a cosine from `lr` to a tenth of it."""
@@ -201,7 +248,7 @@ class Trainer:
         """
         share, batch_size = select_share(len(clips)), self.config.batch_size
         shown = title if is_main() else None
-        return run_network(self.network, clips, share, batch_size, title=shown)
+        return run_network(self.scored_network, clips, share, batch_size, title=shown)
 
     # ---- The files ----
 
@@ -238,7 +285,10 @@ class Trainer:
             )
         groups = self.optimizer.state_dict()["param_groups"]
         try:
-            self.network.load_state_dict(checkpoint.weights)
+            self.network.load_state_dict(checkpoint.trained_weights or checkpoint.weights)
+            if self.average is not None:
+                self.average.module.load_state_dict(checkpoint.weights)
+                self.average.n_averaged.fill_(len(checkpoint.history) * self.sampler.n_steps)
             self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
             if checkpoint.scaler:
                 self.scaler.load_state_dict(checkpoint.scaler)
@@ -264,7 +314,8 @@ class Trainer:
         """Return the present state; `scores` are those of the held-out clips."""
         return Checkpoint(
             path=self.files.last,
-            weights=self.network.state_dict(),
+            weights=self.scored_network.state_dict(),
+            trained_weights={} if self.average is None else self.network.state_dict(),
             config=self.config,
             classes=self.classes,
             history=self.history,
@@ -291,7 +342,7 @@ class Trainer:
         best = from_main(lambda: Checkpoint.load(self.files.best))
         if best.bank is not None:
             return
-        self.network.load_state_dict(best.weights)
+        self.scored_network.load_state_dict(best.weights)
         outputs, valid_outputs = self.embed(self.train_clips), self.embed(self.valid_clips)
         if is_main():
             assert best.held_out
@@ -392,9 +443,10 @@ class TrainingLoss(nn.Module):
         self.network, self.objective, self.precision = network, objective, precision
 
     def forward(
-        self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix | None
+        self, inputs: dict[str, Tensor], labels: Tensor, mix: Mix | None, batch_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Compute mean loss and accuracy, scalars, of the B clips of a batch of R rows.
+        """Compute mean loss and accuracy, scalars, of B clips in R rows: the share of this process
+        of a batch of `batch_size` clips.
 
         `inputs` are the outputs of `FrontEnd`, `labels` `(R,)` the classes of the rows. With `mix`,
         rows after the first B are partners only.
@@ -402,8 +454,8 @@ class TrainingLoss(nn.Module):
         if mix is not None:
             inputs = {name: mix(x) for name, x in inputs.items()}
         with utils.autocast(labels.device, self.precision):
-            similarity, _ = self.network(**inputs)
-        loss = self.objective.loss(similarity, labels, mix)
+            similarity, embedding = self.network(**inputs)
+        loss = self.objective.loss(similarity, embedding, labels, mix, batch_size)
         return loss, self.objective.accuracy(similarity.detach(), labels, mix)
 
 

@@ -1,8 +1,10 @@
 """The network: it computes embeddings and class similarities from batches of samples."""
 
-from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet, fold_batch_norm
-from model.tastgram import FrontEnd, LogMel, levels_of, spectrum_of
-from model.tastgram_mfn import CHANNELS, HEAD_WEIGHTS, PUBLISHED_CHANNELS, TASTgramMFN
+from model.batch_norm import fold_batch_norm
+from model.channels import CHANNELS, PUBLISHED_CHANNELS, FrontEnd
+from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
+from model.tastgram import LogMel, levels_of, spectrum_of
+from model.tastgram_mfn import HEAD_WEIGHTS, TASTgramMFN
 
 __all__ = [
     "CHANNELS",

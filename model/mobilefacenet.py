@@ -4,18 +4,12 @@ Attribute names and layer order are those of the published weight files. B clips
 H x W values in a feature map.
 """
 
-import copy
-import itertools
 import math
-from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
 
-from distributed import sum_over_ranks, world_size
+from model.batch_norm import BatchNorm
 
-Network = TypeVar("Network", bound=nn.Module)
 EMBEDDING_SIZE = 128
 # Expansion, output channels, repeats, stride of the first repeat.
 BOTTLENECKS = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))
@@ -31,41 +25,6 @@ class WholeMapConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         y = (x * self.weight.squeeze(1)).sum(dim=(2, 3), keepdim=True)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with the statistics of the whole batch, also where several processes share it.
-
-    All processes then have the same running statistics. One collective runs in the forward pass
-    and one in the backward pass. The moments of the processes are combined in float64, so that the
-    variance does not suffer from cancellation.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        dtype = self.weight.dtype  # float32, also where x is in half precision
-        local_var, local_mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
-        local_var, local_mean = local_var.double(), local_mean.double()
-        local_count = local_mean.new_full((1,), x.numel() // x.shape[1])
-        local_sum = local_count * local_mean
-        local_sum_of_squares = local_count * (local_var + local_mean.square())
-        sums = sum_over_ranks(torch.cat([local_sum, local_sum_of_squares, local_count]))
-        total, total_square, count = sums.split([self.num_features, self.num_features, 1])
-        mean = total / count
-        var = total_square / count - mean.square()
-        with torch.no_grad():
-            momentum = self.momentum or 0.0
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(dtype), momentum)
-            self.running_var.lerp_((var * count / (count - 1)).to(dtype), momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps).to(dtype)
-        shift = self.bias - mean.to(dtype) * scale
-        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -84,7 +43,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = conv(inputs, outputs, kernel_size, stride, padding, groups=groups, bias=False)
-        self.bn = BatchNorm2d(outputs)
+        self.bn = BatchNorm(outputs)
         self.prelu = nn.Identity() if linear else nn.PReLU(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,13 +61,13 @@ class Bottleneck(nn.Module):
         self.has_residual = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, width, 1, bias=False),
-            BatchNorm2d(width),
+            BatchNorm(width),
             nn.PReLU(width),
             nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
-            BatchNorm2d(width),
+            BatchNorm(width),
             nn.PReLU(width),
             nn.Conv2d(width, outputs, 1, bias=False),
-            BatchNorm2d(outputs),
+            BatchNorm(outputs),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,20 +106,3 @@ class MobileFaceNet(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self.blocks(self.dw_conv1(self.conv1(features)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
-
-
-def fold_batch_norm(network: Network) -> Network:
-    """Return a copy of a network for evaluation, with batch norms folded into the convolutions
-    before them.
-
-    Its outputs are equal up to rounding (about 3e-7 in a cosine). Each folded batch norm saves one
-    pass over the memory.
-    """
-    folded = copy.deepcopy(network).eval()
-    for parent in list(folded.modules()):
-        children = list(parent.named_children())
-        for (name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, norm_name, nn.Identity())
-    return folded

@@ -6,7 +6,6 @@ Sound Detection", ICASSP 2024, section 2.1. B batch, T samples, M mel bins, F fr
 """
 
 import functools
-from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -50,32 +49,6 @@ class LogMel(nn.Module):
         with torch.autocast(waveform.device.type, enabled=False):
             power = self.mel(waveform.float())  # (B, M, F)
             return 10.0 * torch.log10(power + POWER_FLOOR).unsqueeze(1)
-
-
-class FrontEnd(nn.Module):
-    """Inputs of the network by name: samples int16 `(B, T)` -> waveform `(B, T)` in [-1, 1) and
-    log_mel `(B, 1, M, F)` in dB.
-
-    Inputs that none of the `channels` needs are left out. Mixup is applied to each input
-    separately.
-    """
-
-    def __init__(self, channels: Collection[str]) -> None:
-        super().__init__()
-        self.has_waveform = "tgram" in channels
-        self.log_mel = LogMel() if set(channels) - {"tgram"} else None
-
-    def forward(self, samples: Tensor) -> dict[str, Tensor]:
-        return self.inputs(samples.float() / 32768.0)
-
-    def inputs(self, waveform: Tensor) -> dict[str, Tensor]:
-        """Return the inputs of the network for a waveform, float32 `(B, T)` in [-1, 1)."""
-        inputs = {}
-        if self.has_waveform:
-            inputs["waveform"] = waveform
-        if self.log_mel is not None:
-            inputs["log_mel"] = self.log_mel(waveform)
-        return inputs
 
 
 def spectrum_of(log_mel: Tensor) -> Tensor:
@@ -159,10 +132,12 @@ def temporal_gate(log_mel: Tensor) -> Tensor:
     return torch.sigmoid(log_mel.amax(dim=-2, keepdim=True) + log_mel.mean(dim=-2, keepdim=True))
 
 
-def temporal_attention(log_mel: Tensor) -> Tensor:
-    """TAgram: each frame of `log_mel` `(..., M, F)` in dB, multiplied by its `temporal_gate`.
+class TemporalAttention(nn.Module):
+    """TAgram: each frame of a log-mel `(..., M, F)` in dB, multiplied by its `temporal_gate`.
 
     As published, the gate is computed from the dB values themselves, which are negative in quiet
-    recordings: there it is close to 0.
+    recordings: there it is close to 0. It has no weights.
     """
-    return temporal_gate(log_mel) * log_mel
+
+    def forward(self, log_mel: Tensor) -> Tensor:
+        return temporal_gate(log_mel) * log_mel

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.batch_norm import BatchNorm
+from model.channels import CHANNELS, PUBLISHED_CHANNELS
 from model.mobilefacenet import EMBEDDING_SIZE, MobileFaceNet
-from model.tastgram import TgramNet, temporal_attention
 
-PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
-CHANNELS = (*PUBLISHED_CHANNELS,)  # all channels, in the order in which they are stacked
-HEADS = ("arcface", "fc_out")
+HEADS = ("arcface", "projected", "fc_out")
 # Names in the state dict
 HEAD_WEIGHTS = ("arcface.weight", "mobilefacenet.fc_out.weight", "mobilefacenet.fc_out.bias")
 
@@ -38,6 +37,22 @@ class CosineHead(nn.Module):
         return cosine.unflatten(1, (-1, self.sub_centers)).amax(dim=2)
 
 
+class Projection(nn.Sequential):
+    """Embedding -> feature, both `(B, E)`: the perturbation head of OS-SCL (Huang et al., ICASSP
+    2025), whose batch norms come after the ReLUs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE // 2),
+            nn.ReLU(),
+            BatchNorm(EMBEDDING_SIZE // 2),
+            nn.Linear(EMBEDDING_SIZE // 2, EMBEDDING_SIZE),
+            nn.ReLU(),
+            BatchNorm(EMBEDDING_SIZE),
+        )
+
+
 class TASTgramMFN(nn.Module):
     """The network: waveform `(B, T)` and log-mel `(B, 1, M, F)` in dB -> similarity `(B, C)` and
     embedding `(B, E)`.
@@ -45,9 +60,11 @@ class TASTgramMFN(nn.Module):
     `FrontEnd` computes the inputs; an input that no channel needs may be left out.
 
     The similarity is the cosine to each class centre with `head="arcface"`, and the output of the
-    linear layer with `head="fc_out"`. Both heads are always built, as in the published weight
-    files, and the unused one is frozen. Only the input channels named in `channels` are built; they
-    are stacked in the order of `CHANNELS`.
+    linear layer with `head="fc_out"`. With `head="projected"` the embedding is that of the backbone
+    after a `Projection`, and the similarity is its cosine to each class centre. Class centres and
+    linear layer are always built, as in the published weight files, and the unused one is frozen.
+    Only the input channels named in `channels` are built; they are stacked in the order of
+    `CHANNELS`.
     """
 
     def __init__(
@@ -61,14 +78,15 @@ class TASTgramMFN(nn.Module):
         assert channels
         assert set(channels) <= set(CHANNELS), channels
         assert head in HEADS, head
-        self.channels = tuple(channel for channel in CHANNELS if channel in channels)
+        self.channels = tuple(name for name in CHANNELS if name in channels)
         self.num_classes, self.head = num_classes, head
-        if "tgram" in self.channels:
-            self.tgramnet = TgramNet()
+        for name in self.channels:
+            self.add_module(CHANNELS[name].name, CHANNELS[name].build())
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
         self.arcface = CosineHead(num_classes, sub_centers)
+        self.projection = Projection() if head == "projected" else nn.Identity()
         # DistributedDataParallel stops at parameters that require a gradient and get none.
-        unused = self.mobilefacenet.fc_out if head == "arcface" else self.arcface
+        unused = self.arcface if head == "fc_out" else self.mobilefacenet.fc_out
         unused.requires_grad_(False)
 
     def move_to(self, device: torch.device) -> "TASTgramMFN":
@@ -76,25 +94,19 @@ class TASTgramMFN(nn.Module):
         return self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
-        """Return the TASTgram `(B, channels, M, F)`."""
-        stack = []
-        if "tgram" in self.channels:
-            stack.append(self.tgramnet(waveform).unsqueeze(1))
-        if "sgram" in self.channels:
-            assert log_mel is not None
-            stack.append(log_mel)
-        if "tagram" in self.channels:
-            assert log_mel is not None
-            stack.append(temporal_attention(log_mel))
-        return torch.cat(stack, dim=1)
+        """Return the input channels, stacked `(B, channels, M, F)`."""
+        sources = {"waveform": waveform, "log_mel": None if log_mel is None else log_mel.squeeze(1)}
+        channels = [CHANNELS[name] for name in self.channels]
+        stack = [self.get_submodule(channel.name)(sources[channel.source]) for channel in channels]
+        return torch.stack(stack, dim=1)
 
     def forward(
         self, waveform: Tensor | None = None, log_mel: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         embedding = self.mobilefacenet(self.features(waveform, log_mel))
-        head = self.arcface if self.head == "arcface" else self.mobilefacenet.fc_out
+        head = self.mobilefacenet.fc_out if self.head == "fc_out" else self.arcface
         with torch.autocast(embedding.device.type, enabled=False):  # angles need float32
-            embedding = embedding.to(head.weight.dtype)
+            embedding = self.projection(embedding.to(head.weight.dtype))
             return head(embedding), embedding
 
     def centres(self) -> Tensor:

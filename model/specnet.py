@@ -1,0 +1,68 @@
+"""SpecNet, a channel that is learned from the spectrum of the whole clip.
+
+From the course projects github.com/mgklee/anomalous-sound-detection and
+github.com/enicole0164/ee488_DCASE2020-Task2 (2025). B batch, T samples, M mel bins, F frames.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from audio import N_SAMPLES
+from model.tastgram import N_MELS
+
+KERNEL = 8  # also the stride; three of them give T / 512 columns, as many as the log-mel has
+
+
+class SpecNet(nn.Module):
+    """SpecNet: waveform `(B, T)` -> `(B, M, F)`. Its columns are frequencies, not frames.
+
+    Three convolutions over the magnitude of the Fourier transform of the whole clip, which has T
+    values. They are symmetric: the columns of the second half are those of negative frequencies. As
+    published, the magnitude is neither scaled nor compressed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(1, N_MELS, KERNEL, KERNEL)
+        self.conv2 = nn.Conv1d(N_MELS, N_MELS, KERNEL, KERNEL)
+        self.conv3 = nn.Conv1d(N_MELS, N_MELS, KERNEL, KERNEL, padding=2)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        x = magnitude(waveform).unsqueeze(1)  # (B, 1, T)
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.conv2(x))
+        return F.relu(self.conv3(x))
+
+
+def magnitude(waveform: Tensor) -> Tensor:
+    """Return the magnitude of the Fourier transform `(B, T)`, in float32 also under autocast."""
+    with torch.autocast(waveform.device.type, enabled=False):
+        waveform = waveform.float()
+        if torch.compiler.is_exporting():
+            return magnitude_by_products(waveform)
+        return torch.fft.fft(waveform).abs()
+
+
+def magnitude_by_products(waveform: Tensor) -> Tensor:
+    """Return the magnitude of the Fourier transform `(B, T)` in the form for ONNX: two transforms
+    of length sqrt(T), which are matrix products, with phase factors between them.
+
+    ONNX Runtime (1.32) computes a transform of length T with an error of 1 percent, in thirty times
+    the time of these products.
+    """
+    size = math.isqrt(N_SAMPLES)  # 400
+    index = torch.arange(size, dtype=torch.float64)
+    angle = -2.0 * math.pi * torch.outer(index, index)
+    cos, sin = (angle / size).cos().float(), (angle / size).sin().float()
+    cos_between, sin_between = (angle / N_SAMPLES).cos().float(), (angle / N_SAMPLES).sin().float()
+    rows = waveform.unflatten(1, (size, size))
+    real, imaginary = cos @ rows, sin @ rows
+    real, imaginary = (
+        real * cos_between - imaginary * sin_between,
+        real * sin_between + imaginary * cos_between,
+    )
+    real, imaginary = real @ cos - imaginary @ sin, real @ sin + imaginary @ cos
+    return (real.square() + imaginary.square()).sqrt().transpose(1, 2).flatten(1)
