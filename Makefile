@@ -3,9 +3,10 @@
 #   make test         set up .venv, lint, run the quick tests
 #   make test-slow    run all tests
 #   make gpu          eight minutes on a GPU: its speed, its tests, what bounds it, what to set
-#   make paper        the published table: download, train four modes with three seeds, evaluate, compare
+#   make paper        the published table: download, train four recipes with three seeds, evaluate, compare
 # make demo TORCH=cpu sets up .venv with PyTorch without CUDA, from PyTorch's own index
-# Variables of make paper: SEEDS="2023 1 2", INPUTS=all, DATA=folder, EPOCH=300, OPTIONS="--batch_size 128"
+# Variables of make paper: RECIPES="recipes/os_scl.yaml", SEEDS="2023 1 2", DATA=folder, EPOCH=300,
+# OPTIONS="--batch_size 128"
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := datasets/synthetic
@@ -14,8 +15,8 @@ DEMO_WEIGHTS := check_points/demo.pth
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 .DEFAULT_GOAL := help
 
-PAPER_OPTIONS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(INPUTS),--inputs $(INPUTS)) $(if $(DATA),--data_root '$(DATA)') \
-	$(if $(EPOCH),--epoch $(EPOCH)) $(OPTIONS)
+PAPER_OPTIONS = $(if $(RECIPES),--recipes $(RECIPES)) $(if $(SEEDS),--seeds $(SEEDS)) \
+	$(if $(DATA),--data_root '$(DATA)') $(if $(EPOCH),--epoch $(EPOCH)) $(OPTIONS)
 
 .PHONY: help demo test pytest test-slow gpu paper lint
 

@@ -90,9 +90,7 @@ Channels = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1),
     AfterValidator(refuse_repeats),
-    AfterValidator(
-        lambda names: sorted(names, key=CHANNEL_NAMES.index)
-    ),  # as they are stacked
+    AfterValidator(lambda names: sorted(names, key=CHANNEL_NAMES.index)),  # as they are stacked
 ]
 
 
@@ -123,7 +121,8 @@ class Config(BaseModel):
     split_ratio: Annotated[Real, Field(gt=0, lt=1, description="a number above 0 and below 1")]
     mode: Literal[tuple(MODES)]  # type: ignore[valid-type]
     input: Annotated[
-        Channels, Field(description=f"a list of different channels out of {', '.join(CHANNEL_NAMES)}")
+        Channels,
+        Field(description=f"a list of different channels out of {', '.join(CHANNEL_NAMES)}"),
     ]
     alpha: Positive
     m: Annotated[Real, Field(ge=0, le=math.pi, description="an angle from 0 to 3.14 radians")]
@@ -332,11 +331,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return values or {}
 
 
-def load_config(file: Path = DEFAULT_CONFIG, given: Sequence[str] = (), **overrides: Any) -> Config:
-    """Load config.yaml, with values replaced by those of `file`, and these by `overrides`; `given`
-    are the keys that were given on the command line.
+def load_config(*files: Path, given: Sequence[str] = (), **overrides: Any) -> Config:
+    """Load config.yaml, with values replaced by those of each of the files in turn, and these by
+    `overrides`; `given` are the keys that were given on the command line.
     """
-    sources = [(str(path), read_yaml(path)) for path in dict.fromkeys((DEFAULT_CONFIG, file))]
+    sources = [(str(path), read_yaml(path)) for path in (DEFAULT_CONFIG, *files)]
     return make_config(*sources, ("command line", overrides), given=given)
 
 
@@ -361,8 +360,10 @@ def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> 
         "--config",
         metavar="FILE",
         type=Path,
-        default=DEFAULT_CONFIG,
-        help="configuration file, whose values replace those of config.yaml (default: config.yaml)",
+        action="append",
+        default=[],
+        help="configuration file, whose values replace those of config.yaml; of several, each given "
+        "with --config, the values of the last one count",
     )
     values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
     group = parser.add_argument_group("keys of the configuration")
@@ -400,4 +401,4 @@ def parse_command_line(
         text = vars(options).pop(key)
         is_text = Config.model_fields[key].annotation is str  # a path is not parsed as YAML
         values[key] = text if is_text else parse_yaml(text, f"command line: {key}")
-    return load_config(options.config, given=tuple(values), **values), options
+    return load_config(*options.config, given=tuple(values), **values), options

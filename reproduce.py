@@ -1,30 +1,30 @@
-"""Reproduce the published table: train the four modes with several seeds, evaluate the runs, and
-compare them.
+"""Reproduce published tables: train recipes with several seeds, evaluate the runs, and compare
+them.
 
-    # the published recipe, seeds 2023, 1 and 2
+    # the four modes of the paper with the published configuration, seeds 2023, 1 and 2
     make paper
-    # other seeds; also the ablation of the input channels
-    make paper SEEDS="2023 7" INPUTS=all
+    # other recipes, which are configuration files; other seeds
+    make paper RECIPES="recipes/noisy_arcmix.yaml recipes/os_scl.yaml" SEEDS="2023 7"
+    make paper RECIPES="recipes/noisy_arcmix.yaml recipes/inputs/*.yaml"    # the input channels
     make paper DATA=/data/dcase2020                           # recordings that are already there
     make paper DATA=datasets/synthetic EPOCH=2 SEEDS="1 2"    # a trial run on synthetic machines
-    # without make, and with keys of config.yaml
+    # without make, and with keys of config.yaml, whose values replace those of all recipes
     python reproduce.py --seeds 1 2 --batch_size 128
 
 Runs datasets/download.py (if data_root is the project's folder datasets, unless that holds
 recordings from elsewhere), train.py for one seed after the other, and eval.py. Before each run it
 prints how many epochs are left and, once an epoch has been timed, how long they will take.
 OUTPUT/comparison.md is the report: mean and standard deviation over the seeds beside the published
-table, differences between the modes with intervals, the results of every run, and angles.png with
-one panel per mode.
+table, differences between the recipes with intervals, the results of every run, and angles.png with
+one panel per recipe.
 
 After an interruption, run the same command again: finished runs are not trained again, and the
-interrupted run continues after its last finished epoch. Seeds can be added in the same way. An
-error in a run stops the script.
+interrupted run continues after its last finished epoch. Recipes and seeds can be added in the same
+way. An error in a run stops the script.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import shutil
@@ -32,7 +32,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -47,36 +47,38 @@ from config import (
     parse_command_line,
 )
 from errors import UserError
-from losses import MODES
-from model import PUBLISHED_CHANNELS
 from recordings import find_classes, find_recordings
 from utils import OneLineParser, check_writable, run_script
 
 ROOT = Path(__file__).resolve().parent
+MODES_OF_PAPER = ("noisy_arcmix", "arcmix", "arcface", "cross_entropy")
+RECIPES = tuple(ROOT / "recipes" / f"{mode}.yaml" for mode in MODES_OF_PAPER)
 SEEDS = (2023, 1, 2)
 PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
 # Checkpoints of 42 and 14 MB, a third while it is written, logs, results, figures
 RUN_BYTES = 120_000_000
 CHOSEN_HERE = {
-    "mode": "all modes are trained; leave it out",
+    "mode": "use --recipes instead",
+    "input": "use --recipes instead",
     "seed": "use --seeds instead",
-    "input": "use --inputs instead",
     "save_path": "use --output instead",
 }
 
 
+class Run(NamedTuple):
+    """A run: the file of its recipe, and its configuration."""
+
+    recipe: Path
+    config: Config
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    add = parser.add_argument
-    add("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of the runs (default: 2023 1 2)")
-    add(
-        "--inputs",
-        choices=("published", "all"),
-        default="published",
-        help="input channels; all: also noisy_arcmix with every other combination of channels",
-    )
+    add_recipes(parser)
+    add_seeds(parser)
     folder = Path("check_points/paper")
-    add("--output", type=Path, default=folder, help="folder to write to (default: %(default)s)")
+    text = "folder to write to (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=folder, help=text)
     config, options = parse_command_line(parser)
     check_effect(config, config.windows("train"), [config.scoring])
     classes = find_classes(config)
@@ -87,42 +89,63 @@ def main() -> None:
         call("datasets/download.py", "--types", *classes.machine_types)
     for split in ("train", "test"):  # missing test recordings would only be noticed at the end
         find_recordings(config, classes, split)
-    file = ("--config", str(options.config))
-    for number, run in enumerate(runs, start=1):
+    files = files_as_options(options.config)
+    for number, (recipe, run) in enumerate(runs, start=1):
         name = run.weights_path.stem
         print(f"run {number} of {len(runs)}, {name}: {describe_rest(runs)}", flush=True)
-        chosen = as_options({key: getattr(run, key) for key in CHOSEN_HERE})
-        call("train.py", "--resume", *file, *given_options(config, TRAINING_KEYS), *chosen)
-    weights = [str(run.weights_path) for run in runs]
+        chosen = as_options({"seed": run.seed, "save_path": run.save_path})
+        words = (*files_as_options([recipe]), *files, *given_options(config, TRAINING_KEYS))
+        call("train.py", "--resume", *words, *chosen)
+    weights = [str(run.weights_path) for _, run in runs]
     output = ("--plots", "--output", str(options.output))
-    call("eval.py", *weights, *output, *file, *given_options(config, EVALUATION_KEYS))
+    call("eval.py", *weights, *output, *files, *given_options(config, EVALUATION_KEYS))
 
 
-def plan_runs(config: Config, options: argparse.Namespace) -> list[Config]:
-    """Return the configurations of the runs, one seed after the other. Raises `UserError` for a key
-    of the command line that is chosen here.
-    """
-    for key in CHOSEN_HERE.keys() & config.given:
-        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
-    given = {key: getattr(config, key) for key in config.given}
+def add_recipes(parser: argparse.ArgumentParser) -> None:
+    """Add --recipes."""
+    text = "configuration files of the runs (default: those of the four modes of the paper)"
+    parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES, help=text)
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """Add --seeds."""
+    text = "seeds of the runs (default: 2023 1 2)"
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=text)
+
+
+def plan_runs(config: Config, options: argparse.Namespace) -> list[Run]:
+    """Return the runs, one seed after the other."""
+    files = name_recipes(config, options)
     runs = []
     for seed in dict.fromkeys(options.seeds):
-        for name, mode, channels in list_variants(options.inputs):
-            save_path = str(options.output / f"{name}_{seed}.pth")
-            chosen = {"mode": mode, "input": channels, "seed": seed, "save_path": save_path}
-            runs.append(load_config(options.config, **given | chosen))
+        for name, file in files.items():
+            chosen = {"seed": seed, "save_path": str(options.output / f"{name}_{seed}.pth")}
+            runs.append(Run(file, load_recipe(file, config, options, **chosen)))
     return runs
 
 
-def list_variants(inputs: str) -> list[tuple[str, str, list[str]]]:
-    """Return name, mode and input channels of each run of a seed."""
-    channels = list(PUBLISHED_CHANNELS)
-    variants = [(mode, mode, channels) for mode in MODES]
-    if inputs == "all":
-        for size in range(1, len(channels)):
-            for subset in itertools.combinations(channels, size):
-                variants.append(("+".join(subset), "noisy_arcmix", list(subset)))
-    return variants
+def name_recipes(config: Config, options: argparse.Namespace) -> dict[str, Path]:
+    """Return the files of --recipes by their names.
+
+    Raises:
+        UserError: For a key of the command line out of CHOSEN_HERE, or for files of the same name.
+    """
+    for key in CHOSEN_HERE.keys() & config.given:
+        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
+    files: dict[str, Path] = {}
+    for file in options.recipes:
+        if file.stem in files:
+            raise UserError(f"--recipes: two files are called {file.stem}; rename one")
+        files[file.stem] = file
+    return files
+
+
+def load_recipe(file: Path, config: Config, options: argparse.Namespace, **chosen: Any) -> Config:
+    """Return the configuration of a recipe. The files of --config, the keys of the command line and
+    the `chosen` ones replace values in it, in this order.
+    """
+    given = {key: getattr(config, key) for key in config.given}
+    return load_config(file, *options.config, **given | chosen)
 
 
 def should_download(config: Config, classes: Classes) -> bool:
@@ -135,12 +158,12 @@ def should_download(config: Config, classes: Classes) -> bool:
     return root.resolve() == ROOT / "datasets" and not is_from_elsewhere
 
 
-def check_runs(runs: Sequence[Config], output: Path) -> None:
+def check_runs(runs: Sequence[Run], output: Path) -> None:
     """Raise `UserError` if an existing run had another configuration, or if the disk is too small
     for the runs that do not exist yet.
     """
     n_missing = 0
-    for run in runs:
+    for _, run in runs:
         if run.weights_path.exists():
             remedy = "use the same, remove the run, or choose another folder with --output"
             check_configuration(run, load_newest(RunFiles(run.weights_path)), remedy)
@@ -155,14 +178,14 @@ def check_runs(runs: Sequence[Config], output: Path) -> None:
         )
 
 
-def describe_rest(runs: Sequence[Config]) -> str:
+def describe_rest(runs: Sequence[Run]) -> str:
     """Return how many epochs are left and, from the histories, about how long they take."""
     seconds: list[float] = []
-    for run in runs:
+    for _, run in runs:
         history = RunFiles(run.weights_path).history
         if history.exists():
             seconds += pd.read_csv(history)["seconds"].tolist()
-    n_left = sum(run.epoch for run in runs) - len(seconds)
+    n_left = sum(run.epoch for _, run in runs) - len(seconds)
     if not seconds:
         return f"{n_left} epochs left"
     rest = n_left * sum(seconds) / len(seconds)
@@ -184,6 +207,11 @@ def as_options(values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     return words
+
+
+def files_as_options(files: Sequence[Path]) -> list[str]:
+    """Return configuration files as options of a command line."""
+    return [word for file in files for word in ("--config", str(file))]
 
 
 def call(script: str, *words: str) -> None:

@@ -57,7 +57,6 @@ from audio import Windows
 from checkpoint import RunFiles
 from classes import Machine
 from config import (
-    DEFAULT_CONFIG,
     MODEL_KEYS,
     SCORING_KEYS,
     Config,
@@ -128,7 +127,7 @@ def score(config: Config, options: Namespace) -> None:
 def check_scoring(model: Model, config: Config, options: Namespace) -> None:
     """Print a notice if the kind of score is that of config.yaml, and the run had another one."""
     of_run = model.config.scoring
-    is_chosen = options.config != DEFAULT_CONFIG or "scoring" in config.given
+    is_chosen = options.config or "scoring" in config.given
     if not is_chosen and config.scoring != of_run:
         notice(
             f"scoring: {config.scoring}, while the configuration of {model.path} has {of_run}; "

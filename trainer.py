@@ -343,16 +343,19 @@ class Trainer:
         if best.bank is not None:
             return
         self.scored_network.load_state_dict(best.weights)
-        outputs, valid_outputs = self.embed(self.train_clips), self.embed(self.valid_clips)
+        complete = self.complete(best)
         if is_main():
-            assert best.held_out
-            root = Path(self.config.data_root)
-            bank = make_bank(outputs, self.train_clips, self.classes, root)
-            stored = StoredClips.from_outputs(valid_outputs, self.valid_clips.labels)
-            complete = replace(best, bank=bank, held_out=best.held_out.with_outputs(stored))
             complete.save(self.files.best)
             print(f"added the embeddings of the clips to {self.files.best}", flush=True)
         barrier()
+
+    def complete(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return a checkpoint of the present weights with the embeddings of all clips."""
+        outputs, valid_outputs = self.embed(self.train_clips), self.embed(self.valid_clips)
+        assert checkpoint.held_out
+        bank = make_bank(outputs, self.train_clips, self.classes, Path(self.config.data_root))
+        stored = StoredClips.from_outputs(valid_outputs, self.valid_clips.labels)
+        return replace(checkpoint, bank=bank, held_out=checkpoint.held_out.with_outputs(stored))
 
     def open_log(self) -> Any:
         """Return a writer of TensorBoard logs; None where there are to be none."""

@@ -37,7 +37,7 @@ from errors import UserError, explain, give_reason
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser without abbreviated options that raises `UserError` for a mistake, as for
-    an option that is given twice.
+    an option that is given twice and does not collect values.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -52,7 +52,8 @@ class OneLineParser(argparse.ArgumentParser):
             option = word.split("=")[0]
             if option in given:
                 raise UserError(f"command line: {option} is given twice; leave one out")
-            if option in self._option_string_actions:
+            action = self._option_string_actions.get(option)
+            if action and not isinstance(action, argparse._AppendAction):
                 given.add(option)
         return super().parse_known_args(words, namespace)
 

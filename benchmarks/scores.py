@@ -38,7 +38,7 @@ from evaluation.scores import Outputs, StoredClips, cosine_similarity, over_wind
 from evaluation.tables import markdown_header, markdown_row
 from inference import Model, embed, load_model, run_model
 from names import MEAN, MIN
-from reproduce import SEEDS, plan_runs
+from reproduce import RECIPES, add_seeds, plan_runs
 from train import train
 from trainer import Trainer
 from utils import OneLineParser, run_script, use_device, write_csv, write_text
@@ -53,15 +53,14 @@ Weights = dict[str, Tensor]
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    text = "of the runs (default: 2023 1 2)"
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=text)
+    add_seeds(parser)
     folder = Path("check_points/scores")
     parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
-    parser.set_defaults(inputs="published")
+    parser.set_defaults(recipes=RECIPES)
     config, options = parse_command_line(parser)
     by_seed: dict[int, list[RunMetrics]] = {}
     tables = []
-    for run in plan_runs(config, options):
+    for _, run in plan_runs(config, options):
         train_and_store(run)
         metrics = dict(measure_run(run))
         by_seed.setdefault(run.seed, []).append(metrics)

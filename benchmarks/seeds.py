@@ -1,17 +1,22 @@
-"""Train each mode with many seeds in one process, to test whether the modes differ significantly.
+"""Train recipes with many seeds in one process, to test whether they differ significantly.
 
     python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --seeds 30
     # continue for at most ten minutes
     python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER --minutes 10
+    # other recipes than those of the four modes
+    python benchmarks/seeds.py --config docs/real_recordings.yaml --data_root FOLDER \\
+        --recipes recipes/noisy_arcmix.yaml docs/real_os_scl.yaml
 
-The recordings are read once and stay in the memory of the device, and the step of a mode is
-compiled once. A run trains as train.py does, but writes no checkpoints; the weights of the lowest
-validation loss are evaluated as eval.py does. OUTPUT/seeds.csv gets a row after each run: mode,
-seed, epoch of the weights, validation loss, and AUC and pAUC of each machine ID for the three
-scores, as fractions. OUTPUT/seeds.md has means and the differences between the modes, whose
-intervals cover other seeds but not other test clips. When started again, the script continues with
-the missing runs. A run with the 285 recordings of docs/real_recordings.md takes a quarter of an
-hour on two cores.
+The values in the files of --config replace those of the recipes. The recordings are read once and
+stay in the memory of the device. A run trains as train.py does, but writes no checkpoints; the
+weights of the lowest validation loss are evaluated as eval.py does. OUTPUT/seeds.csv gets a row
+after each run: recipe, seed, epoch of the weights, validation loss, and AUC and pAUC of each
+machine ID for each kind of score, as fractions. OUTPUT/seeds.md has means and the differences
+between the recipes, whose intervals cover other seeds but not other test clips. When started again,
+the script continues with the missing runs; recipes can be added. Several processes may share the
+work: give each other recipes and another folder, copy the rows of seeds.csv into one file, and
+start the script there. A run with the 285 recordings of docs/real_recordings.md takes a quarter of
+an hour on two cores.
 
 To copy the recordings to another machine in parts:
 
@@ -39,7 +44,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +63,9 @@ from evaluation.result import evaluate
 from evaluation.scores import KINDS
 from evaluation.tables import markdown_header, markdown_row
 from inference import Model
-from losses import MODES
 from names import SUMMARY_ROWS
 from recordings import find_classes
+from reproduce import add_recipes, load_recipe, name_recipes
 from trainer import Trainer
 from utils import OneLineParser, check_writable, run_script, use_device, write_csv, write_text
 
@@ -70,43 +74,43 @@ METRICS = ("AUC", "pAUC")
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
-    text = "of each mode, from 1 on (default: %(default)s)"
+    add_recipes(parser)
+    text = "of each recipe, from 1 on (default: %(default)s)"
     parser.add_argument("--seeds", type=int, default=30, help=text)
-    names = list(MODES)
-    parser.add_argument("--modes", nargs="+", choices=names, default=names, help="default: all")
     text = "after which no run begins (default: no limit)"
     parser.add_argument("--minutes", type=float, default=np.inf, help=text)
     folder = Path("check_points/seeds")
     parser.add_argument("--output", type=Path, default=folder, help="default: %(default)s")
     config, options = parse_command_line(parser)
     end = time.monotonic() + 60 * options.minutes
-    for key in {"mode", "seed", "save_path", "init_from"} & config.given:
-        raise UserError(
-            f"command line: {key}: --modes, --seeds and --output choose, and every run begins anew"
-        )
+    recipes = {
+        name: load_recipe(file, config, options, tensorboard=False)
+        for name, file in name_recipes(config, options).items()
+    }
+    for name, recipe in recipes.items():
+        if recipe.init_from:
+            raise UserError(f"{name}: init_from is not supported here: every run begins anew")
     classes = find_classes(config)
     device = use_device(config.device)
     clips, test_clips = (
         load_clips(config, classes, split, config.windows(split)) for split in ("train", "test")
     )
-    rows = find_rows(options.output, config, classes, describe_clips(clips, test_clips))
+    rows = find_rows(options.output, recipes, classes, describe_clips(clips, test_clips))
     clips.keep_on(device)
     test_clips.keep_on(device)
-    finished = {(row["mode"], row["seed"]) for row in rows}
-    runs = [(mode, seed) for seed in range(1, options.seeds + 1) for mode in options.modes]
-    for mode, seed in runs:
-        if (mode, seed) in finished:
+    finished = {(row["recipe"], row["seed"]) for row in rows}
+    for seed, name in itertools.product(range(1, options.seeds + 1), recipes):
+        if (name, seed) in finished:
             continue
         if time.monotonic() > end:
             print(f"{options.minutes:g} minutes are over; run the same command again to continue")
             break
-        chosen = {"mode": mode, "seed": seed, "tensorboard": False}
-        run = config.model_copy(update=chosen)
-        row = measure_run(run, classes, device, clips, test_clips)
+        run = recipes[name].model_copy(update={"seed": seed})
+        row = {"recipe": name} | measure_run(run, classes, device, clips, test_clips)
         rows.append(row)
         write_csv(options.output / "seeds.csv", pd.DataFrame(rows))
         aucs = [value for name, value in row.items() if re.fullmatch("published/.*/AUC", name)]
-        line = f"{mode}, seed {seed}: mean AUC {100 * np.mean(aucs):.2f}, {row['seconds']:.1f} s"
+        line = f"{name}, seed {seed}: mean AUC {100 * np.mean(aucs):.2f}, {row['seconds']:.1f} s"
         print(line, flush=True)
     if rows:
         text = "\n".join(summarise(pd.DataFrame(rows)))
@@ -121,27 +125,33 @@ def describe_clips(clips: ClipSet, test_clips: ClipSet) -> dict[str, Any]:
 
 
 def find_rows(
-    folder: Path, config: Config, classes: Classes, clips: dict[str, Any]
+    folder: Path, recipes: dict[str, Config], classes: Classes, clips: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the rows of the finished runs.
+    """Return the rows of the finished runs, and write the recipes and clips beside them.
 
-    Raises `UserError` if they had other clips or another configuration.
+    Raises:
+        UserError: If they had other clips, or other values in a recipe of the same name.
     """
     about, table = folder / "seeds.json", folder / "seeds.csv"
     check_writable(about, "choose another folder with --output")
+    now = {name: recipe.model_dump() for name, recipe in recipes.items()}
     if not table.exists():
-        write_text(about, json.dumps({"config": config.model_dump(), "clips": clips}))
+        write_text(about, json.dumps({"recipes": now, "clips": clips}))
         return []
     try:
         before, rows = json.loads(about.read_text()), pd.read_csv(table).to_dict("records")
     except (OSError, ValueError):
         message = f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
         raise UserError(message) from None
-    checkpoint = Checkpoint(about, {}, make_config((str(about), before["config"])), classes)
-    check_configuration(config, checkpoint, "use the same, or choose another folder with --output")
     if before["clips"] != clips:
         message = f"{about}: the finished runs had other clips; choose another folder with --output"
         raise UserError(message)
+    for name in recipes.keys() & before["recipes"].keys():
+        values = make_config((str(about), before["recipes"][name]))
+        checkpoint = Checkpoint(about, {}, values, classes)
+        remedy = "use the same, or choose another folder with --output"
+        check_configuration(recipes[name], checkpoint, remedy)
+    write_text(about, json.dumps({"recipes": before["recipes"] | now, "clips": clips}))
     return rows
 
 
@@ -152,7 +162,6 @@ def measure_run(
     start = time.monotonic()
     trainer = train_run(config, classes, device, clips)
     row: dict[str, Any] = {
-        "mode": config.mode,
         "seed": config.seed,
         "epoch": trainer.best.epoch,
         "loss": trainer.best_loss,
@@ -173,7 +182,7 @@ def train_run(
 ) -> "TrainerInMemory":
     """Train to the last epoch."""
     train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-    check_clips(config, classes, train_clips, valid_clips)
+    check_clips(config, train_clips, valid_clips)
     trainer = TrainerInMemory(config, classes, device, train_clips, valid_clips)
     trainer.fit()
     return trainer
@@ -197,36 +206,35 @@ class TrainerInMemory(Trainer):
 
     def best_model(self) -> Model:
         """Return the model of the best checkpoint, with the embeddings of all clips."""
-        self.network.load_state_dict(self.best.weights)
-        bank, held_out = self.embed(self.train_clips), self.embed(self.valid_clips)
-        assert self.best.held_out
-        complete = self.best.held_out.with_outputs(held_out)
-        checkpoint = replace(self.best, bank=bank, held_out=complete)
-        return Model(self.network.eval(), self.config, self.classes, checkpoint)
+        self.scored_network.load_state_dict(self.best.weights)
+        checkpoint = self.complete(self.best)
+        return Model(self.scored_network.eval(), self.config, self.classes, checkpoint)
 
 
 # ---- The summary ----
 
 
 def summarise(table: pd.DataFrame) -> Iterator[str]:
-    """Yield the lines of two tables for each score: mean AUC by mode, and differences of the modes.
+    """Yield the lines of two tables for each score: mean AUC by recipe, and their differences.
 
     The AUC is averaged over the machine IDs of a type. The first table has the mean and standard
     deviation over the seeds. The second one has the differences between runs of the same seed.
     """
-    values = table.melt(["mode", "seed"], [name for name in table.columns if name.endswith("/AUC")])
+    values = table.melt(
+        ["recipe", "seed"], [name for name in table.columns if name.endswith("/AUC")]
+    )
     values[["score", "type", "id", "metric"]] = values["variable"].str.split("/", expand=True)
-    auc = 100 * values.groupby(["score", "type", "mode", "seed"])["value"].mean()
-    types, modes = values["type"].unique().tolist(), table["mode"].unique().tolist()
+    auc = 100 * values.groupby(["score", "type", "recipe", "seed"])["value"].mean()
+    types, recipes = values["type"].unique().tolist(), table["recipe"].unique().tolist()
     for score in KINDS:
         yield from ("", f"## {score}: mean AUC of the machine IDs, in percent", "")
-        yield from markdown_header("mode", types)
-        for mode in modes:
-            runs = [auc[score, machine_type, mode] for machine_type in types]
-            yield markdown_row(f"{mode} (n = {len(runs[0])})", [spread(run) for run in runs])
+        yield from markdown_header("recipe", types)
+        for name in recipes:
+            runs = [auc[score, machine_type, name] for machine_type in types]
+            yield markdown_row(f"{name} (n = {len(runs[0])})", [spread(run) for run in runs])
         yield ""
         yield from markdown_header(f"difference ({COVERAGE:.0%} interval)", types)
-        for one, other in itertools.combinations(modes, 2):
+        for one, other in itertools.combinations(recipes, 2):
             pairs = [(auc[score, name, one] - auc[score, name, other]).dropna() for name in types]
             yield markdown_row(f"{one} minus {other}", [interval(pair) for pair in pairs])
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from dataloader import load_clips
 from evaluation.scores import KINDS
 
 CPU = torch.device("cpu")
+RECIPES = Path(__file__).parent.parent / "recipes"
 KEYS = {
     "epoch": 2, "batch_size": 4, "split_ratio": 0.7, "input": "[sgram]", "mode": "arcmix",
     "seed": 3,
@@ -40,7 +42,7 @@ def test_it_trains_and_measures_as_the_scripts_do(tmp_path, data_root, call):
     for name, value in best.weights.items():
         assert torch.equal(trainer.best.weights[name], value)
     row = seeds.measure_run(config, CLASSES, CPU, clips, test_clips)
-    assert (row["mode"], row["seed"]) == ("arcmix", 3)
+    assert row["seed"] == 3
     assert (row["epoch"], row["loss"]) == (best.epoch, trainer.best_loss)
     with (tmp_path / "run" / "test" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -59,7 +61,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, data_root, call, fails, monke
     def measure_run(config, *arguments):
         measured.append((config.mode, config.seed))
         auc = 0.5 + 0.1 * config.seed + 0.05 * (config.mode == "arcmix")
-        row = {"mode": config.mode, "seed": config.seed, "epoch": 1, "loss": 1.0, "seconds": 1.0}
+        row = {"seed": config.seed, "epoch": 1, "loss": 1.0, "seconds": 1.0}
         for kind in KINDS:
             row |= {f"{kind}/fan/00/AUC": auc, f"{kind}/fan/02/AUC": auc}
         return row
@@ -67,7 +69,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, data_root, call, fails, monke
     monkeypatch.setattr(seeds, "measure_run", measure_run)
     options = [
         "--data_root", data_root, "--machines", MACHINES, "--device", "cpu",
-        "--output", tmp_path, "--modes", "arcmix", "arcface",
+        "--output", tmp_path, "--recipes", RECIPES / "arcmix.yaml", RECIPES / "arcface.yaml",
     ]  # fmt: skip
     status, output, _ = call(seeds.main, *options, "--minutes", 0)
     assert (status, measured) == (0, [])
@@ -81,8 +83,11 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, data_root, call, fails, monke
     assert (tmp_path / "seeds.md").read_text() in output
     message = "another configuration: epoch .was 300, is 7.; use the same"
     fails(seeds.main, *options, "--epoch", 7, match=message)
-    message = "command line: seed: --modes, --seeds and --output choose"
-    fails(seeds.main, *options, "--seed", 1, match=message)
+    fails(seeds.main, *options, "--seed", 1, match="command line: seed: use --seeds instead")
+    message = "arcmix: init_from is not supported here"
+    fails(seeds.main, *options, "--init_from", "other.pth", match=message)
+    assert call(seeds.main, *options, RECIPES / "stgram.yaml", "--seeds", 1)[0] == 0
+    assert measured[6:] == [("arcface", 1)], "a recipe that was added"
     about = tmp_path / "seeds.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"clips": "others"}))
     fails(seeds.main, *options, match="the finished runs had other clips")
