@@ -207,7 +207,7 @@ class Checkpoint:
         """
         weights = network.state_dict()
         stored = self._name_weights(weights)
-        keys = "input" if omitted else "machines, classes, input, sub_centers"
+        keys = "mode, input" if omitted else "machines, classes, mode, input, sub_centers"
         for name in sorted((weights.keys() | stored.keys()) - set(omitted)):
             in_file, in_network = shape_of(stored, name), shape_of(weights, name)
             if in_file != in_network:

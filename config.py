@@ -362,8 +362,8 @@ def add_config_options(parser: argparse.ArgumentParser, keys: Sequence[str]) -> 
         type=Path,
         action="append",
         default=[],
-        help="configuration file, whose values replace those of config.yaml; of several, each given "
-        "with --config, the values of the last one count",
+        help="configuration file, whose values replace those of config.yaml; it may be given "
+        "several times, and then the values of the last file count",
     )
     values, meaning = read_yaml(DEFAULT_CONFIG), describe_keys()
     group = parser.add_argument_group("keys of the configuration")

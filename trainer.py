@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import utils
 from acceleration import compile_module, should_compile
+from averaging import MovingAverage, check_decay
 from checkpoint import RESTART, Checkpoint, EpochResult, HeldOut, RunFiles
 from classes import Classes
 from config import Config
@@ -41,9 +41,6 @@ from sampling import Batch, Sampler
 from utils import notice
 
 READ_EVERY = 20  # steps: reading their losses waits for the device
-# Share of the initial weights that a moving average may contain at the end of a training
-LEFT_OVER = 0.01
-AVERAGE_DECAY = 2e-6  # of the weights at each step, published with the moving average of OS-SCL
 ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
 OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
@@ -74,7 +71,10 @@ class Trainer:
         self.history: list[EpochResult] = []
         self.n_saved = 0  # epochs whose files are written
         self.network = build_network(config, classes).move_to(device)
-        self.average = self.start_average()
+        self.average = None
+        if config.weight_average:
+            check_decay(config.weight_average, self.sampler.n_steps * config.epoch)
+            self.average = MovingAverage(self.network, config.weight_average)
         self.front_end = FrontEnd(config.input).to(device)
         self.precision = utils.choose_precision(config.precision, device)
         self.objective = Objective(config.mode, config.m, config.s)
@@ -89,35 +89,12 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
 
-    def start_average(self) -> AveragedModel | None:
-        """Return the moving average of the weights, before the first step; None where there is to
-        be none.
-
-        Raises:
-            UserError: If the training is too short for it.
-        """
-        decay, n_steps = self.config.weight_average, self.sampler.n_steps * self.config.epoch
-        if not decay:
-            return None
-        if decay**n_steps > LEFT_OVER:
-            highest = math.floor(1e4 * LEFT_OVER ** (1 / n_steps)) / 1e4
-            raise UserError(
-                f"weight_average: {decay:g} averages over about {1 / (1 - decay):.0f} steps, and "
-                f"the training has {n_steps}: its result would contain {decay**n_steps:.0%} of the "
-                f"initial weights; use at most {highest:g}, or 0 for no average"
-            )
-        return AveragedModel(
-            self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-
     @property
     def scored_network(self) -> TASTgramMFN:
         """The network that is validated, saved and scored: with averaged weights where there are
         any.
         """
-        network = self.network if self.average is None else self.average.module
-        assert isinstance(network, TASTgramMFN)
-        return network
+        return self.network if self.average is None else self.average.network
 
     # ---- The loop ----
 
@@ -174,19 +151,9 @@ class Trainer:
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.update_average()
-        return torch.stack([loss.detach(), accuracy])
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Add the weights to their moving average. As published, all of them, with the statistics
-        of batch norm, decay by AVERAGE_DECAY then.
-        """
         if self.average is not None:
-            self.average.update_parameters(self.network)
-            values = self.network.state_dict().values()
-            numbers = [value for value in values if value.is_floating_point()]
-            torch._foreach_mul_(numbers, 1.0 - AVERAGE_DECAY)
+            self.average.update()
+        return torch.stack([loss.detach(), accuracy])
 
     def learning_rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, from 0: a cosine from `lr` to a tenth of it."""
@@ -265,6 +232,8 @@ class Trainer:
             UserError: If the weights do not fit the network.
         """
         checkpoint.fill(self.network, omitted=HEAD_WEIGHTS)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.network.state_dict())
         notice(
             f"init_from: starting from the weights of {checkpoint.path}, except for those of the "
             f"classes ({', '.join(HEAD_WEIGHTS)})"
@@ -287,8 +256,7 @@ class Trainer:
         try:
             self.network.load_state_dict(checkpoint.trained_weights or checkpoint.weights)
             if self.average is not None:
-                self.average.module.load_state_dict(checkpoint.weights)
-                self.average.n_averaged.fill_(len(checkpoint.history) * self.sampler.n_steps)
+                self.average.network.load_state_dict(checkpoint.weights)
             self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
             if checkpoint.scaler:
                 self.scaler.load_state_dict(checkpoint.scaler)

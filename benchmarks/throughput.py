@@ -204,8 +204,8 @@ def plain_stages(
         network.train()
         for features, labels in inputs(train_clips, batch):
             mix = draw_mix(config.alpha, rng, len(labels))
-            similarity, _ = network(**{name: mix(x) for name, x in features.items()})
-            loss = objective.loss(similarity, labels, mix)
+            similarity, embedding = network(**{name: mix(x) for name, x in features.items()})
+            loss = objective.loss(similarity, embedding, labels, mix, len(labels))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -38,12 +38,10 @@ class SpecNet(nn.Module):
 
 
 def magnitude(waveform: Tensor) -> Tensor:
-    """Return the magnitude of the Fourier transform `(B, T)`, in float32 also under autocast."""
-    with torch.autocast(waveform.device.type, enabled=False):
-        waveform = waveform.float()
-        if torch.compiler.is_exporting():
-            return magnitude_by_products(waveform)
-        return torch.fft.fft(waveform).abs()
+    """Return the magnitude of the Fourier transform `(B, T)`, in the precision of the waveform."""
+    if torch.compiler.is_exporting():
+        return magnitude_by_products(waveform)
+    return torch.fft.fft(waveform).abs()
 
 
 def magnitude_by_products(waveform: Tensor) -> Tensor:

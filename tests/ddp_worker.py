@@ -50,7 +50,7 @@ def build_trainer(config: Config, classes: Classes, clips: ClipSet, dtype: torch
 def steps_on_reference(trainer: Trainer) -> list[float]:
     """Return the losses of the reference steps; the last batch has three clips."""
     samples, labels, losses = reference.samples(), reference.labels(), []
-    trainer.network.load_state_dict(reference.parameters())
+    trainer.network.load_state_dict(reference.parameters(reference.shapes_of(trainer.network)))
     trainer.parallel_loss.train()
     for number, (lam, partner) in enumerate(reference.mixing()):
         partner = partner if number < 7 else torch.tensor([2, 0, 1])
@@ -98,7 +98,7 @@ else:
         results["scores"] = trainer.validate(clips)[0]
 if is_main():
     values = {name: torch.from_numpy(np.asarray(value)) for name, value in results.items()}
-    torch.save(values | {"state": trainer.network.state_dict()}, config.weights_path)
+    torch.save(values | {"state": trainer.scored_network.state_dict()}, config.weights_path)
 barrier()
 if is_started_by_torchrun():
     leave()

@@ -7,20 +7,33 @@ from a seed, with numpy's frozen legacy generator: the same bits with every nump
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 SEED, BATCH, STEPS, NUM_CLASSES = 20200, 4, 8, 41
 SAMPLE_RATE, SECONDS = 16_000, 10
 LEVELS = (1.0, 0.6, 0.5, 0.1)
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_in(values: dict[str, np.ndarray], prefix: str = "") -> Shapes:
+    """Return names and shapes of a state dict that is described in a file of reference values."""
+    names, shapes = values[f"{prefix}state_dict_names"], values[f"{prefix}state_dict_shapes"]
+    pairs = zip(names, shapes, strict=True)
+    return {str(name): tuple(json.loads(str(shape))) for name, shape in pairs}
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
 VALUES = dict(np.load(Path(__file__).parent / "data" / "reference_values.npz"))
-SHAPES = {
-    str(name): tuple(json.loads(str(shape)))
-    for name, shape in zip(VALUES["state_dict_names"], VALUES["state_dict_shapes"], strict=True)
-}
+SHAPES = shapes_in(VALUES)
 
 
 def waveforms() -> torch.Tensor:
@@ -57,12 +70,14 @@ def labels() -> torch.Tensor:
     return torch.from_numpy(rng.randint(0, NUM_CLASSES, BATCH).astype(np.int64))
 
 
-def parameters() -> dict[str, torch.Tensor]:
-    """Return a full state dict with the published names, filled in the sorted order of names."""
-    rng = np.random.RandomState(SEED + 3)
+def parameters(shapes: Shapes = SHAPES, seed: int = SEED + 3) -> dict[str, torch.Tensor]:
+    """Return a full state dict, by default with the published names, filled in the sorted order of
+    names.
+    """
+    rng = np.random.RandomState(seed)
     state = {}
-    for name in sorted(SHAPES):
-        shape = SHAPES[name]
+    for name in sorted(shapes):
+        shape = shapes[name]
         if name.endswith("num_batches_tracked"):
             value = np.zeros(shape, np.int64)
         elif name.endswith("running_var"):

@@ -171,12 +171,18 @@ def test_weights_are_loaded_but_for_the_omitted_ones(tmp_path):
         expected = initial if name in HEAD_WEIGHTS else published.weights
         assert torch.equal(tensor, expected[name]), name
     network = build_network(load_config(input="sgram"), CLASSES)
-    misfit = r"published.pth does not fit the configuration \(input\): mobilefacenet.conv1"
+    misfit = r"published.pth does not fit the configuration \(mode, input\): mobilefacenet.conv1"
     with pytest.raises(UserError, match=misfit):
         published.fill(network, omitted=HEAD_WEIGHTS)
-    misfit = r"fit the configuration \(machines, classes, input, sub_centers\): arcface.weight is"
+    keys = "machines, classes, mode, input, sub_centers"
+    misfit = rf"fit the configuration \({keys}\): arcface.weight is"
     with pytest.raises(UserError, match=misfit):
         published.fill(network)
+    network = build_network(load_config(mode="os_scl"), CLASSES)
+    with pytest.raises(
+        UserError, match=r"\(mode, input\): projection.0.bias is absent in the file"
+    ):
+        published.fill(network, omitted=HEAD_WEIGHTS)
 
 
 def test_differences_see_the_order_of_the_machines(tmp_path):

@@ -102,7 +102,8 @@ def test_every_key_is_typed_on_the_command_line():
         "classes": "attributes", "window": "all", "hop": 2.5, "channel": 1,
         "init_from": "a/b.pth", "over_windows": "max", "data_device": "cpu", "mode": "arcmix",
         "input": ["sgram"], "alpha": 1.0, "m": 0.5, "s": 32.0, "sub_centers": 3,
-        "epoch": 10, "batch_size": 8, "lr": 5e-4, "weight_decay": 0.0, "compile": True,
+        "epoch": 10, "batch_size": 8, "lr": 5e-4, "weight_decay": 0.0, "weight_average": 0.99,
+        "compile": True,
         "seed": 7, "save_path": "a/b.pth", "device": "cuda:1", "precision": "bf16",
         "eval_precision": "bf16", "num_workers": 2, "tensorboard": False,
         "score_dtype": "float64", "scoring": "nearest", "neighbours": 4,
@@ -132,6 +133,40 @@ def test_a_file_replaces_config_yaml_and_the_command_line_both(tmp_path):
     file.write_text("epoch: 5\nlr: 2e-4\n")
     config = parse("--config", str(file), "--lr", "3e-4")
     assert (config.epoch, config.lr, config.batch_size) == (5, 3e-4, 64)
+
+
+def test_of_several_files_the_last_one_counts(tmp_path):
+    for name, text in {"one": "epoch: 5\nlr: 2e-4\n", "two": "epoch: 6\nseed: 3\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    config = parse("--config", str(one), "--config", str(two), "--seed", "4")
+    assert (config.epoch, config.lr, config.seed) == (6, 2e-4, 4)
+    assert parse("--config", str(two), f"--config={one}").epoch == 5
+    one.write_text("epoch: 0\n")
+    with pytest.raises(UserError, match=r"one.yaml: epoch: 0 is not a whole number of at least 1"):
+        parse("--config", str(two), "--config", str(one))
+    two.write_text("epoch: 7\n")
+    assert parse("--config", str(one), "--config", str(two)).epoch == 7
+
+
+RECIPES = sorted((DEFAULT_CONFIG.parent / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_says_where_it_comes_from(file):
+    config = load_config(file)
+    assert config.data_root == load_config().data_root
+    if file.parent.name == "inputs":
+        assert (config.mode, "+".join(config.input)) == ("noisy_arcmix", file.stem)
+    else:
+        text = file.read_text()
+        assert all(f"\n# {subject}: " in text for subject in ("Source", "Claim", "Epoch"))
+
+
+def test_the_recipe_of_noisy_arcmix_is_config_yaml():
+    assert load_config(DEFAULT_CONFIG.parent / "recipes" / "noisy_arcmix.yaml") == load_config()
+    names = [file.stem for file in RECIPES]
+    assert len(set(names)) == len(names), "make paper can take all of them"
 
 
 def test_save_path_holds_mode_and_seed():

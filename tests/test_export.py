@@ -33,17 +33,20 @@ from evaluation.graph import ScoringGraph, SumOfProductsPReLU
 from evaluation.onnx_file import CPU, compare, largest_difference, make_file, synthetic_clips
 from evaluation.scores import KINDS, Outputs
 from inference import Model, build_network, load_model, run_model
-from model import CHANNELS, EMBEDDING_SIZE
+from model import CHANNELS, EMBEDDING_SIZE, PUBLISHED_CHANNELS
 from model.tastgram import N_MELS
 
 ROOT = Path(export_script.__file__).parent
 SCORER = ROOT / "examples" / "score_onnx.py"
-# Every choice of channels; each head with one, two and three channels
+# Every choice of published channels; each published head with one, two and three of them
 MODES_OF_CHOICES = ("arcface", "cross_entropy", "noisy_arcmix")
 CHOICES = [{"mode": "cross_entropy"}]
 for size in (1, 2, 3):
-    for choice, mode in zip(combinations(CHANNELS, size), MODES_OF_CHOICES, strict=False):
+    choices = combinations(PUBLISHED_CHANNELS, size)
+    for choice, mode in zip(choices, MODES_OF_CHOICES, strict=False):
         CHOICES.append({"input": list(choice), "mode": mode})
+CHOICES.append({"input": list(CHANNELS), "mode": "os_scl"})
+CHOICES.append({"input": ["specnet"], "mode": "os_scl", "scoring": "angle"})
 PUBLISHED = Classes.from_machines(load_config().machines)
 BY_ATTRIBUTES = Classes(
     (
@@ -57,13 +60,9 @@ ONE_FAN = Classes.from_machines({"fan": ["00"]})
 
 
 def reference_model(config: Config, classes: Classes = PUBLISHED) -> Model:
-    """Return a model with the reference weights, where they fit, and a bank that lacks class 1."""
-    network, weights = build_network(config, classes), reference.parameters()
-    first = "mobilefacenet.conv1.conv.weight"
-    weights[first] = weights[first][:, : len(config.input)]
-    for name, value in network.state_dict().items():
-        if value.ndim and len(value) <= len(weights[name]):  # the centres of fewer classes
-            value.copy_(weights[name][: len(value)])
+    """Return a model with the reference weights, and a bank that lacks class 1."""
+    network = build_network(config, classes)
+    network.load_state_dict(reference.parameters(reference.shapes_of(network)))
     # Three clips of each class, two of the last one
     labels = np.arange(len(classes)).repeat(3)[:-1]
     labels = torch.from_numpy(labels[labels != 1])
@@ -144,6 +143,8 @@ def without_tracing(exported, monkeypatch):
         ({"scoring": "published"}, BY_ATTRIBUTES),
         ({"scoring": "nearest"}, BY_ATTRIBUTES),
         ({"scoring": "nearest", "neighbours": 1}, TWO_FANS),
+        ({"mode": "os_scl", "input": list(CHANNELS)}, PUBLISHED),
+        ({"mode": "os_scl", "input": "specnet", "scoring": "angle"}, PUBLISHED),
     ],
     ids=name_parameter,
 )

@@ -10,7 +10,7 @@ import torch
 
 from dataloader import ClipSet
 from inference import run_network
-from model import CHANNELS, FrontEnd, LogMel, TASTgramMFN, spectrum_of
+from model import CHANNELS, PUBLISHED_CHANNELS, FrontEnd, LogMel, TASTgramMFN, spectrum_of
 
 CPU = torch.device("cpu")
 
@@ -18,9 +18,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("batch_size", "channels", "head", "has_onednn"),
     [
-        (1, CHANNELS, "arcface", True),
+        (1, tuple(CHANNELS), "arcface", True),
         (2, ("sgram",), "fc_out", True),
-        (2, CHANNELS, "fc_out", False),
+        (2, PUBLISHED_CHANNELS, "fc_out", False),
+        (2, tuple(CHANNELS), "projected", False),
         (64, ("sgram",), "arcface", False),
     ],
 )
@@ -29,10 +30,7 @@ def test_outputs_are_those_of_the_network_for_the_chosen_clips(
 ):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: has_onednn)
     network = TASTgramMFN(reference.NUM_CLASSES, channels, head).move_to(CPU)
-    weights = reference.parameters()
-    first = "mobilefacenet.conv1.conv.weight"
-    weights[first] = weights[first][:, : len(channels)]
-    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    network.load_state_dict(reference.parameters(reference.shapes_of(network)))
     front_end = FrontEnd(channels)
     clips = ClipSet(pd.DataFrame({"path": Path(), "label": [0] * 4}), 1)
     clips.samples = reference.samples()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import CLASSES
 
 from evaluation.scores import Outputs, Scorer
-from losses import MODES, Mix, Objective, margin_logits
+from losses import MODES, Mix, Objective, contrastive_loss, margin_logits
 
 M, S = 0.7, 30.0
 N_CLASSES = len(CLASSES)
@@ -73,23 +73,54 @@ def test_each_mode_is_its_formula():
     def ce(margin_on, target):
         return F.cross_entropy(margin_logits(cosine, margin_on, M, S), target)
 
+    embedding = torch.randn(6, 8)
+    noisy_arcmix = lam * ce(a, a) + (1 - lam) * ce(a, b)
     expected = {
-        "noisy_arcmix": lam * ce(a, a) + (1 - lam) * ce(a, b),
+        "noisy_arcmix": noisy_arcmix,
         "arcmix": lam * ce(a, a) + (1 - lam) * ce(b, b),
         "arcface": ce(a, a),
         "cross_entropy": F.cross_entropy(cosine, a),
+        "os_scl": noisy_arcmix + contrastive_loss(embedding, a, batch_size=6),
     }
     assert set(expected) == set(MODES)
     for mode, value in expected.items():
-        loss = Objective(mode, M, S).loss(cosine, a, mix if MODES[mode].mixes else None)
+        mix_of_mode = mix if MODES[mode].mixes else None
+        loss = Objective(mode, M, S).loss(cosine, embedding, a, mix_of_mode, batch_size=6)
         assert loss == pytest.approx(value.item(), rel=1e-6)
     assert expected["noisy_arcmix"] != pytest.approx(expected["arcmix"].item(), rel=1e-3)
 
 
-def test_validation_loss_is_unmixed():
-    cosine, labels = torch.rand(4, 3) * 2 - 1, torch.tensor([0, 1, 2, 0])
-    expected = F.cross_entropy(margin_logits(cosine, labels, M, S), labels)
-    assert Objective("noisy_arcmix", M, S).loss(cosine, labels) == expected
+def test_the_contrastive_loss_picks_clips_of_the_same_class():
+    """Two clips of class 0 at 60 degrees, a third at 90 degrees to the first, and class 2 alone."""
+    degrees = torch.tensor([0.0, 60.0, 90.0, 180.0], dtype=torch.float64)
+    embedding = 3 * torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+    labels = torch.tensor([0, 0, 0, 2])
+
+    def loss_of(clip: int) -> float:
+        others = [other for other in range(4) if other != clip]
+        logits = [math.cos(math.radians(degrees[clip] - degrees[x])) / 0.02 for x in others]
+        total = math.log(sum(math.exp(logit) for logit in logits))
+        picked = [total - x for x, other in zip(logits, others, strict=True) if labels[other] == 0]
+        return 0.02 / 0.07 * sum(picked) / len(picked)
+
+    expected = sum(loss_of(clip) for clip in range(3)) / 4
+    assert contrastive_loss(embedding, labels, 4).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_two_clips_of_a_class_there_is_no_contrastive_loss():
+    embedding = torch.randn(3, 5, requires_grad=True)
+    loss = contrastive_loss(embedding, torch.arange(3), 3)
+    loss.backward()
+    assert loss.item() == 0
+    assert (embedding.grad == 0).all()
+
+
+def test_the_contrastive_loss_is_finite_for_equal_clips():
+    embedding = torch.ones(4, 5, requires_grad=True)
+    loss = contrastive_loss(embedding, torch.tensor([0, 0, 1, 1]), 4)
+    loss.backward()
+    assert loss.item() == pytest.approx(2 / 7 * math.log(3), rel=1e-5)
+    assert torch.isfinite(embedding.grad).all()
 
 
 def test_accuracy_counts_the_partner_with_its_weight():
@@ -119,7 +150,7 @@ def test_the_published_score_is_the_cross_entropy_of_each_clip(mode):
     expected = objective.cross_entropy(similarity, labels, labels, reduction="none")
     scores = published_scores(mode, similarity, labels, torch.float32)
     assert scores.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-    loss = objective.loss(similarity, labels).item()
+    loss = objective.cross_entropy(similarity, labels, labels).item()
     assert scores.mean().item() == pytest.approx(loss, rel=1e-6), "the validation loss"
 
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from losses import margin_logits
 from model import CHANNELS, EMBEDDING_SIZE, FrontEnd, LogMel, TASTgramMFN, fold_batch_norm
 from model.mobilefacenet import WholeMapConv2d
-from model.tastgram import N_FRAMES, temporal_attention
+from model.tastgram import N_FRAMES, TemporalAttention
 from model.tastgram_mfn import CosineHead
 
 VALUES = reference.VALUES
@@ -65,7 +65,7 @@ def test_tgram(model):
 
 
 def test_tagram_row_by_row(log_mel):
-    for row, expected in zip(temporal_attention(log_mel[:, 0]), VALUES["tagram"], strict=True):
+    for row, expected in zip(TemporalAttention()(log_mel[:, 0]), VALUES["tagram"], strict=True):
         assert reference.distance(row, expected) < 1e-4
 
 
@@ -129,7 +129,7 @@ def test_linear_head(log_mel):
 
 
 @pytest.mark.parametrize(
-    "channels", [("sgram",), ("tgram", "sgram"), ("sgram", "tagram"), CHANNELS]
+    "channels", [("sgram",), ("tgram", "sgram"), ("sgram", "tfgram", "specnet"), tuple(CHANNELS)]
 )
 @torch.no_grad()
 def test_channel_choice_builds_what_is_used(channels, log_mel):

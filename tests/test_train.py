@@ -206,6 +206,8 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
         assert ours.epoch == expected.epoch
         for key, value in expected.weights.items():
             assert torch.equal(ours.weights[key], value), key
+        for key, value in expected.trained_weights.items():
+            assert torch.equal(ours.trained_weights[key], value), key
     ours, expected = (rows(folder / "run" / "history.csv") for folder in (folder, unbroken))
     for row in ours + expected:
         row.pop("seconds")
@@ -291,7 +293,7 @@ KILLS = 20
 def test_a_run_killed_again_and_again_is_the_unbroken_run(tmp_path, data_root):
     """The process group gets SIGKILL at seeded random moments, and the run is resumed each time."""
     (tmp_path / "killed.py").write_text(KILLED)
-    options = CUT | {"epoch": 2 * KILLS}
+    options = CUT | {"epoch": 2 * KILLS, "mode": "os_scl", "weight_average": 0.9}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def run(folder: Path, kind: str = "never", moment: int = 1) -> int:

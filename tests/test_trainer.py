@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import CLASSES, arguments, clips_in_memory, clips_of
+from conftest import CLASSES, arguments, clips_in_memory, clips_of, stop_after
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
@@ -36,7 +35,7 @@ def reference_trainer(mode: str, **overrides) -> Trainer:
     config = load_config(mode=mode, device="cpu", **overrides)
     clips = clips_in_memory(reference.samples(), reference.labels())
     trainer = Trainer(config, Classes.from_machines(config.machines), CPU, clips, clips)
-    trainer.network.load_state_dict(reference.parameters())
+    trainer.network.load_state_dict(reference.parameters(reference.shapes_of(trainer.network)))
     return trainer
 
 
@@ -184,7 +183,9 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     assert all(torch.equal(results[0][1][name], value) for name, value in results[1][1].items())
 
 
-@pytest.mark.parametrize("mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix", "os_scl"]
+)
 def test_the_step_is_one_graph_for_all_steps(mode):
     """Nothing breaks the graph of the compiler, and no lambda or partner causes a recompilation."""
     torch._dynamo.reset()
@@ -195,10 +196,10 @@ def test_the_step_is_one_graph_for_all_steps(mode):
     rngs = [np.random.default_rng(seed) for seed in range(3)]
     mixes = [draw_mix(0.5, rng, 4) if MODES[mode].mixes else None for rng in rngs]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        results = [compiled(inputs, labels, mix) for mix in mixes]
+        results = [compiled(inputs, labels, mix, 4) for mix in mixes]
     results[0][0].backward()
     for mix, result in zip(mixes, results, strict=True):
-        expected = [value.item() for value in trainer.loss(inputs, labels, mix)]
+        expected = [value.item() for value in trainer.loss(inputs, labels, mix, 4)]
         assert [value.item() for value in result] == pytest.approx(expected, rel=1e-5)
 
 
@@ -229,7 +230,8 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
         samples = torch.empty((4, N_SAMPLES), dtype=torch.int16, device=gpu)
         labels = torch.empty(4, dtype=torch.int64, device=gpu)
         inputs = trainer.front_end(samples)
-        loss, accuracy = trainer.loss(inputs, labels, Mix(torch.empty((), device=gpu), labels))
+        mix = Mix(torch.empty((), device=gpu), labels)
+        loss, accuracy = trainer.loss(inputs, labels, mix, 4)
         assert (loss.device, accuracy.device) == (gpu, gpu)
         clips.samples = torch.empty((5, N_SAMPLES), dtype=torch.int16, device=gpu)
         monkeypatch.setattr("inference.FrontEnd", lambda channels: trainer.front_end)
@@ -237,7 +239,7 @@ def test_step_and_scores_stay_on_the_gpu(monkeypatch):
         score = trainer.scorer.score_against_class(outputs, 0)
         assert (score.device, score.shape, outputs.embedding.device) == (gpu, (5,), gpu)
         with pytest.raises(RuntimeError, match="device"):
-            trainer.loss(inputs, labels.cpu(), None)
+            trainer.loss(inputs, labels.cpu(), None, 4)
         with pytest.raises(RuntimeError, match="_local_scalar_dense"):
             loss.item()
 
@@ -328,24 +330,6 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(tmp_path, data_root, call):
         status, _, errors = call(stop_after(number), *options, "--resume")
         assert status == (0 if number == 3 else 143), errors
         assert Checkpoint.load(best.with_name("run.last.pth")).epoch == number
-
-
-def stop_after(epoch: int):
-    """Return a `main` of train.py that stops as if by SIGTERM after the given epoch."""
-
-    def main() -> None:
-        set_learning_rate = Trainer.set_learning_rate
-
-        def set_or_stop(trainer: Trainer, number: int) -> None:
-            if number == epoch:
-                sys.exit(143)
-            set_learning_rate(trainer, number)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trainer, "set_learning_rate", set_or_stop)
-            train.main()
-
-    return main
 
 
 # ---- The schedule ----
