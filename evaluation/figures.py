@@ -289,11 +289,15 @@ def draw_tastgram(result: Result, path: Path) -> None:
         *channel_axes, gate_axis = drawn.subplots(len(images) + 1, 1, sharex=True)
         for axis, name, image in zip(channel_axes, network.channels, images, strict=True):
             shown = draw_image(axis, image, (0, SECONDS))
-            if name == "tgram":
-                axis.set(title=name, ylabel="filter")
-            else:
+            channel = CHANNELS[name]
+            if channel.source == "log_mel":
                 axis.set(title=f"{name} (dB)")
                 set_frequencies(axis)
+            else:
+                axis.set(title=name, ylabel="filter")
+            if channel.columns:
+                axis.set(title=f"{name} (columns are {channel.columns})")
+                axis.tick_params(bottom=False)
             drawn.colorbar(shown, ax=axis)
         draw_gate(gate_axis, gate)
         title = f"{recording['machine_type']}, {recording['path'].name}"

@@ -17,14 +17,17 @@ class Channel(NamedTuple):
     """An input channel of the network.
 
     Attributes:
-        source: The input that it is computed from: waveform `(B, T)` or log_mel `(B, M, F)`.
+        source: The input that it is computed from: waveform `(B, T)` or log_mel `(B, M, F)`. In the
+            latter case its rows are mel bins, in dB.
         build: Make the module that computes the channel `(B, M, F)`.
         name: The name of this module in the state dict.
+        columns: What the columns are, where they are not frames.
     """
 
     source: str
     build: Callable[[], nn.Module]
     name: str
+    columns: str = ""
 
 
 # In the order in which they are stacked
@@ -33,7 +36,7 @@ CHANNELS = {
     "sgram": Channel("log_mel", nn.Identity, "sgram"),
     "tagram": Channel("log_mel", TemporalAttention, "tagram"),
     "tfgram": Channel("waveform", TFgramNet, "tfgramnet"),
-    "specnet": Channel("waveform", SpecNet, "specnet"),
+    "specnet": Channel("waveform", SpecNet, "specnet", columns="frequencies, 0 to 8 kHz and back"),
 }
 PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
 

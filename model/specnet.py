@@ -20,7 +20,7 @@ class SpecNet(nn.Module):
     """SpecNet: waveform `(B, T)` -> `(B, M, F)`. Its columns are frequencies, not frames.
 
     Three convolutions over the magnitude of the Fourier transform of the whole clip, which has T
-    values. They are symmetric: the columns of the second half are those of negative frequencies. As
+    values. These are symmetric: the columns lead from 0 to half the sample rate, and back. As
     published, the magnitude is neither scaled nor compressed.
     """
 

@@ -17,27 +17,44 @@ import reproduce
 import train
 from classes import Classes
 from config import DEFAULT_CONFIG, Config, load_config
-from losses import MODES
 
 ROOT = Path(__file__).parent.parent
 
 
-def planned(folder: Path, seeds: list[int], inputs: str = "published", **keys) -> list[Config]:
-    options = Namespace(config=DEFAULT_CONFIG, seeds=seeds, inputs=inputs, output=folder)
-    return reproduce.plan_runs(load_config(given=tuple(keys), **keys), options)
+RECIPES = ROOT / "recipes"
+MODES = ("noisy_arcmix", "arcmix", "arcface", "cross_entropy")
 
 
-def test_all_modes_and_inputs_are_planned_for_each_seed():
+def planned(
+    folder: Path, seeds: list[int], recipes=reproduce.RECIPES, files=(), **keys
+) -> list[Config]:
+    options = Namespace(config=list(files), seeds=seeds, recipes=recipes, output=folder)
+    runs = reproduce.plan_runs(load_config(given=tuple(keys), **keys), options)
+    assert [run.recipe for run in runs] == [*recipes] * len(set(seeds))
+    return [run.config for run in runs]
+
+
+def test_the_four_modes_are_planned_for_each_seed():
     runs = planned(Path("out"), [3, 1, 3], epoch=7)
     expected = [(seed, mode) for seed in (3, 1) for mode in MODES]
     assert [(run.seed, run.mode) for run in runs] == expected
     assert all(run.input == ["tgram", "sgram", "tagram"] and run.epoch == 7 for run in runs)
     assert str(runs[0].weights_path) == "out/noisy_arcmix_3.pth"
-    others = planned(Path("out"), [1], "all")[len(MODES) :]
-    assert {run.mode for run in others} == {"noisy_arcmix"}
-    inputs = {tuple(run.input) for run in [*runs, *others]}
-    assert len(inputs) == 7, "every combination of three channels"
-    assert len({run.weights_path for run in [*runs, *others]}) == len(runs) + 6
+
+
+def test_every_combination_of_the_three_channels_is_a_recipe():
+    inputs = [RECIPES / "noisy_arcmix.yaml", *sorted((RECIPES / "inputs").glob("*.yaml"))]
+    runs = planned(Path("out"), [1], inputs)
+    assert {run.mode for run in runs} == {"noisy_arcmix"}
+    assert len({tuple(run.input) for run in runs}) == len(runs) == 7
+    assert str(runs[-1].weights_path) == "out/tgram_1.pth"
+
+
+def test_files_replace_values_of_recipes_and_the_command_line_both(tmp_path):
+    (tmp_path / "my.yaml").write_text("batch_size: 8\nepoch: 9\n")
+    recipes, files = [RECIPES / "stgram.yaml"], [tmp_path / "my.yaml"]
+    (run,) = planned(Path("out"), [1], recipes, files, epoch=7)
+    assert (run.weight_decay, run.batch_size, run.epoch) == (0, 8, 7)
 
 
 def test_recordings_that_are_in_the_projects_folder_already_are_not_downloaded(
@@ -61,11 +78,14 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
     monkeypatch.setattr(reproduce, "should_download", lambda config, classes: True)
     keys = ("--data_root", data_root, "--machines", machines, "--device", "cpu", "--batch_size", 2)
-    options = ("--seeds", 7, "--inputs", "all", "--output", tmp_path)
+    file = tmp_path / "my.yaml"
+    file.write_text("lr: 0.002\n")
+    recipes = [RECIPES / "stgram.yaml", RECIPES / "os_scl.yaml"]
+    options = ("--seeds", 7, "--recipes", *recipes, "--config", file, "--output", tmp_path)
     status, output, _ = call(reproduce.main, *keys, *options)
     assert status == 0
-    assert "run 1 of 10, noisy_arcmix_7: 3000 epochs left\n" in output
-    assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 10, "eval.py"]
+    assert "run 1 of 2, stgram_7: 600 epochs left\n" in output
+    assert [words[0] for words in calls] == ["datasets/download.py", *["train.py"] * 2, "eval.py"]
     assert calls[0][1:] == ("--types", "fan", "valve")
     trained = []
     for words in calls[1:-1]:
@@ -73,19 +93,25 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
         config, resume, overwrite = train.parse_options("")
         expected = load_config(machines=machines).machines
         assert (config.batch_size, config.machines, config.device) == (2, expected, "cpu")
+        assert config.lr == 0.002
         assert resume
         assert not overwrite
         trained.append(config)
-    expected = [(run.mode, run.input, 7) for run in planned(tmp_path, [7], "all")]
-    assert [(run.mode, run.input, run.seed) for run in trained] == expected
-    assert calls[-1][1:11] == tuple(str(run.weights_path) for run in trained)
-    assert {"--plots", "--output", str(tmp_path), "--data_root", str(data_root)} <= set(calls[-1])
+    planned_runs = planned(tmp_path, [7], recipes)
+    expected = [(run.mode, run.input, run.m, run.weight_average, 7) for run in planned_runs]
+    of_runs = [(run.mode, run.input, run.m, run.weight_average, run.seed) for run in trained]
+    assert of_runs == expected
+    assert calls[-1][1:3] == tuple(str(run.weights_path) for run in trained)
+    words = {"--plots", "--output", str(tmp_path), "--data_root", str(data_root), str(file)}
+    assert words <= set(calls[-1])
 
 
 def test_the_rest_is_estimated_from_the_epochs_that_were_timed(trained_copy):
     (trained_copy / "run" / "history.csv").write_text("epoch,seconds\n1,60.0\n")
-    done = load_config(epoch=1, save_path=str(trained_copy / "run.pth"))
-    other = load_config(epoch=200, save_path=str(trained_copy / "other.pth"))
+    done, other = (
+        reproduce.Run(DEFAULT_CONFIG, load_config(epoch=epochs, save_path=str(trained_copy / name)))
+        for epochs, name in ((1, "run.pth"), (200, "other.pth"))
+    )
     assert reproduce.describe_rest([other]) == "200 epochs left"
     assert reproduce.describe_rest([done, other]) == "200 epochs left, about 3.3 h"
 
@@ -129,8 +155,14 @@ def test_a_stop_reaches_the_script(tmp_path):
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     others = ("--output", tmp_path, "--machines", MACHINES)
     options = ("--data_root", data_root, *others)
-    message = "command line: mode: all modes are trained"
+    message = "command line: mode: use --recipes instead"
     fails(reproduce.main, *options, "--mode", "arcface", match=message)
+    same = tmp_path / "arcmix.yaml"
+    same.write_text("mode: arcmix\n")
+    message = "--recipes: two files are called arcmix; rename one"
+    fails(reproduce.main, *options, "--recipes", same, RECIPES / same.name, match=message)
+    message = "none.yaml: no such configuration file"
+    fails(reproduce.main, *options, "--recipes", "none.yaml", match=message)
     fails(reproduce.main, *options, "--seeds", "-1", match="command line: seed: -1 is not")
     fails(reproduce.main, *others, "--data_root", tmp_path, match="no folder .*fan/train")
     shutil.copy(trained / "run.pth", tmp_path / "arcmix_1.pth")
