@@ -119,7 +119,8 @@ def test_commands_are_understood(words, call, tmp_path, monkeypatch):
     (press,) = re.findall(r"```yaml\n(.*?)```", own_machines, flags=re.S)
     (tmp_path / "press.yaml").write_text(press)
     (tmp_path / "my.yaml").write_text("epoch: 7")
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for folder in ("docs", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     for name in ("evaluate_all", "evaluate_score_files"):
         monkeypatch.setattr(evaluation_script, name, lambda *_: None)
