@@ -28,6 +28,8 @@ from model import HEAD_WEIGHTS
 
 def test_what_is_written_is_read_back(trained, tmp_path):
     checkpoint = Checkpoint.load(trained / "run.pth")
+    trained_weights = {name: value + 1 for name, value in checkpoint.weights.items()}
+    checkpoint = replace(checkpoint, trained_weights=trained_weights)
     checkpoint.save(tmp_path / "copy.pth")
     copy = Checkpoint.load(tmp_path / "copy.pth")
     assert copy.path == tmp_path / "copy.pth"
@@ -36,9 +38,10 @@ def test_what_is_written_is_read_back(trained, tmp_path):
         assert getattr(copy, name), name
     for name, value in checkpoint.weights.items():
         assert torch.equal(copy.weights[name], value), name
+        assert torch.equal(copy.trained_weights[name], value + 1), name
     for name in ("bank", "held_out", "optimizer", "scaler"):
         assert str(getattr(copy, name)) == str(getattr(checkpoint, name)), name
-    assert len(fields(Checkpoint)) == 12, "all fields are compared here"
+    assert len(fields(Checkpoint)) == 13, "all fields are compared here"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(trained_copy, monkeypatch, fails):
