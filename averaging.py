@@ -12,13 +12,13 @@ from model.tastgram_mfn import TASTgramMFN
 
 # Share of the initial weights that the average may contain at the end of a training
 LEFT_OVER = 0.01
-# By how much the trained weights are reduced at each step
+# Fraction of the trained weights, statistics included, that is subtracted at each step
 WEIGHT_DECAY = 2e-6
 
 
 class MovingAverage:
-    """Average of the weights that a network has had, the statistics of batch norm included, with
-    weights that decrease by the factor `decay` from each step to the one before.
+    """Exponential moving average of the weights of a network, the statistics of batch norm
+    included: at each step, average = decay * average + (1 - decay) * weights.
 
     As in the published code of OS-SCL, it starts from the initial weights, and at each step the
     trained weights are multiplied by 1 - WEIGHT_DECAY, beside the weight decay of the optimiser.
@@ -30,12 +30,12 @@ class MovingAverage:
     def __init__(self, trained: TASTgramMFN, decay: float) -> None:
         self.network = copy.deepcopy(trained)
         self.averaged_values, self.trained_values = real_values(self.network), real_values(trained)
-        self.average = get_ema_multi_avg_fn(decay)
+        self.update_values = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the weights after a step."""
-        self.average(self.averaged_values, self.trained_values, 0)
+        self.update_values(self.averaged_values, self.trained_values, 0)
         torch._foreach_mul_(self.trained_values, 1.0 - WEIGHT_DECAY)
 
 

@@ -205,8 +205,8 @@ def share_of_batch(size: int) -> slice:
 
 
 def gather_batch(share: Tensor, size: int) -> Tensor:
-    """Return all rows `(size, ...)` of a batch, from the shares of `share_of_batch`, in which the
-    rows of a process are neighbours. Differentiable.
+    """Return all rows `(size, ...)` of a batch, of which each process has those of
+    `share_of_batch`. Differentiable.
     """
     if world_size() == 1:
         return share

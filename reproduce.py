@@ -14,9 +14,10 @@ them.
 Runs datasets/download.py (if data_root is the project's folder datasets, unless that holds
 recordings from elsewhere), train.py for one seed after the other, and eval.py. Before each run it
 prints how many epochs are left and, once an epoch has been timed, how long they will take.
-OUTPUT/comparison.md is the report: mean and standard deviation over the seeds beside the published
-table, differences between the recipes with intervals, the results of every run, and angles.png with
-one panel per recipe.
+OUTPUT/comparison.md is the report: mean and standard deviation over the seeds of each
+configuration, named by the keys that differ, for Noisy-ArcMix beside the published table;
+differences between the configurations with intervals, the results of every run, and angles.png with
+a panel for each configuration.
 
 After an interruption, run the same command again: finished runs are not trained again, and the
 interrupted run continues after its last finished epoch. Recipes and seeds can be added in the same
@@ -45,6 +46,7 @@ from config import (
     check_effect,
     load_config,
     parse_command_line,
+    read_yaml,
 )
 from errors import UserError
 from recordings import find_classes, find_recordings
@@ -58,11 +60,13 @@ PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
 # Checkpoints of 42 and 14 MB, a third while it is written, logs, results, figures
 RUN_BYTES = 120_000_000
 CHOSEN_HERE = {
-    "mode": "use --recipes instead",
-    "input": "use --recipes instead",
+    "mode": "the recipes choose it; leave it out",
+    "input": "the recipes choose it; leave it out",
     "seed": "use --seeds instead",
     "save_path": "use --output instead",
 }
+# Keys of the recordings, which all recipes share
+SHARED_KEYS = ("data_root", "machines", "classes", "window", "hop", "channel")
 
 
 class Run(NamedTuple):
@@ -128,12 +132,17 @@ def name_recipes(config: Config, options: argparse.Namespace) -> dict[str, Path]
     """Return the files of --recipes by their names.
 
     Raises:
-        UserError: For a key of the command line out of CHOSEN_HERE, or for files of the same name.
+        UserError: If the command line or a file of --config has a key of CHOSEN_HERE, a recipe has
+            a key of the recordings, or two recipes have the same name.
     """
-    for key in CHOSEN_HERE.keys() & config.given:
-        raise UserError(f"command line: {key}: {CHOSEN_HERE[key]}")
+    sources = {str(file): read_yaml(file).keys() for file in options.config}
+    for source, keys in ({"command line": config.given} | sources).items():
+        for key in CHOSEN_HERE.keys() & keys:
+            raise UserError(f"{source}: {key}: {CHOSEN_HERE[key]}")
     files: dict[str, Path] = {}
     for file in options.recipes:
+        for key in set(SHARED_KEYS) & read_yaml(file).keys():
+            raise UserError(f"{file}: {key} is the same for all recipes; use --{key} or --config")
         if file.stem in files:
             raise UserError(f"--recipes: two files are called {file.stem}; rename one")
         files[file.stem] = file

@@ -14,7 +14,7 @@ On several computers, with restarts:
 Options and outputs are those of train.py, and batch_size is the global batch size. Use --resume
 with --max-restarts: the first attempt starts the run, and later ones continue it. Several computers
 need the same recordings and, for restarts, the same save_path on a shared disk. torchrun takes --m
-for an option of its own: write `torchrun ... -- train_ddp.py --m 0.5`.
+and --s for options of its own: write `torchrun ... -- train_ddp.py --m 0.5`.
 """
 
 from distributed import environment, is_started_by_torchrun, join, leave

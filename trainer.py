@@ -36,12 +36,13 @@ from errors import UserError
 from evaluation.scores import Outputs, Scorer, StoredClips
 from inference import build_network, make_bank, run_network
 from losses import Mix, Objective
-from model import HEAD_WEIGHTS, FrontEnd, TASTgramMFN
+from model import CHANNELS, HEAD_WEIGHTS, FrontEnd, TASTgramMFN
 from sampling import Batch, Sampler
 from utils import notice
 
 READ_EVERY = 20  # steps: reading their losses waits for the device
-ACTIVATIONS = 48_000_000  # bytes that a clip of a batch keeps for its gradients, in half precision
+# Bytes that a clip keeps for its gradients, in half precision, with the published channels
+ACTIVATIONS = 48_000_000
 OTHER_MEMORY = 2_000_000_000  # bytes on a GPU: CUDA's context and libraries, weights, validation
 
 
@@ -310,7 +311,6 @@ class Trainer:
         best = from_main(lambda: Checkpoint.load(self.files.best))
         if best.bank is not None:
             return
-        self.scored_network.load_state_dict(best.weights)
         complete = self.complete(best)
         if is_main():
             complete.save(self.files.best)
@@ -318,7 +318,8 @@ class Trainer:
         barrier()
 
     def complete(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return a checkpoint of the present weights with the embeddings of all clips."""
+        """Load the weights of a checkpoint; return it with the embeddings of all clips."""
+        self.scored_network.load_state_dict(checkpoint.weights)
         outputs, valid_outputs = self.embed(self.train_clips), self.embed(self.valid_clips)
         assert checkpoint.held_out
         bank = make_bank(outputs, self.train_clips, self.classes, Path(self.config.data_root))
@@ -375,7 +376,8 @@ class Trainer:
         """Keep the clips in the memory of the GPU, where `data_device` asks for it and they fit."""
         share = math.ceil(self.config.batch_size / world_size())
         width = 2 if self.precision == torch.float32 else 1
-        reserved = OTHER_MEMORY + ACTIVATIONS * width * share  # bytes, estimated
+        activations = ACTIVATIONS + sum(CHANNELS[name].activations for name in self.config.input)
+        reserved = OTHER_MEMORY + activations * width * share  # bytes, estimated
         clips = (self.train_clips, self.valid_clips)
         keep_on_gpu(clips, self.config.data_device, self.device, reserved)
 

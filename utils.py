@@ -36,8 +36,8 @@ from errors import UserError, explain, give_reason
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser without abbreviated options that raises `UserError` for a mistake, as for
-    an option that is given twice and does not collect values.
+    """An argument parser without abbreviated options that raises `UserError` for a mistake, such as
+    an option that is given twice, unless it collects values.
     """
 
     def __init__(self, **kwargs: Any) -> None:

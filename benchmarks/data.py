@@ -87,7 +87,7 @@ def measure(config: Config) -> dict[str, float]:
     classes = find_classes(config)
     clips = load_clips(config, classes, "train", config.windows("train"))
     train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-    check_clips(config, classes, train_clips, valid_clips)
+    check_clips(config, train_clips, valid_clips)
     trainer = Trainer(config, classes, CPU, train_clips, valid_clips)
     plan = trainer.sampler.shuffle(epoch=0)
     next(iter(train_clips.batches(plan, CPU)))

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -110,7 +111,7 @@ def main() -> None:
 
 def print_table(title: str, rows: pd.DataFrame) -> None:
     print(f"\n## {title}\n")
-    print("\n".join(markdown_header(rows.columns[0], rows.columns[1:])))
+    print("\n".join(markdown_header(rows.columns[0], list(rows.columns[1:]))))
     for row in rows.to_dict("split")["data"]:
         cells = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
         print(markdown_row(cells[0], cells[1:]), flush=True)
@@ -248,11 +249,11 @@ def measure_scale(name: str, scores: Scores, count: int, rate: float) -> np.ndar
     held_out, test = (
         table[table["machine_type"] == machine_type] for table in (scores.held_out, scores.test)
     )
-    by_id = {}
+    by_id: dict[str, Any] = {}
     for machine_id, group in test.groupby("machine_id"):
         of_id = held_out.loc[held_out["machine_id"] == machine_id, "score"].to_numpy()
         conditions = group.groupby("condition")["score"]
-        by_id[machine_id] = (of_id, *(conditions.get_group(x) for x in (NORMAL, ANOMALOUS)))
+        by_id[str(machine_id)] = (of_id, *(conditions.get_group(x) for x in (NORMAL, ANOMALOUS)))
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(SCALE_DRAWS):
@@ -300,9 +301,10 @@ def hour_rows(model: Model, config: Config, seed: int, picture: Path | None) -> 
     scorer = model.scorer(config.scoring, config.neighbours)
     held_out = score_held_out(model, scorer).assign(origin="held-out")
     rng = np.random.default_rng(seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for machine, recordings in clips.recordings.groupby(MACHINE_COLUMNS):
+        for (machine_type, machine_id), recordings in clips.recordings.groupby(MACHINE_COLUMNS):
+            machine = (str(machine_type), str(machine_id))
             file = Path(folder) / f"{'_'.join(machine)}.wav"
             faults = write_hour(recordings, file, rng)
             table = pd.DataFrame([(file, *machine)], columns=["path", *MACHINE_COLUMNS])

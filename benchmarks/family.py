@@ -35,7 +35,7 @@ from utils import OneLineParser, run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("parameters", "multiply-adds (G)", "training (clips/s)", "scoring (clips/s)")
-EPOCHS = 10**6  # no moving average is too long for them
+EPOCHS = 10**6  # so many that every decay of a moving average fits
 
 
 def main() -> None:

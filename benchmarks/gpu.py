@@ -421,7 +421,9 @@ def measure_files(place: Place) -> None:
     paths = [place.folder / f"{number}.wav" for number in range(n_files)]
     for path in paths:
         soundfile.write(path, rng.integers(-300, 300, N_SAMPLES, dtype=np.int16), SAMPLE_RATE)
-    table = clips_without_samples(n_clips).recordings.assign(path=np.resize(paths, n_clips))
+    table = clips_without_samples(n_clips).recordings.assign(
+        path=np.resize(np.array(paths), n_clips)
+    )
     clips = ClipSet(table, n_threads)
     trainer = place.trainer(clips)
     repeats = 1 if place.is_small else 3
@@ -570,7 +572,12 @@ def run_measurement(name: str, limit: float, page: Page, words: list[str]) -> No
     )
     assert process.stdout
     lines = process.stdout
-    reader = threading.Thread(target=lambda: [page.take(name, line) for line in lines], daemon=True)
+
+    def read_lines() -> None:
+        for line in lines:
+            page.take(name, line)
+
+    reader = threading.Thread(target=read_lines, daemon=True)
     reader.start()
     status: int | None = None
     try:

@@ -36,7 +36,7 @@ from evaluation.comparison import difference
 from evaluation.metrics import Metrics, measure
 from evaluation.scores import Outputs, StoredClips, cosine_similarity, over_windows
 from evaluation.tables import markdown_header, markdown_row
-from inference import Model, embed, load_model, run_model
+from inference import Model, embed, load_model, make_bank, run_model
 from names import MEAN, MIN
 from reproduce import RECIPES, add_seeds, plan_runs
 from train import train
@@ -124,7 +124,8 @@ def measure_run(run: Config) -> Iterator[tuple[tuple[str, str], Metrics]]:
     }
     for name, weights in all_weights.items():
         model.network.load_state_dict(weights)
-        bank = embed(model, train_clips, run, device)
+        outputs = embed(model, train_clips, run, device)
+        bank = make_bank(outputs, train_clips, model.classes, Path(run.data_root))
         with_bank = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
         outputs = run_model(with_bank, test_clips, run, device)
         for score, values in all_scores(with_bank, outputs, test_clips.machines):

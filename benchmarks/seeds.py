@@ -14,9 +14,9 @@ after each run: recipe, seed, epoch of the weights, validation loss, and AUC and
 machine ID for each kind of score, as fractions. OUTPUT/seeds.md has means and the differences
 between the recipes, whose intervals cover other seeds but not other test clips. When started again,
 the script continues with the missing runs; recipes can be added. Several processes may share the
-work: give each other recipes and another folder, copy the rows of seeds.csv into one file, and
-start the script there. A run with the 285 recordings of docs/real_recordings.md takes a quarter of
-an hour on two cores.
+work: give each other recipes and another folder. Then append the rows of their seeds.csv to that of
+one of them, and start the script there with all recipes. A run with the 285 recordings of
+docs/real_recordings.md takes a quarter of an hour on two cores.
 
 To copy the recordings to another machine in parts:
 
@@ -139,19 +139,21 @@ def find_rows(
         write_text(about, json.dumps({"recipes": now, "clips": clips}))
         return []
     try:
-        before, rows = json.loads(about.read_text()), pd.read_csv(table).to_dict("records")
-    except (OSError, ValueError):
+        before = json.loads(about.read_text())
+        former_clips, former_recipes = before["clips"], before["recipes"]
+        rows: list[Any] = pd.read_csv(table, dtype={"recipe": str}).to_dict("records")
+    except (OSError, ValueError, KeyError):
         message = f"{folder}: seeds.csv and seeds.json are not both readable; remove them"
         raise UserError(message) from None
-    if before["clips"] != clips:
+    if former_clips != clips:
         message = f"{about}: the finished runs had other clips; choose another folder with --output"
         raise UserError(message)
-    for name in recipes.keys() & before["recipes"].keys():
-        values = make_config((str(about), before["recipes"][name]))
+    for name in recipes.keys() & former_recipes.keys():
+        values = make_config((str(about), former_recipes[name]))
         checkpoint = Checkpoint(about, {}, values, classes)
         remedy = "use the same, or choose another folder with --output"
         check_configuration(recipes[name], checkpoint, remedy)
-    write_text(about, json.dumps({"recipes": before["recipes"] | now, "clips": clips}))
+    write_text(about, json.dumps({"recipes": former_recipes | now, "clips": clips}))
     return rows
 
 
@@ -206,7 +208,6 @@ class TrainerInMemory(Trainer):
 
     def best_model(self) -> Model:
         """Return the model of the best checkpoint, with the embeddings of all clips."""
-        self.scored_network.load_state_dict(self.best.weights)
         checkpoint = self.complete(self.best)
         return Model(self.scored_network.eval(), self.config, self.classes, checkpoint)
 

@@ -265,7 +265,8 @@ def clips_without_samples(count: int) -> ClipSet:
     """Return clips of the classes in turn, without files; the caller gives them samples."""
     labels = np.arange(count) % len(CLASSES)
     table = pd.DataFrame([CLASSES.machines[label] for label in labels], columns=MACHINE_COLUMNS)
-    return ClipSet(table.assign(label=labels, path=Path("random.wav")), num_workers=1)
+    paths = np.full(count, Path("random.wav"), dtype=object)
+    return ClipSet(table.assign(label=labels, path=paths), num_workers=1)
 
 
 def seconds(action: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -290,12 +290,11 @@ def draw_tastgram(result: Result, path: Path) -> None:
         for axis, name, image in zip(channel_axes, network.channels, images, strict=True):
             shown = draw_image(axis, image, (0, SECONDS))
             channel = CHANNELS[name]
+            axis.set(title=name, ylabel="filter")
             if channel.source == "log_mel":
                 axis.set(title=f"{name} (dB)")
                 set_frequencies(axis)
-            else:
-                axis.set(title=name, ylabel="filter")
-            if channel.columns:
+            elif channel.columns:
                 axis.set(title=f"{name} (columns are {channel.columns})")
                 axis.tick_params(bottom=False)
             drawn.colorbar(shown, ax=axis)

@@ -20,14 +20,17 @@ class Channel(NamedTuple):
         source: The input that it is computed from: waveform `(B, T)` or log_mel `(B, M, F)`. In the
             latter case its rows are mel bins, in dB.
         build: Make the module that computes the channel `(B, M, F)`.
-        name: The name of this module in the state dict.
+        module_name: The name of this module in the state dict.
         columns: What the columns are, where they are not frames.
+        activations: Bytes that a clip keeps for the gradients of this module, in half precision;
+            0 for a published channel.
     """
 
     source: str
     build: Callable[[], nn.Module]
-    name: str
+    module_name: str
     columns: str = ""
+    activations: int = 0
 
 
 # In the order in which they are stacked
@@ -35,8 +38,14 @@ CHANNELS = {
     "tgram": Channel("waveform", TgramNet, "tgramnet"),
     "sgram": Channel("log_mel", nn.Identity, "sgram"),
     "tagram": Channel("log_mel", TemporalAttention, "tagram"),
-    "tfgram": Channel("waveform", TFgramNet, "tfgramnet"),
-    "specnet": Channel("waveform", SpecNet, "specnet", columns="frequencies, 0 to 8 kHz and back"),
+    "tfgram": Channel("waveform", TFgramNet, "tfgramnet", activations=40_000_000),
+    "specnet": Channel(
+        "waveform",
+        SpecNet,
+        "specnet",
+        columns="frequencies, 0 to 8 kHz and back",
+        activations=24_000_000,
+    ),
 }
 PUBLISHED_CHANNELS = ("tgram", "sgram", "tagram")
 

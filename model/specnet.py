@@ -21,7 +21,8 @@ class SpecNet(nn.Module):
 
     Three convolutions over the magnitude of the Fourier transform of the whole clip, which has T
     values. These are symmetric: the columns lead from 0 to half the sample rate, and back. As
-    published, the magnitude is neither scaled nor compressed.
+    published, the magnitude is neither scaled nor compressed; that of a loud clip exceeds the range
+    of float16, so that it is computed outside autocast.
     """
 
     def __init__(self) -> None:
@@ -31,9 +32,10 @@ class SpecNet(nn.Module):
         self.conv3 = nn.Conv1d(N_MELS, N_MELS, KERNEL, KERNEL, padding=2)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        x = magnitude(waveform).unsqueeze(2)  # (B, T, 1)
-        for conv in (self.conv1, self.conv2, self.conv3):
-            x = convolve_blocks(conv, x)
+        with torch.autocast(waveform.device.type, enabled=False):
+            x = magnitude(waveform).unsqueeze(2)  # (B, T, 1)
+            for conv in (self.conv1, self.conv2, self.conv3):
+                x = convolve_blocks(conv, x)
         return x.transpose(1, 2)
 
 

@@ -81,7 +81,7 @@ class TASTgramMFN(nn.Module):
         self.channels = tuple(name for name in CHANNELS if name in channels)
         self.num_classes, self.head = num_classes, head
         for name in self.channels:
-            self.add_module(CHANNELS[name].name, CHANNELS[name].build())
+            self.add_module(CHANNELS[name].module_name, CHANNELS[name].build())
         self.mobilefacenet = MobileFaceNet(len(self.channels), num_classes)
         self.arcface = CosineHead(num_classes, sub_centers)
         self.projection = Projection() if head == "projected" else nn.Identity()
@@ -97,8 +97,9 @@ class TASTgramMFN(nn.Module):
         """Return the input channels, stacked `(B, channels, M, F)`."""
         sources = {"waveform": waveform, "log_mel": None if log_mel is None else log_mel.squeeze(1)}
         channels = [CHANNELS[name] for name in self.channels]
-        stack = [self.get_submodule(channel.name)(sources[channel.source]) for channel in channels]
-        return torch.stack(stack, dim=1)
+        modules = [self.get_submodule(channel.module_name) for channel in channels]
+        pairs = zip(channels, modules, strict=True)
+        return torch.stack([module(sources[channel.source]) for channel, module in pairs], dim=1)
 
     def forward(
         self, waveform: Tensor | None = None, log_mel: Tensor | None = None

@@ -76,6 +76,15 @@ def test_averaged_weights_are_validated_saved_and_scored(tmp_path, data_root):
     assert (best.held_out.embedding.float() - embedding).abs().max() < 1e-3, "also in the bank"
 
 
+def test_the_average_starts_from_the_weights_of_init_from(trained, tmp_path, data_root):
+    """They hardly change here, and random weights would be another third of the average."""
+    keys = {"epoch": 1, "lr": 1e-9, "weight_decay": 0, "weight_average": 0.2}
+    train_in(tmp_path, data_root, init_from=trained / "run.pth", **keys)
+    name = "mobilefacenet.linear7.conv.weight"
+    given, averaged = (Checkpoint.load(x / "run.pth").weights[name] for x in (trained, tmp_path))
+    torch.testing.assert_close(averaged, given, rtol=1e-4, atol=1e-6)
+
+
 def test_a_stopped_run_is_resumed_to_the_same_bits(tmp_path, data_root, call):
     stopped = arguments(tmp_path / "stopped", data_root, **KEYS)
     assert call(stop_after(1), *stopped)[0] == 143

@@ -155,8 +155,15 @@ def test_a_stop_reaches_the_script(tmp_path):
 def test_what_is_refused(trained, tmp_path, data_root, fails, monkeypatch):
     others = ("--output", tmp_path, "--machines", MACHINES)
     options = ("--data_root", data_root, *others)
-    message = "command line: mode: use --recipes instead"
+    message = "command line: mode: the recipes choose it; leave it out"
     fails(reproduce.main, *options, "--mode", "arcface", match=message)
+    recipe = RECIPES / "os_scl.yaml"
+    message = r"os_scl.yaml: (mode|input): the recipes choose it"
+    fails(reproduce.main, *options, "--config", recipe, match=message)
+    own = tmp_path / "own.yaml"
+    own.write_text("machines: {fan: [0]}\n")
+    message = "own.yaml: machines is the same for all recipes; use --machines or --config"
+    fails(reproduce.main, *options, "--recipes", own, match=message)
     same = tmp_path / "arcmix.yaml"
     same.write_text("mode: arcmix\n")
     message = "--recipes: two files are called arcmix; rename one"

@@ -23,6 +23,7 @@ from dataloader import ClipSet, keep_on_gpu
 from evaluation.scores import Outputs
 from inference import run_network
 from losses import MODES, Mix
+from model import CHANNELS, PUBLISHED_CHANNELS
 from sampling import Batch, draw_mix
 from trainer import Averages, Trainer, format_duration
 
@@ -189,7 +190,9 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
 def test_the_step_is_one_graph_for_all_steps(mode):
     """Nothing breaks the graph of the compiler, and no lambda or partner causes a recompilation."""
     torch._dynamo.reset()
-    trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
+    channels = list(CHANNELS if mode == "os_scl" else PUBLISHED_CHANNELS)
+    trainer = reference_trainer(mode, input=channels)
+    samples, labels = reference.samples(), reference.labels()
     trainer.parallel_loss.train()
     inputs = trainer.front_end(samples)
     compiled = torch.compile(trainer.loss, dynamic=False, fullgraph=True, backend="eager")
