@@ -14,7 +14,6 @@ import reference
 import soundfile
 import torch
 
-import train
 from checkpoint import Checkpoint, HeldOut
 from classes import Classes
 from config import load_config, make_config, parse_yaml
@@ -22,7 +21,7 @@ from dataloader import ClipSet, load_clips
 from evaluation.bank import Bank
 from evaluation.scores import Outputs, StoredClips
 from recordings import find_classes
-from trainer import Trainer
+from train import train
 from utils import run_script
 
 MACHINES = {"fan": [0, 2], "valve": [1]}
@@ -199,25 +198,7 @@ def train_in(folder: Path, data_root: Path, **overrides) -> None:
     options = {option.removeprefix("--"): value for option, value in zip(words, words, strict=True)}
     paths = {name: options.pop(name) for name in ("data_root", "save_path")}
     keys = {name: parse_yaml(value, name) for name, value in options.items()}
-    train.train(load_config(**paths, **keys))
-
-
-def stop_after(epoch: int):
-    """Return a `main` of train.py that stops as if by SIGTERM after the given epoch."""
-
-    def main() -> None:
-        set_learning_rate = Trainer.set_learning_rate
-
-        def set_or_stop(trainer: Trainer, number: int) -> None:
-            if number == epoch:
-                sys.exit(143)
-            set_learning_rate(trainer, number)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trainer, "set_learning_rate", set_or_stop)
-            train.main()
-
-    return main
+    train(load_config(**paths, **keys))
 
 
 @pytest.fixture(scope="session")

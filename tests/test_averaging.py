@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import arguments, stop_after, train_in
+from conftest import arguments, train_in
 from torch import nn
 
 import train
@@ -51,9 +51,6 @@ def test_a_training_that_is_too_short():
         check_decay(0.9911, 510)
 
 
-KEYS = {"epoch": 3, "input": "[sgram]", "mode": "os_scl", "lr": 1e-3, "weight_average": 0.2}
-
-
 def test_too_short_a_run_is_refused_before_anything_is_removed(trained_copy, data_root, fails):
     options = arguments(trained_copy, data_root, weight_average=0.9)
     fails(train.main, *options, "--overwrite", match="weight_average: 0.9 averages over about 10")
@@ -61,7 +58,8 @@ def test_too_short_a_run_is_refused_before_anything_is_removed(trained_copy, dat
 
 
 def test_averaged_weights_are_validated_saved_and_scored(tmp_path, data_root):
-    train_in(tmp_path, data_root, **KEYS)
+    keys = {"epoch": 2, "input": "[sgram]", "mode": "os_scl", "lr": 1e-3, "weight_average": 0.1}
+    train_in(tmp_path, data_root, **keys)
     best, last = (Checkpoint.load(tmp_path / name) for name in ("run.pth", "run.last.pth"))
     centres = "arcface.weight"
     assert not torch.equal(last.weights[centres], last.trained_weights[centres])
@@ -77,25 +75,9 @@ def test_averaged_weights_are_validated_saved_and_scored(tmp_path, data_root):
 
 
 def test_the_average_starts_from_the_weights_of_init_from(trained, tmp_path, data_root):
-    """They hardly change here, and random weights would be another third of the average."""
-    keys = {"epoch": 1, "lr": 1e-9, "weight_decay": 0, "weight_average": 0.2}
+    """They hardly change here; otherwise 0.25 percent of the average would be random weights."""
+    keys = {"epoch": 1, "lr": 1e-9, "weight_decay": 0, "weight_average": 0.05}
     train_in(tmp_path, data_root, init_from=trained / "run.pth", **keys)
     name = "mobilefacenet.linear7.conv.weight"
     given, averaged = (Checkpoint.load(x / "run.pth").weights[name] for x in (trained, tmp_path))
     torch.testing.assert_close(averaged, given, rtol=1e-4, atol=1e-6)
-
-
-def test_a_stopped_run_is_resumed_to_the_same_bits(tmp_path, data_root, call):
-    stopped = arguments(tmp_path / "stopped", data_root, **KEYS)
-    assert call(stop_after(1), *stopped)[0] == 143
-    for options in ([*stopped, "--resume"], arguments(tmp_path, data_root, **KEYS)):
-        assert call(train.main, *options)[0] == 0
-    for name in ("run.pth", "run.last.pth"):
-        ours, expected = (Checkpoint.load(x / name) for x in (tmp_path / "stopped", tmp_path))
-        assert expected.epoch > 1
-        for one, other in (
-            (ours.weights, expected.weights),
-            (ours.trained_weights, expected.trained_weights),
-        ):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)

@@ -218,8 +218,9 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     ("sent", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)]
 )
 def test_a_stopped_run_resumes_to_the_same_bits(sent, status, tmp_path, data_root, call):
-    """The run is stopped within an epoch."""
-    keys = CUT | {"machines": {"fan": [0], "valve": [1]}}  # fewer machines save time
+    """The run is stopped within an epoch. It has all that a run may have to restore."""
+    machines = {"fan": [0], "valve": [1]}  # fewer machines save time
+    keys = CUT | {"machines": machines, "mode": "os_scl", "weight_average": 0.2}
     stopped = arguments(tmp_path / "stopped", data_root, **keys)
     unbroken = arguments(tmp_path, data_root, **keys)
     process = subprocess.Popen(

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import CLASSES, arguments, clips_in_memory, clips_of, stop_after
+from conftest import CLASSES, arguments, clips_in_memory, clips_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
@@ -185,13 +185,18 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param("arcface", marks=pytest.mark.slow), "noisy_arcmix", "os_scl"]
+    ("mode", "channels"),
+    [
+        pytest.param("arcface", PUBLISHED_CHANNELS, marks=pytest.mark.slow),
+        ("noisy_arcmix", PUBLISHED_CHANNELS),
+        ("os_scl", ("sgram",)),
+        pytest.param("os_scl", tuple(CHANNELS), marks=pytest.mark.slow),
+    ],
 )
-def test_the_step_is_one_graph_for_all_steps(mode):
+def test_the_step_is_one_graph_for_all_steps(mode, channels):
     """Nothing breaks the graph of the compiler, and no lambda or partner causes a recompilation."""
     torch._dynamo.reset()
-    channels = list(CHANNELS if mode == "os_scl" else PUBLISHED_CHANNELS)
-    trainer = reference_trainer(mode, input=channels)
+    trainer = reference_trainer(mode, input=list(channels))
     samples, labels = reference.samples(), reference.labels()
     trainer.parallel_loss.train()
     inputs = trainer.front_end(samples)
@@ -320,6 +325,24 @@ def test_eight_steps_on_the_gpu_match_the_reference(precision, is_compiled, boun
             trainer.optimizer.load_state_dict(state[1])
     assert "notice" not in capfd.readouterr().err
     assert losses == pytest.approx(VALUES["noisy_arcmix_losses"].tolist(), rel=bound)
+
+
+def stop_after(epoch: int):
+    """Return a `main` of train.py that stops as if by SIGTERM after the given epoch."""
+
+    def main() -> None:
+        set_learning_rate = Trainer.set_learning_rate
+
+        def set_or_stop(trainer: Trainer, number: int) -> None:
+            if number == epoch:
+                sys.exit(143)
+            set_learning_rate(trainer, number)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "set_learning_rate", set_or_stop)
+            train.main()
+
+    return main
 
 
 @pytest.mark.gpu
