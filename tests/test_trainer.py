@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
