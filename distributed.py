@@ -185,35 +185,25 @@ def average_gradients(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def share_of_rows() -> slice:
+    """Return which rows this process computes, where they are divided among the processes in
+    turn.
+    """
+    return slice(rank(), None, world_size())
+
+
 def select_share(count: int) -> np.ndarray:
     """Return which of `count` rows this process computes, where every row is computed once."""
-    return np.arange(count)[rank() :: world_size()]
+    return np.arange(count)[share_of_rows()]
 
 
 def gather_rows(share: Tensor, count: int) -> Tensor:
-    """Return all rows `(count, ...)`, from the shares that `select_share` gives the processes."""
-    rows = share.new_zeros(count, *share.shape[1:])
-    rows[rank() :: world_size()] = share
-    return sum_over_ranks(rows)
-
-
-def share_of_batch(size: int) -> slice:
-    """Return which rows of a batch this process computes, where `np.array_split` divides it."""
-    quotient, remainder = divmod(size, world_size())
-    start = rank() * quotient + min(rank(), remainder)
-    return slice(start, start + quotient + (rank() < remainder))
-
-
-def gather_batch(share: Tensor, size: int) -> Tensor:
-    """Return all rows `(size, ...)` of a batch, of which each process has those of
-    `share_of_batch`. Differentiable.
+    """Return all rows `(count, ...)`, from the shares that `share_of_rows` gives the processes.
+    Differentiable.
     """
-    if world_size() == 1:
-        return share
-    rows = share_of_batch(size)
-    before = share.new_zeros(rows.start, *share.shape[1:])
-    after = share.new_zeros(size - rows.stop, *share.shape[1:])
-    return sum_over_ranks(torch.cat([before, share, after]))
+    rows = share.new_zeros(count, *share.shape[1:])
+    rows[share_of_rows()] = share
+    return sum_over_ranks(rows)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distributed import gather_batch, share_of_batch
+from distributed import gather_rows, share_of_rows
 
 # Of the contrastive term of OS-SCL, as published
 TEMPERATURE, BASE_TEMPERATURE = 0.02, 0.07
@@ -98,14 +98,14 @@ def contrastive_loss(embedding: Tensor, labels: Tensor, batch_size: int) -> Tens
     clips of the batch, times TEMPERATURE / BASE_TEMPERATURE; 0 where its class has no other clip.
 
     `embedding` `(B, E)` and `labels` `(B,)` are those of this process's share of a batch of
-    `batch_size` clips, with which they are compared.
+    `batch_size` clips, with which they are compared. The order of the clips has no effect.
     """
     directions = F.normalize(embedding)
-    cosine = directions @ gather_batch(directions, batch_size).T  # (B, batch_size)
+    cosine = directions @ gather_rows(directions, batch_size).T  # (B, batch_size)
     numbers = torch.arange(batch_size, device=labels.device)
-    is_itself = numbers[share_of_batch(batch_size)].unsqueeze(1) == numbers
+    is_itself = numbers[share_of_rows()].unsqueeze(1) == numbers
     logits = (cosine / TEMPERATURE).masked_fill(is_itself, -torch.inf)
-    is_partner = (labels.unsqueeze(1) == gather_batch(labels, batch_size)) & ~is_itself
+    is_partner = (labels.unsqueeze(1) == gather_rows(labels, batch_size)) & ~is_itself
     losses = torch.where(is_partner, -F.log_softmax(logits, dim=1), 0.0).sum(dim=1)
     mean = losses / is_partner.sum(dim=1).clamp(min=1)
     return TEMPERATURE / BASE_TEMPERATURE * mean.mean()

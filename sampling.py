@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import Config
 from dataloader import ClipSet, cut_into_batches
-from distributed import rank, share_of_batch, world_size
+from distributed import rank, world_size
 from losses import MODES, Mix
 from utils import MIXING, ORDER, random_stream
 
@@ -85,7 +85,7 @@ class Sampler:
         batches = self.shuffle(epoch)
         sizes = [len(batch) for batch in batches]
         if not MODES[self.config.mode].mixes:
-            shares = [batch[share_of_batch(len(batch))] for batch in batches]
+            shares = [np.array_split(batch, world_size())[rank()] for batch in batches]
             return EpochPlan(shares, [None] * len(batches), sizes)
         shares, mixes = [], []
         for step, batch in enumerate(batches, start=epoch * len(batches)):

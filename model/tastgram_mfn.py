@@ -96,10 +96,11 @@ class TASTgramMFN(nn.Module):
     def features(self, waveform: Tensor | None = None, log_mel: Tensor | None = None) -> Tensor:
         """Return the input channels, stacked `(B, channels, M, F)`."""
         sources = {"waveform": waveform, "log_mel": None if log_mel is None else log_mel.squeeze(1)}
-        channels = [CHANNELS[name] for name in self.channels]
-        modules = [self.get_submodule(channel.module_name) for channel in channels]
-        pairs = zip(channels, modules, strict=True)
-        return torch.stack([module(sources[channel.source]) for channel, module in pairs], dim=1)
+        stack = []
+        for channel in (CHANNELS[name] for name in self.channels):
+            module = self.get_submodule(channel.module_name)
+            stack.append(module(sources[channel.source]))
+        return torch.stack(stack, dim=1)
 
     def forward(
         self, waveform: Tensor | None = None, log_mel: Tensor | None = None

@@ -90,6 +90,14 @@ def test_each_mode_is_its_formula():
     assert expected["noisy_arcmix"] != pytest.approx(expected["arcmix"].item(), rel=1e-3)
 
 
+def test_validation_loss_is_unmixed():
+    cosine, labels = torch.rand(4, 3) * 2 - 1, torch.tensor([0, 1, 2, 0])
+    expected = F.cross_entropy(margin_logits(cosine, labels, M, S), labels)
+    embedding = torch.randn(4, 8)
+    loss = Objective("noisy_arcmix", M, S).loss(cosine, embedding, labels, None, batch_size=4)
+    assert loss == expected
+
+
 def test_the_contrastive_loss_picks_clips_of_the_same_class():
     """Two clips of class 0 at 60 degrees, a third at 90 degrees to the first, and class 2 alone."""
     degrees = torch.tensor([0.0, 60.0, 90.0, 180.0], dtype=torch.float64)
