@@ -191,7 +191,7 @@ def train_run(
 
 
 class TrainerInMemory(Trainer):
-    """A trainer that writes no files and prints nothing.
+    """A trainer that writes no files, and prints no lines about epochs.
 
     Attributes:
         best: The checkpoint of the lowest validation loss.

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from losses import Mix
+
 SEED, BATCH, STEPS, NUM_CLASSES = 20200, 4, 8, 41
 SAMPLE_RATE, SECONDS = 16_000, 10
 LEVELS = (1.0, 0.6, 0.5, 0.1)
@@ -95,10 +97,14 @@ def parameters(shapes: Shapes = SHAPES, seed: int = SEED + 3) -> dict[str, torch
     return state
 
 
-def mixing() -> list[tuple[float, torch.Tensor]]:
-    """Lambda and permutation of each of the eight steps."""
+def mixing() -> list[Mix]:
+    """Mixup of each of the eight steps."""
     rng = np.random.RandomState(SEED + 2)
-    return [(rng.beta(0.5, 0.5), torch.from_numpy(rng.permutation(BATCH))) for _ in range(STEPS)]
+    draws = [(rng.beta(0.5, 0.5), rng.permutation(BATCH)) for _ in range(STEPS)]
+    return [
+        Mix(torch.tensor(lam, dtype=torch.float32), torch.from_numpy(partner))
+        for lam, partner in draws
+    ]
 
 
 def distance(value: torch.Tensor | np.ndarray, reference: np.ndarray) -> float:

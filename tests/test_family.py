@@ -19,7 +19,7 @@ from conftest import clips_in_memory
 
 from classes import Classes
 from config import load_config
-from losses import Mix, contrastive_loss
+from losses import contrastive_loss
 from model import TASTgramMFN
 from model.specnet import SpecNet, magnitude, magnitude_by_products
 from model.tfgram import AdaptiveMaxPool
@@ -82,8 +82,7 @@ def test_first_step(net):
     trainer = published_trainer(net)
     trainer.parallel_loss.train()
     losses = []
-    for lam, partner in reference.mixing()[:2]:
-        mix = Mix(torch.tensor(lam, dtype=torch.float32), partner)
+    for mix in reference.mixing()[:2]:
         batch = Batch(reference.samples(), LABELS, mix, len(LABELS))
         losses.append(trainer.step(batch)[0].item())
         if len(losses) == 1:
@@ -112,8 +111,7 @@ def test_rounding_decides_later_steps(net):
         trained = [weight for weight in network.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         losses[dtype] = []
-        for lam, partner in reference.mixing():
-            mix = Mix(torch.tensor(lam, dtype=torch.float32), partner)
+        for mix in reference.mixing():
             outputs = network(**{name: mix(x).to(dtype) for name, x in inputs.items()})
             loss = trainer.objective.loss(*outputs, LABELS, mix, len(LABELS))
             optimizer.zero_grad()
@@ -130,8 +128,7 @@ def test_rounding_decides_later_steps(net):
 @pytest.mark.parametrize("net", NETWORKS)
 def test_contrastive_term(net):
     trainer = published_trainer(net)
-    lam, partner = reference.mixing()[0]
-    mix = Mix(torch.tensor(lam, dtype=torch.float32), partner)
+    mix = reference.mixing()[0]
     inputs = {name: mix(x) for name, x in trainer.front_end(reference.samples()).items()}
     with torch.no_grad():
         _, feature = trainer.network.train()(**inputs)

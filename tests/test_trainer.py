@@ -60,12 +60,7 @@ def published_score(
 
 def mixes(mode: str) -> list[Mix | None]:
     """Return the mix of each reference step; None for a mode that does not mix."""
-    if not MODES[mode].mixes:
-        return [None] * reference.STEPS
-    steps = []
-    for lam, partner in reference.mixing():
-        steps.append(Mix(torch.tensor(lam, dtype=torch.float32), partner))
-    return steps
+    return list(reference.mixing()) if MODES[mode].mixes else [None] * reference.STEPS
 
 
 def test_the_remaining_time_is_that_of_the_last_epoch(capsys):
