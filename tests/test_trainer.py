@@ -30,6 +30,7 @@ from trainer import Averages, Trainer, format_duration
 
 VALUES = reference.VALUES
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 
 
 def reference_trainer(mode: str, **overrides) -> Trainer:
@@ -78,7 +79,8 @@ def test_the_remaining_time_is_that_of_the_last_epoch(capsys):
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param("arcface", marks=pytest.mark.slow), "arcmix", "noisy_arcmix"]
+    "mode",
+    [pytest.param("arcface", marks=SLOW), pytest.param("arcmix", marks=SLOW), "noisy_arcmix"],
 )
 def test_eight_steps_match_the_reference(mode):
     trainer, samples, labels = reference_trainer(mode), reference.samples(), reference.labels()
@@ -183,10 +185,9 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("mode", "channels"),
     [
-        pytest.param("arcface", PUBLISHED_CHANNELS, marks=pytest.mark.slow),
+        pytest.param("arcface", PUBLISHED_CHANNELS, marks=SLOW),
         ("noisy_arcmix", PUBLISHED_CHANNELS),
-        ("os_scl", ("sgram",)),
-        pytest.param("os_scl", tuple(CHANNELS), marks=pytest.mark.slow),
+        pytest.param("os_scl", tuple(CHANNELS), marks=SLOW),
     ],
 )
 def test_the_step_is_one_graph_for_all_steps(mode, channels):
