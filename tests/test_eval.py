@@ -673,6 +673,7 @@ def test_scores_that_are_not_finite(tmp_path, fails):
 # ---- Several programs, and few recordings ----
 
 
+@pytest.mark.slow
 def test_an_evaluation_waits_while_another_one_writes(trained_copy, data_root):
     held = lock(trained_copy / "run" / ".test.lock")
     command = [sys.executable, ROOT / "eval.py", trained_copy / "run.pth", "--data_root", data_root]

@@ -184,6 +184,7 @@ def test_each_window_of_a_codec_is_part_of_its_whole(tmp_path, samples, codec):
         assert np.array_equal(part, np.clip(whole[first : first + N_SAMPLES], -32768, 32767))
 
 
+@pytest.mark.slow  # librosa is compiled for 20 s when it is used for the first time
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 96_000])
 @pytest.mark.parametrize("seconds", [10, 3.21])
 def test_samples_are_resampled_as_librosa_does(tmp_path, rate, seconds):
