@@ -61,7 +61,7 @@ def published_score(
 
 def mixes(mode: str) -> list[Mix | None]:
     """Return the mix of each reference step; None for a mode that does not mix."""
-    return list(reference.mixing()) if MODES[mode].mixes else [None] * reference.STEPS
+    return reference.mixing() if MODES[mode].mixes else [None] * reference.STEPS
 
 
 def test_the_remaining_time_is_that_of_the_last_epoch(capsys):
