@@ -5,7 +5,7 @@ import io
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,12 +105,12 @@ class EpochResult(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Normal clips that were held out of the training: number of the recording `(n,)`, class
-    `(n,)`, published score against the machine `(n,)` in float64 and, once the training has ended,
-    embedding and spectrum as in `StoredClips`.
+    """Normal clips that were held out of the training: the file of each, as seen from the folder of
+    all recordings; class `(n,)`, published score against the machine `(n,)` in float64 and, once
+    the training has ended, embedding and spectrum as in `StoredClips`.
     """
 
-    recordings: Tensor
+    files: Sequence[str]
     labels: Tensor
     scores: Tensor
     embedding: Tensor | None = None

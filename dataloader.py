@@ -84,6 +84,10 @@ class ClipSet:
         """The file of each clip `(n,)`."""
         return self.recordings["path"].iloc[self.clip_recordings]
 
+    def files_in(self, root: Path) -> list[str]:
+        """Return the file of each clip, as seen from a folder."""
+        return [path.relative_to(root).as_posix() for path in self.paths]
+
     @property
     def machines(self) -> list[Machine]:
         """The machine of each clip."""

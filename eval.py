@@ -7,6 +7,8 @@ type, decisions, figures and a report.
     python eval.py --plots --report                     # figures, and one HTML file with everything
     # several checkpoints, and a comparison of their configurations
     python eval.py a_1.pth a_2.pth b_1.pth b_2.pth
+    # also as one detector
+    python eval.py a_1.pth a_2.pth a_3.pth --together
     # another score: distance to the nearest training clips
     python eval.py --scoring nearest
     python eval.py --all_scores                         # a comparison of all kinds of score
@@ -43,10 +45,12 @@ To score single recordings, use score.py.
 
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoint import RunFiles
 from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
-from dataloader import load_clips
+from dataloader import ClipSet, load_clips
+from detector import Detector, DetectorOutputs, join_models
 from errors import UserError
 from evaluation.comparison import compare, group_by_configuration
 from evaluation.result import Result, evaluate
@@ -60,53 +64,96 @@ from utils import OneLineParser, check_writable, lock, notice, run_script, use_d
 COMPARISON = Path("check_points/comparison")
 
 
+class Run(NamedTuple):
+    """A detector with its outputs for the clips of a split."""
+
+    detector: Detector
+    clips: ClipSet
+    outputs: DetectorOutputs
+
+
 def evaluate_all(config: Config, paths: list[Path], options: Namespace) -> None:
-    """Evaluate checkpoints, each into its folder; compare them if there are several, and the kinds
-    of score on request.
+    """Evaluate checkpoints, each into its folder; together and in comparison on request."""
+    check_paths(paths, options)
+    models = [load_model(path, config) for path in paths]
+    if options.together:
+        join_models(models)  # before the first is evaluated: it may not be possible
+    output = options.output or COMPARISON
+    if is_comparison(paths, options):
+        check_writable(output / "comparison.md", "choose another folder with --output")
+    runs, results = [], []
+    for model in models:
+        if len(models) > 1:
+            print(f"\n{model.path}")
+        folder = RunFiles(model.path).results(options.split)
+        remedy = "copy the checkpoint to a writable folder, where the results are written too"
+        check_writable(folder / "metrics.csv", remedy)
+        runs.append(run_detector(Detector((model,)), config, options))
+        results += evaluate_run(runs[-1], folder, config, options)
+    if options.together:
+        print(f"\n{len(models)} checkpoints together")
+        # In the comparison, the others are subtracted from it.
+        results = evaluate_run(join_runs(runs), output / options.split, config, options) + results
+    if is_comparison(paths, options):
+        compare_all(config, results, output, options)
+
+
+def check_paths(paths: list[Path], options: Namespace) -> None:
+    """Raise `UserError` if results of two checkpoints would have the same folder, or if an option
+    has no effect with these checkpoints.
     """
     if len({RunFiles(path).folder for path in paths}) < len(paths):
         raise UserError(
             "two checkpoints have the same path without the extension, and so the same folder of "
             "results; rename one, or leave it out"
         )
-    is_comparison = len(paths) > 1 or options.all_scores
-    output = options.output or COMPARISON
-    if is_comparison:
-        check_writable(output / "comparison.md", "choose another folder with --output")
-    elif options.output:
+    if options.together and len(paths) == 1:
+        raise UserError("--together needs several checkpoints; name more, or leave it out")
+    if options.output and not is_comparison(paths, options):
         raise UserError(
             "--output has no effect without a comparison (several checkpoints or --all_scores); "
             "leave it out"
         )
-    results: list[Result] = []
-    for path in paths:
-        if len(paths) > 1:
-            print(f"\n{path}")
-        results += evaluate_one(config, path, options)
-    if is_comparison:
-        compare_all(config, results, output, options)
 
 
-def evaluate_one(config: Config, path: Path, options: Namespace) -> list[Result]:
-    """Evaluate a checkpoint, and write the results of the kind of score of the configuration.
-    Returns the results of all kinds that are compared.
-    """
-    split = options.split or "test"
-    model = load_model(path, config)
-    windows = model.windows(config, split)
+def is_comparison(paths: list[Path], options: Namespace) -> bool:
+    return len(paths) > 1 or options.all_scores
+
+
+def kinds_of(config: Config, options: Namespace) -> list[str]:
+    """Return the kinds of score to compute."""
     # The published kind comes last: it is subtracted from the others.
-    kinds = list(KINDS)[::-1] if options.all_scores else [config.scoring]
+    return list(KINDS)[::-1] if options.all_scores else [config.scoring]
+
+
+def run_detector(detector: Detector, config: Config, options: Namespace) -> Run:
+    """Run a detector on the clips of the split."""
+    kinds = kinds_of(config, options)
+    windows = detector.windows(config, options.split)
     check_effect(config, windows, kinds)
-    folder = RunFiles(path).results(split)
-    remedy = "copy the checkpoint to a writable folder, where the results are written too"
-    check_writable(folder / "metrics.csv", remedy)
     device = use_device(config.device)
-    clips = load_clips(config, model.classes, split, windows)
-    results = evaluate(model, clips, config, split, kinds, device)
+    clips = load_clips(config, detector.classes, options.split, windows)
+    detector = detector.with_bank(config, kinds, device)
+    return Run(detector, clips, detector.run(clips, config, device))
+
+
+def join_runs(runs: list[Run]) -> Run:
+    """Return the run of all members together."""
+    members = [model for run in runs for model in run.detector.members]
+    outputs = [x for run in runs for x in run.outputs.members]
+    return Run(Detector(tuple(members)), runs[0].clips, DetectorOutputs(tuple(outputs)))
+
+
+def evaluate_run(run: Run, folder: Path, config: Config, options: Namespace) -> list[Result]:
+    """Evaluate a run, and write the results of the kind of score of the configuration. Returns the
+    results of all kinds that are compared.
+    """
+    kinds = kinds_of(config, options)
+    results = evaluate(*run, config, options.split, kinds)
     chosen = results[kinds.index(config.scoring)]
+    explain_thresholds(chosen.thresholds, config, run.detector.path)
     # Of several evaluations at once, the files of the last one stay.
-    explain_thresholds(chosen.thresholds, config, path)
-    with lock(folder.with_name(f".{split}.lock"), waits=True):
+    with lock(folder.with_name(f".{options.split}.lock"), waits=True):
         announce_removal(folder, options)
         write_result(chosen, folder)
         if options.plots or options.report:
@@ -163,6 +210,8 @@ def main() -> None:
     add("--split", choices=("test", "evaluation"), help="recordings to score (default: test)")
     add("--plots", action="store_true", help="draw the figures (PNG)")
     add("--report", action="store_true", help="write report.html, which contains the figures")
+    text = "also score with all checkpoints as one detector"
+    add("--together", action="store_true", help=text)
     add("--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})")
     add("--all_scores", action="store_true", help="compare all kinds of score (see scoring)")
     add("--score_files", metavar="FOLDER", type=Path, help="folder of score files to use instead")
@@ -171,6 +220,7 @@ def main() -> None:
         check_alone(config, options)
         evaluate_score_files(options.score_files, Path(config.data_root))
     else:
+        options.split = options.split or "test"
         evaluate_all(config, options.checkpoint or [config.weights_path], options)
 
 

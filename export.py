@@ -4,6 +4,8 @@
     python export.py check_points/noisy_arcmix.pth
     # writes noisy_arcmix.nearest.onnx, with the embeddings of the training clips
     python export.py check_points/noisy_arcmix.pth --scoring nearest
+    # writes a_1.together.onnx: the three as one detector
+    python export.py a_1.pth a_2.pth a_3.pth
     # needs no PyTorch
     python examples/score_onnx.py check_points/noisy_arcmix.onnx clip.wav fan 00
 
@@ -12,7 +14,7 @@ is exported. The inputs and outputs of the file are
 
     samples     float32 (N, 160000), in      ten seconds at 16 kHz in [-1, 1), any number of clips
     scores      float32 (N, machines), out   against each machine ID, of the kind set by scoring
-    embedding   float32 (N, 128), out
+    embedding   float32 (N, 128), out        of several checkpoints side by side
 
 and its metadata are machines (in the order of the columns), thresholds (a window with a higher
 score is anomalous) and input, all three as JSON, and sample_rate, window and hop (seconds),
@@ -28,39 +30,45 @@ from argparse import Namespace
 from pathlib import Path
 
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
+from detector import load_detector
 from errors import UserError
-from inference import load_model, with_bank
 from utils import OneLineParser, check_writable, replace_file, run_script, use_device
 
 
 def export(config: Config, options: Namespace) -> None:
-    """Write the ONNX file of a checkpoint, if its scores agree with those of eval.py."""
+    """Write the ONNX file of checkpoints, if its scores agree with those of eval.py."""
     try:
         from evaluation.onnx_file import compare, make_file
     except ImportError as error:
         raise UserError(
             f"export.py needs more packages ({error}); run pip install -r requirements-export.txt"
         ) from None
-    path = options.checkpoint or config.weights_path
-    model = load_model(path, config)
-    check_effect(config, model.windows(config, "test", "all"), [config.scoring])
-    ending = ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
-    output = options.output or path.with_suffix(ending)
-    check_output(output, path)
-    model = with_bank(model, config, [config.scoring], use_device(config.device))
-    content = make_file(model, config).SerializeToString()
-    difference = compare(content, model, config)
+    paths = options.checkpoint or [config.weights_path]
+    detector = load_detector(paths, config)
+    check_effect(config, detector.windows(config, "test", "all"), [config.scoring])
+    output = options.output or name_output(paths, config)
+    check_output(output, paths)
+    detector = detector.with_bank(config, [config.scoring], use_device(config.device))
+    content = make_file(detector, config).SerializeToString()
+    difference = compare(content, detector, config)
     with replace_file(output) as temporary:
         temporary.write_bytes(content)
     print(
-        f"{output}: {len(content) / 1e6:.1f} MB, {len(model.classes.machines)} machine IDs, "
+        f"{output}: {len(content) / 1e6:.1f} MB, {len(detector.classes.machines)} machine IDs, "
         f"{config.scoring} scores, which differ from those of eval.py by {difference:.1e} at most"
     )
 
 
-def check_output(output: Path, checkpoint: Path) -> None:
-    """Raise `UserError` if the file cannot be written, or would replace the checkpoint."""
-    if output.suffix != ".onnx" or output.is_dir() or output.resolve() == checkpoint.resolve():
+def name_output(paths: list[Path], config: Config) -> Path:
+    """Return the file to write for checkpoints: beside the first, and named after it."""
+    ending = ".onnx" if config.scoring == "published" else f".{config.scoring}.onnx"
+    return paths[0].with_suffix(f".together{ending}" if len(paths) > 1 else ending)
+
+
+def check_output(output: Path, checkpoints: list[Path]) -> None:
+    """Raise `UserError` if the file cannot be written, or would replace a checkpoint."""
+    is_checkpoint = output.resolve() in [path.resolve() for path in checkpoints]
+    if output.suffix != ".onnx" or output.is_dir() or is_checkpoint:
         raise UserError(
             f"{output} is a folder, the checkpoint, or does not end in .onnx; choose another file "
             "with --output"
@@ -71,7 +79,8 @@ def check_output(output: Path, checkpoint: Path) -> None:
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="file of trained weights (default: save_path)")
+    text = "file of trained weights, or several to score together (default: save_path)"
+    add("checkpoint", nargs="*", type=Path, help=text)
     add(
         "--output",
         metavar="FILE.onnx",

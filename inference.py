@@ -187,9 +187,8 @@ def embed(model: Model, clips: ClipSet, config: Config, device: torch.device) ->
 
 def make_bank(outputs: Outputs, clips: ClipSet, classes: Classes, root: Path) -> Bank:
     """Keep the outputs for training clips, whose files are in the folder `root`."""
-    files = [path.relative_to(root).as_posix() for path in clips.paths]
     starts = torch.from_numpy(clips.clip_starts)
-    return Bank.from_outputs(outputs, clips.labels, files, starts, classes)
+    return Bank.from_outputs(outputs, clips.labels, clips.files_in(root), starts, classes)
 
 
 # ---- Outputs for clips ----

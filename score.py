@@ -6,6 +6,8 @@
         --timeline --plots
     python score.py check_points/press.pth new.wav --machine_type press --machine_id line-3 \\
         --scoring nearest --json
+    # several trainings as one detector
+    python score.py press_1.pth press_2.pth press_3.pth new.wav --machine_type press
     # thresholds from normal recordings of another day
     python score.py check_points/press.pth --calibrate later/
     # another rate of false alarms, or a threshold of your own
@@ -48,6 +50,7 @@ unless it is given on the command line. The kind of score and what the threshold
 configuration, as in eval.py.
 """
 
+import itertools
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +66,7 @@ from config import (
     check_effect,
     parse_command_line,
 )
+from detector import Detector, load_detector
 from errors import UserError
 from evaluation.calibration import calibrate, find_normal
 from evaluation.scores import KINDS
@@ -77,7 +81,6 @@ from evaluation.single import (
 )
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
 from evaluation.without_network import load_folder
-from inference import Model, load_model, with_bank
 from names import format_id, is_audio
 from recordings import MACHINE_COLUMNS
 from utils import OneLineParser, check_writable, notice, run_script, use_device
@@ -96,14 +99,14 @@ def score(config: Config, options: Namespace) -> None:
     if options.normal:
         machine = name_machine(options)
         model = load_folder(options.normal, machine, choose_window(config), config, device)
-        candidates = [machine]
+        detector, candidates = Detector((model,)), [machine]
     else:
-        model = load_model(options.checkpoint, config)
-        candidates = find_candidates(model, options.machine_type, options.machine_id)
-        check_scoring(model, config, options)
-    windows = choose_windows(model, config, [config.scoring])
+        detector = load_detector(options.checkpoints, config)
+        candidates = find_candidates(detector, options.machine_type, options.machine_id)
+        check_scoring(detector, config, options)
+    windows = choose_windows(detector, config, [config.scoring])
     pictures = find_pictures(options) if options.plots else None
-    results = score_recordings(model, files, candidates, config, windows, device)
+    results = score_recordings(detector, files, candidates, config, windows, device)
     results += [{"file": str(path), "error": reason} for path, reason in problems.items()]
     if pictures:
         name_figures(results, pictures)
@@ -124,13 +127,13 @@ def score(config: Config, options: Namespace) -> None:
         )
 
 
-def check_scoring(model: Model, config: Config, options: Namespace) -> None:
+def check_scoring(detector: Detector, config: Config, options: Namespace) -> None:
     """Print a notice if the kind of score is that of config.yaml, and the run had another one."""
-    of_run = model.config.scoring
+    of_run = detector.config.scoring
     is_chosen = options.config or "scoring" in config.given
     if not is_chosen and config.scoring != of_run:
         notice(
-            f"scoring: {config.scoring}, while the configuration of {model.path} has {of_run}; "
+            f"scoring: {config.scoring}, while the configuration of {detector.path} has {of_run}; "
             "give its file with --config, or --scoring"
         )
 
@@ -140,9 +143,9 @@ def choose_window(config: Config) -> str:
     return config.window if "window" in config.given else "all"
 
 
-def choose_windows(model: Model, config: Config, kinds: Sequence[str]) -> Windows:
+def choose_windows(detector: Detector, config: Config, kinds: Sequence[str]) -> Windows:
     """Return which windows of recordings are scored, for these kinds of score."""
-    windows = model.windows(config, "test", choose_window(config))
+    windows = detector.windows(config, "test", choose_window(config))
     check_effect(config, windows, kinds)
     return windows
 
@@ -163,7 +166,7 @@ def find_pictures(options: Namespace) -> Path:
         checkpoint = CHECK_POINTS / f"{options.normal.resolve().name}.pth"
         remedy = "start in a writable folder"
     else:
-        checkpoint = options.checkpoint
+        checkpoint = options.checkpoints[0]
         remedy = "copy the checkpoint to a writable folder, where the figures are written too"
     folder = RunFiles(checkpoint).pictures
     check_writable(folder / "picture.png", remedy)
@@ -172,24 +175,26 @@ def find_pictures(options: Namespace) -> Path:
 
 def run_calibration(config: Config, options: Namespace) -> None:
     """Score normal recordings, keep the scores for thresholds, and print these."""
-    model = load_model(options.checkpoint, config)
-    windows = choose_windows(model, config, list(KINDS))
+    detector = load_detector(options.checkpoints, config)
+    windows = choose_windows(detector, config, list(KINDS))
     device = use_device(config.device)
     remedy = "copy the checkpoint to a writable folder, where the scores are written too"
-    check_writable(RunFiles(options.checkpoint).calibration, remedy)
+    for checkpoint in options.checkpoints:
+        check_writable(RunFiles(checkpoint).calibration, remedy)
     given = options.machine_type, options.machine_id
-    recordings = find_normal(model, options.calibrate, *given, Path(config.data_root))
-    model = with_bank(model, config, [config.scoring], device)
-    path = calibrate(model, recordings, config, windows, device)
-    scorer = model.scorer(config.scoring, config.neighbours)
+    recordings = find_normal(detector.first, options.calibrate, *given, Path(config.data_root))
+    detector = detector.with_bank(config, [config.scoring], device)
+    paths = [calibrate(model, recordings, config, windows, device) for model in detector.members]
+    scorer = detector.scorer(config.scoring, config.neighbours)
     machines = list(dict.fromkeys(recordings[MACHINE_COLUMNS].itertuples(index=False, name=None)))
-    thresholds = find_thresholds(model, scorer, config).loc[machines]
-    explain_thresholds(thresholds, config, options.checkpoint)
+    thresholds = find_thresholds(detector, scorer, config).loc[machines]
+    explain_thresholds(thresholds, config, detector.path)
     for machine in machines:
         threshold = threshold_of(thresholds, machine)
         shown = "-" if threshold is None else f"{threshold:.6g}"
         print(" ".join(machine), shown, thresholds["source"].at[machine], sep="\t")
-    print(f"the scores of {len(recordings)} recordings: {path}")
+    for path in paths:
+        print(f"the scores of {len(recordings)} recordings: {path}")
 
 
 def draw(results: Sequence[Mapping[str, Any]], kind: str, channel: int, normal_root: Path) -> None:
@@ -222,8 +227,8 @@ def main() -> None:
         metavar="FILE",
         nargs="*",
         type=Path,
-        help="first the checkpoint, unless --normal is given; then the recordings: files, or "
-        "folders with WAV or FLAC files",
+        help="first the checkpoint or several, unless --normal is given; then the recordings: "
+        "files, or folders with WAV or FLAC files",
     )
     add("--normal", metavar="FOLDER", type=Path, help="folder of normal recordings of one machine")
     add("--machine_type", help="machine type of the recordings")
@@ -246,9 +251,7 @@ def main() -> None:
         check_normal(config, options)
         score(config.model_copy(update={"scoring": "spectrum"}), options)
         return
-    if not options.recordings or is_audio(options.recordings[0]):
-        raise UserError("the checkpoint is missing; name it first, or give --normal FOLDER")
-    options.checkpoint = options.recordings.pop(0)
+    options.checkpoints, options.recordings = divide_files(options.recordings)
     if options.calibrate:
         check_calibration(config, options)
         run_calibration(config, options)
@@ -258,6 +261,17 @@ def main() -> None:
         raise UserError("--machine_type is missing: the type of the machine in the recordings")
     else:
         score(config, options)
+
+
+def divide_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the checkpoints and the recordings among the files of the command line: the first is a
+    checkpoint, and so are those after it that end in .pth.
+    """
+    if not files or is_audio(files[0]):
+        raise UserError("the checkpoint is missing; name it first, or give --normal FOLDER")
+    others = itertools.takewhile(lambda file: file.suffix == ".pth", files[1:])
+    n_checkpoints = 1 + len(list(others))
+    return files[:n_checkpoints], files[n_checkpoints:]
 
 
 def check_normal(config: Config, options: Namespace) -> None:

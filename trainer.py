@@ -290,7 +290,7 @@ class Trainer:
             history=self.history,
             n_training=len(self.train_clips),
             held_out=HeldOut(
-                torch.from_numpy(self.valid_clips.clip_recordings),
+                self.valid_clips.files_in(Path(self.config.data_root)),
                 self.valid_clips.labels,
                 torch.from_numpy(scores),
             ),

@@ -39,6 +39,7 @@ from audio import SAMPLE_RATE, SECONDS, Windows
 from classes import Machine
 from config import Config, parse_command_line
 from dataloader import load_clips, make_clips
+from detector import score_held_out
 from evaluation.scores import KINDS
 from evaluation.single import describe_recording
 from evaluation.tables import markdown_header, markdown_row
@@ -46,7 +47,6 @@ from evaluation.thresholds import (
     conformal,
     fit_thresholds,
     least_recordings,
-    score_held_out,
     threshold_of,
 )
 from inference import Model, load_model, run_model, with_bank

@@ -57,6 +57,7 @@ from checkpoint import Checkpoint, check_configuration
 from classes import Classes
 from config import Config, make_config, parse_command_line
 from dataloader import ClipSet, check_clips, load_clips
+from detector import Detector
 from errors import UserError
 from evaluation.metrics import COVERAGE
 from evaluation.result import evaluate
@@ -168,8 +169,9 @@ def measure_run(
         "epoch": trainer.best.epoch,
         "loss": trainer.best_loss,
     }
-    model = trainer.best_model()
-    for result in evaluate(model, test_clips, config, "test", list(KINDS), device):
+    detector = Detector((trainer.best_model(),))
+    outputs = detector.run(test_clips, config, device)
+    for result in evaluate(detector, test_clips, outputs, config, "test", list(KINDS)):
         assert result.metrics  # the clips of the folder `test` have a condition
         table = result.metrics.table
         for machine_type, name in table.index[~table.index.isin(SUMMARY_ROWS, level=1)]:

@@ -39,9 +39,9 @@ from alarms import format_time
 from audio import SAMPLE_RATE, SECONDS, Windows
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
+from detector import Detector, load_detector
 from evaluation.result import evaluate
 from evaluation.scores import over_windows
-from inference import Model, load_model, run_model, with_bank
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_recordings
 from utils import OneLineParser, run_script, use_device
@@ -58,14 +58,14 @@ def main() -> None:
     config, options = parse_command_line(parser)
     config = config.model_copy(update={"score_dtype": "float64"})
     device = use_device(config.device)
-    models = [load_model(path, config) for path in options.checkpoints]
-    recordings = find_recordings(config, models[0].classes, "test")
+    detectors = [load_detector([path], config) for path in options.checkpoints]
+    recordings = find_recordings(config, detectors[0].classes, "test")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output or Path(temporary)
         joined = join_recordings(recordings, folder / "joined")
         rows = []
-        for model in models:
-            rows += measure(model, joined, config, device)
+        for detector in detectors:
+            rows += measure(detector, joined, config, device)
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="%.2f"))
         print(table.groupby("machine_type").mean(numeric_only=True).to_string(float_format="%.2f"))
@@ -77,40 +77,41 @@ def main() -> None:
 
 
 def measure(
-    model: Model, joined: Path, config: Config, device: torch.device
+    detector: Detector, joined: Path, config: Config, device: torch.device
 ) -> list[dict[str, object]]:
     """Return a row of figures for each machine type; `joined` is the folder of joined clips."""
-    model = with_bank(model, config, [config.scoring], device)
-    clips = load_clips(config, model.classes, "test", model.windows(config, "test"))
+    detector = detector.with_bank(config, [config.scoring], device)
+    clips = load_clips(config, detector.classes, "test", detector.windows(config, "test"))
     tables = {
-        "single": score(model, clips, config, device),
-        "best ID": score_best_id(model, clips, config, device),
+        "single": score(detector, clips, config, device),
+        "best ID": score_best_id(detector, clips, config, device),
     }
     joined_config = config.model_copy(update={"data_root": str(joined)})
     for hop in (10, 5):
         windows = Windows(hop, clips.windows.channel)
-        joined_clips = load_clips(joined_config, model.classes, "test", windows)
-        tables[f"joined, {hop} s"] = score(model, joined_clips, config, device)
+        joined_clips = load_clips(joined_config, detector.classes, "test", windows)
+        tables[f"joined, {hop} s"] = score(detector, joined_clips, config, device)
     rows = []
-    for machine_type in model.classes.machine_types:
-        row: dict[str, object] = {"checkpoint": model.path.stem, "machine_type": machine_type}
+    for machine_type in detector.classes.machine_types:
+        row: dict[str, object] = {"checkpoint": detector.path.stem, "machine_type": machine_type}
         rows.append(row | compare(tables, machine_type))
     return rows
 
 
-def score(model: Model, clips: ClipSet, config: Config, device: torch.device) -> pd.DataFrame:
+def score(detector: Detector, clips: ClipSet, config: Config, device: torch.device) -> pd.DataFrame:
     """Return the table of recordings with scores and decisions."""
-    (result,) = evaluate(model, clips, config, "test", [config.scoring], device)
+    outputs = detector.run(clips, config, device)
+    (result,) = evaluate(detector, clips, outputs, config, "test", [config.scoring])
     return result.recordings
 
 
 def score_best_id(
-    model: Model, clips: ClipSet, config: Config, device: torch.device
+    detector: Detector, clips: ClipSet, config: Config, device: torch.device
 ) -> pd.DataFrame:
     """Return the table of recordings with the lowest score over the IDs of the machine type."""
-    machines = model.classes.machines
-    outputs = run_model(model, clips, config, device)
-    scorer = model.scorer(config.scoring, config.neighbours)
+    machines = detector.classes.machines
+    outputs = detector.run(clips, config, device)
+    scorer = detector.scorer(config.scoring, config.neighbours)
     window_scores = scorer.score_against_machines(outputs, machines).numpy()
     scores = over_windows(window_scores, clips.clip_recordings, "mean")  # (recordings, machines)
     types = np.array([machine_type for machine_type, _ in machines])

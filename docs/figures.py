@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import SAMPLE_RATE, SECONDS
 from config import EVALUATION_KEYS, Config, parse_command_line
 from dataloader import load_clips
+from detector import load_detector
 from errors import UserError
 from evaluation.comparison import group_by_configuration
 from evaluation.figures import CONDITIONS, STYLE, draw_angles, figure, read_samples
 from evaluation.result import Result, evaluate
-from inference import load_model
 from model import PUBLISHED_CHANNELS, FrontEnd
 from names import ANOMALOUS, NORMAL
 from utils import OneLineParser, run_script, use_device
@@ -90,10 +90,10 @@ def main() -> None:
 
 def evaluate_published(path: Path, config: Config, device: torch.device) -> Result:
     """Evaluate a checkpoint on the test recordings, with the published score."""
-    model = load_model(path, config)
-    windows = model.windows(config, "test")
-    clips = load_clips(config, model.classes, "test", windows)
-    (result,) = evaluate(model, clips, config, "test", ["published"], device)
+    detector = load_detector([path], config)
+    clips = load_clips(config, detector.classes, "test", detector.windows(config, "test"))
+    outputs = detector.run(clips, config, device)
+    (result,) = evaluate(detector, clips, outputs, config, "test", ["published"])
     return result
 
 
@@ -133,10 +133,10 @@ def recordings_of_machine(result: Result) -> pd.DataFrame:
     known = result.known
     machine_type, machine_id = MACHINE
     is_machine = (known["machine_type"] == machine_type) & (known["machine_id"] == machine_id)
-    has_published_channels = result.model.config.input == list(PUBLISHED_CHANNELS)
+    has_published_channels = result.detector.config.input == list(PUBLISHED_CHANNELS)
     if not is_machine.any() or not has_published_channels:
         raise UserError(
-            f"{result.model.path}: method shows {machine_type} {machine_id} and the three "
+            f"{result.detector.path}: method shows {machine_type} {machine_id} and the three "
             "published channels"
         )
     return known[is_machine]
@@ -163,8 +163,9 @@ def draw_inputs(result: Result, path: Path, waveform: Axes, channels: Sequence[A
     """
     samples = read_samples(path, 0.0, result.windows.channel)
     inputs = FrontEnd(PUBLISHED_CHANNELS)(samples)
-    assert result.model.network
-    images = result.model.network.cpu().features(**inputs)[0].numpy()
+    network = result.detector.first.network
+    assert network
+    images = network.cpu().features(**inputs)[0].numpy()
     seconds = np.arange(samples.shape[1]) / SAMPLE_RATE
     waveform.plot(seconds, inputs["waveform"][0], lw=0.2, color="0.5")
     waveform.set(title="waveform, 10 s", xlim=(0, SECONDS))

@@ -18,6 +18,7 @@ from checkpoint import RunFiles
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, make_clips
+from detector import SCORE_COLUMNS
 from errors import UserError
 from evaluation.scores import KINDS, check_scores, split_by_recording
 from inference import Model, run_model
@@ -33,8 +34,6 @@ from names import (
 )
 from recordings import MACHINE_COLUMNS
 from utils import lock, notice, write_text
-
-SCORE_COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]  # of the scores of windows
 
 # ---- The recordings ----
 
@@ -189,7 +188,7 @@ def calibrate(
         scorer = model.scorer(kind, config.neighbours)
         scores[scorer.name] = scorer.score_clips(outputs, clips.machines).numpy()
         if kind == config.scoring:
-            check_scores(scores[scorer.name], clips.machines, kind, model.path)
+            check_scores(scores[scorer.name], clips.machines, kind, str(model.path))
     path = RunFiles(model.path).calibration
     with lock(path.with_name(f".{path.stem}.lock"), waits=True):
         entries = read_entries(model) | make_entries(clips, scores)
@@ -245,7 +244,7 @@ def read_entries(model: Model) -> dict[Machine, CalibrationEntry]:
 
 
 def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFrame:
-    """Read the scores of later recordings: machine type, machine ID, number of the `recording` and
+    """Read the scores of later recordings: machine type, machine ID, `recording` (its file) and
     `score` of each window; no rows without the file. `score_name` is as in `Scorer.name`.
 
     A notice names the machines whose recordings have no such score, or are of another channel.
@@ -257,8 +256,8 @@ def read_calibration(model: Model, score_name: str, channel: int) -> pd.DataFram
         if entry.channel != channel or None in scores:
             without.append(" ".join(machine))
             continue
-        for number, values in enumerate(scores):
-            rows += [(*machine, number, score) for score in values or () if score is not None]
+        for recording, values in zip(entry.recordings, scores, strict=True):
+            rows += [(*machine, recording.file, score) for score in values or ()]
     if without:
         path = RunFiles(model.path).calibration
         notice(

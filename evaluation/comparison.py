@@ -24,6 +24,7 @@ from evaluation.tables import (
     published_rows,
     titles_of,
 )
+from inference import Model
 from names import AVERAGE
 from utils import write_csv, write_text
 
@@ -66,8 +67,8 @@ def group_by_configuration(results: Sequence[Result]) -> Groups:
         for run in runs:
             if run.about["seed"] == result.about["seed"]:
                 raise UserError(
-                    f"{run.model.path} and {result.model.path} have the same configuration and "
-                    "seed; leave one out"
+                    f"{run.detector.name} and {result.detector.name} have the same configuration "
+                    "and seed; leave one out"
                 )
         runs.append(result)
     return groups
@@ -88,20 +89,30 @@ def name_configurations(results: Sequence[Result]) -> list[str]:
 
 
 def settings_of(result: Result) -> dict[str, str]:
-    """Return the settings that make a configuration, as text: the kind of score, and the keys of
-    the training without the seed and COMPUTATION_KEYS; for a bare state dict, its file.
+    """Return the settings that make a configuration, as text: the kind of score, the number of
+    checkpoints that score together, and the keys of the training without the seed and
+    COMPUTATION_KEYS.
     """
-    config = result.model.checkpoint.config
+    values: dict[str, list[str]] = {}
+    for model in result.detector.members:
+        for key, value in settings_of_model(model).items():
+            values.setdefault(key, []).append(value)
+    settings = {key: " + ".join(dict.fromkeys(texts)) for key, texts in values.items()}
+    return settings | {"detector": f"of {len(result.detector.members)}", "scoring": result.kind}
+
+
+def settings_of_model(model: Model) -> dict[str, str]:
+    """Return the settings of a training; for a bare state dict, its file."""
+    config = model.checkpoint.config
     if config is None:
-        return {"file": str(result.model.path), "scoring": result.kind}
+        return {"file": str(model.path)}
     settings = {}
     for key, value in config.model_dump().items():
         if key != "seed" and key not in COMPUTATION_KEYS:
             settings[key] = in_words(value)
-    settings["machines"] = result.model.classes.describe_machines()
+    settings["machines"] = model.classes.describe_machines()
     if config.classes == "attributes":
-        settings["classes"] = f"attributes ({len(result.model.classes)} classes)"
-    settings["scoring"] = result.kind
+        settings["classes"] = f"attributes ({len(model.classes)} classes)"
     return settings
 
 
@@ -110,7 +121,7 @@ def find_pairs(groups: Groups) -> list[tuple[str, str]]:
     checkpoints.
     """
     kinds = {name: runs[0].kind for name, runs in groups.items()}
-    paths = {name: [run.model.path for run in runs] for name, runs in groups.items()}
+    paths = {name: [run.detector.name for run in runs] for name, runs in groups.items()}
     pairs = []
     for one, other in itertools.combinations(groups, 2):
         if kinds[one] == kinds[other] or paths[one] == paths[other]:
@@ -196,14 +207,14 @@ def run_table(results: Sequence[Result], columns: Sequence[Column]) -> list[str]
     for run in results:
         cells = [spread(draws_of([run], AVERAGE, column)) for column in columns]
         cells += [in_words(run.about[name]) for name in about]
-        lines.append(markdown_row(str(run.model.path), cells))
+        lines.append(markdown_row(run.detector.name, cells))
     return lines
 
 
 def all_rows(result: Result) -> pd.DataFrame:
     """Return all rows of the metrics of a result, as fractions."""
     table = metrics_of(result).table.drop(columns=list(COUNTS)).reset_index()
-    table.insert(0, "checkpoint", str(result.model.path))
+    table.insert(0, "checkpoint", result.detector.name)
     for position, name in enumerate(("mode", "scoring", "seed"), 1):
         table.insert(position, name, result.about[name])
     return table

@@ -164,11 +164,13 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
         draws["roc"] = draw_roc
         if not KINDS[result.kind].uses_bank:  # a score without centres says nothing about angles
             draws["angles"] = draw_result_angles
-    draws["tastgram"] = draw_tastgram
+    members = result.detector.members
+    if len(members) == 1:
+        draws["tastgram"] = draw_tastgram
     if len(result.recordings) > 3:  # t-SNE needs a few
         draws["embedding"] = draw_embedding
-    history = read_history(result.model.checkpoint)
-    if len(history):
+    history = read_history(members[0].checkpoint)
+    if len(members) == 1 and len(history):
         draws["history"] = lambda _, path: draw_history(history, path)
     files = []
     for name, draw in draws.items():
@@ -178,7 +180,7 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
 
 
 def draw_result_angles(result: Result, path: Path) -> None:
-    title = f"{result.model.path.stem} ({result.model.config.mode})"
+    title = f"{result.detector.title} ({result.detector.config.mode})"
     draw_angles({title: [result]}, path)
 
 
@@ -279,8 +281,9 @@ def draw_tastgram(result: Result, path: Path) -> None:
     """
     normal = result.recordings[result.recordings["condition"] == NORMAL]
     recording = (normal if len(normal) else result.recordings).iloc[0]
-    assert result.model.network
-    network = result.model.network.cpu()
+    network = result.detector.first.network
+    assert network
+    network = network.cpu()
     samples = read_samples(recording["path"], 0.0, result.windows.channel)
     inputs = FrontEnd(CHANNELS)(samples)
     images = network.features(**inputs)[0].numpy()

@@ -1,40 +1,47 @@
-"""A trained model as one PyTorch module, from the waveform to the scores, for export to ONNX."""
+"""A detector as one PyTorch module, from the waveform to the scores, for export to ONNX."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from detector import Detector, DetectorOutputs
 from evaluation.scores import Outputs
-from inference import Model
 from model import CHANNELS, FrontEnd, fold_batch_norm, spectrum_of
 
 
 class ScoringGraph(nn.Module):
     """Waveform `(N, T)` in [-1, 1) -> anomaly scores `(N, M)`, one for each machine in the order of
-    the classes, and embedding `(N, E)`; float32.
+    the classes, and embedding `(N, E)`, of several members side by side; float32.
 
     The scores are of the kind that `scoring` names, computed in float64 as those that the decisions
     of `eval.py` rest on. Batch norms are folded into the convolutions before them.
     """
 
-    def __init__(self, model: Model, config: Config) -> None:
+    def __init__(self, detector: Detector, config: Config) -> None:
         super().__init__()
-        assert model.network
         self.front_end = FrontEnd(CHANNELS)
-        network = fold_batch_norm(model.network).cpu()
-        self.network = network.to(  # type: ignore[call-overload]
-            memory_format=torch.contiguous_format
-        )
-        replace_prelus(self.network)
-        self.scorer = model.scorer(config.scoring, config.neighbours)
-        self.machines = model.classes.machines
+        self.networks = nn.ModuleList()
+        for model in detector.members:
+            assert model.network
+            network = fold_batch_norm(model.network).cpu()
+            self.networks.append(
+                network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            )
+        replace_prelus(self.networks)
+        self.scorer = detector.scorer(config.scoring, config.neighbours)
+        self.machines = detector.classes.machines
 
     def forward(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self.front_end.inputs(samples)
-        similarity, embedding = self.network(**inputs)
-        outputs = Outputs(similarity, embedding, spectrum_of(inputs["log_mel"]))
-        return self.scorer.score_against_machines(outputs, self.machines).float(), embedding
+        spectrum = spectrum_of(inputs["log_mel"])
+        members = []
+        for network in self.networks:
+            similarity, embedding = network(**inputs)
+            members.append(Outputs(similarity, embedding, spectrum))
+        outputs = DetectorOutputs(tuple(members))
+        scores = self.scorer.score_against_machines(outputs, self.machines)
+        return scores.float(), outputs.embedding
 
 
 class SumOfProductsPReLU(nn.Module):

@@ -1,4 +1,4 @@
-"""A trained model as one ONNX file: made with PyTorch's exporter, compared with eval.py in ONNX
+"""A detector as one ONNX file: made with PyTorch's exporter, compared with eval.py in ONNX
 Runtime.
 """
 
@@ -20,11 +20,11 @@ from onnxscript import opset18 as op
 from audio import N_SAMPLES, SAMPLE_RATE, SECONDS
 from config import Config
 from dataloader import ClipSet
+from detector import Detector
 from errors import UserError
 from evaluation.graph import ScoringGraph
 from evaluation.scores import check_scores
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
-from inference import Model, run_model
 from utils import versions
 
 OPSET = 18  # the oldest that PyTorch's exporter writes
@@ -35,13 +35,13 @@ CPU = torch.device("cpu")
 # ---- Making the file ----
 
 
-def make_file(model: Model, config: Config) -> onnx.ModelProto:
+def make_file(detector: Detector, config: Config) -> onnx.ModelProto:
     """Make an ONNX model: `samples` float32 `(N, T)` in [-1, 1) -> `scores` `(N, M)` and
     `embedding` `(N, E)`, float32, with the metadata of `describe`.
     """
-    proto = export(ScoringGraph(model, config))
+    proto = export(ScoringGraph(detector, config))
     clear_notes(proto)
-    onnx.helper.set_model_props(proto, describe(model, config))
+    onnx.helper.set_model_props(proto, describe(detector, config))
     proto.producer_name, proto.producer_version = "TASTgram-MFN", versions()["commit"]
     return proto
 
@@ -106,17 +106,17 @@ def quiet() -> Iterator[None]:
 # ---- The metadata ----
 
 
-def describe(model: Model, config: Config) -> dict[str, str]:
+def describe(detector: Detector, config: Config) -> dict[str, str]:
     """Return the metadata. Lists are JSON: the machines in the order of the columns of `scores`,
     and the threshold of each (null where there is none). The sample rate is in Hz; `window` and
     `hop` are the length of a window of score.py and the time from one to the next, in seconds;
     `alarm_windows` and `alarm_span` are those of the configuration.
     """
-    machines = model.classes.machines
-    scorer = model.scorer(config.scoring, config.neighbours)
-    thresholds = find_thresholds(model, scorer, config)
-    explain_thresholds(thresholds, config, model.path)
-    windows = model.windows(config, "test", "all")
+    machines = detector.classes.machines
+    scorer = detector.scorer(config.scoring, config.neighbours)
+    thresholds = find_thresholds(detector, scorer, config)
+    explain_thresholds(thresholds, config, detector.path)
+    windows = detector.windows(config, "test", "all")
     return {
         "machines": json.dumps(machines),
         "thresholds": json.dumps([threshold_of(thresholds, machine) for machine in machines]),
@@ -127,18 +127,18 @@ def describe(model: Model, config: Config) -> dict[str, str]:
         "alarm_windows": str(config.alarm_windows),
         "alarm_span": str(config.alarm_span),
         "channel": str(windows.channel),
-        "mode": model.config.mode,
-        "input": json.dumps(model.config.input),
+        "mode": ", ".join(model.config.mode for model in detector.members),
+        "input": json.dumps(detector.config.input),
         "scoring": config.scoring,
         "version": versions()["commit"],
-        "weights_sha256": model.weights_sha256,
+        "weights_sha256": ", ".join(model.weights_sha256 for model in detector.members),
     }
 
 
 # ---- The comparison with eval.py ----
 
 
-def compare(content: bytes, model: Model, config: Config) -> float:
+def compare(content: bytes, detector: Detector, config: Config) -> float:
     """Return the largest difference between the scores of an ONNX file with this content and those
     of eval.py, on the CPU: against every machine, for signals from full scale to silence.
 
@@ -148,11 +148,11 @@ def compare(content: bytes, model: Model, config: Config) -> float:
     """
     clips = synthetic_clips()
     assert clips.samples is not None
-    machines = model.classes.machines
-    outputs = run_model(model, clips, config, CPU, "eval.py", precision="fp32")
-    scorer = model.scorer(config.scoring, config.neighbours)
+    machines = detector.classes.machines
+    outputs = detector.run(clips, config, CPU, "eval.py", precision="fp32")
+    scorer = detector.scorer(config.scoring, config.neighbours)
     expected = scorer.score_against_machines(outputs, machines).numpy()
-    check_scores(expected.ravel(), machines * len(clips), config.scoring, model.path)
+    check_scores(expected.ravel(), machines * len(clips), config.scoring, detector.name)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     samples = clips.samples.numpy().astype(np.float32) / 32768.0
     parts = (samples[:1], samples[1:])  # any number of clips is possible

@@ -57,9 +57,9 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         tables[f"Decisions ({result.asked or 'threshold given'})"] = table
     if result.baseline:
         tables["Metrics without a network"] = metric_table(result.baseline)
-    config = result.model.config.model_dump()
+    config = result.detector.config.model_dump()
     page = load_template().render(
-        title=f"{result.model.path.name}: {result.about['mode']}, {result.kind} score",
+        title=f"{result.detector.title}: {in_words(result.about['mode'])}, {result.kind} score",
         about=result.about,
         tables=tables,
         figures=figures,
@@ -123,7 +123,7 @@ def find_hardest(result: Result) -> pd.DataFrame:
     """
     ordered = result.recordings.sort_values("level", kind="stable")
     parts = []
-    for machine_type, machine_id in result.model.classes.machines:
+    for machine_type, machine_id in result.detector.classes.machines:
         is_type = ordered["machine_type"] == machine_type
         of_machine = ordered[is_type & (ordered["machine_id"] == machine_id)]
         parts.append(of_machine[of_machine["condition"] == NORMAL][::-1].head(HARDEST))

@@ -1,6 +1,6 @@
 """The evaluation of a checkpoint: scores, metrics and decisions for the recordings of a split."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from alarms import find_level
 from audio import Windows
 from config import Config
 from dataloader import ClipSet
+from detector import Detector, DetectorOutputs
 from evaluation.decisions import asked_rate, count_decisions
 from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.scores import (
@@ -23,7 +24,7 @@ from evaluation.scores import (
     split_by_recording,
 )
 from evaluation.thresholds import decide, find_thresholds
-from inference import Model, run_model, with_bank
+from inference import Model
 from names import ANOMALOUS, NORMAL, UNLABELLED
 from recordings import MACHINE_COLUMNS, known_recordings
 from utils import versions
@@ -33,10 +34,10 @@ BASELINE = "spectrum"  # the kind of score that needs no network
 
 @dataclass(frozen=True)
 class Result:
-    """The evaluation of a model with one kind of score.
+    """The evaluation of a detector with one kind of score.
 
     Attributes:
-        model: The model.
+        detector: The detector.
         kind: The kind of score.
         split: "test" or "evaluation".
         windows: Which windows of the recordings were scored.
@@ -56,7 +57,7 @@ class Result:
         about: What was evaluated, by name.
     """
 
-    model: Model
+    detector: Detector
     kind: str
     split: str
     windows: Windows
@@ -81,22 +82,20 @@ class Result:
 
 
 def evaluate(
-    model: Model,
+    detector: Detector,
     clips: ClipSet,
+    outputs: DetectorOutputs,
     config: Config,
     split: str,
     kinds: Sequence[str],
-    device: torch.device,
 ) -> list[Result]:
-    """Evaluate a model on the clips of a split ("test" or "evaluation"). Returns a result for each
-    kind of score.
+    """Evaluate a detector, which has the bank where a kind needs it, by its outputs for the clips
+    of a split ("test" or "evaluation"). Returns a result for each kind of score.
     """
-    model = with_bank(model, config, kinds, device)
-    outputs = run_model(model, clips, config, device)
-    results = [evaluate_kind(model, clips, outputs, config, split, kind) for kind in kinds]
+    results = [evaluate_kind(detector, clips, outputs, config, split, kind) for kind in kinds]
     if set(kinds) == {BASELINE}:
         return results
-    baseline = measure_baseline(model, clips, outputs, config)
+    baseline = measure_baseline(detector.first, clips, outputs.sound, config)
     return [x if x.kind == BASELINE else replace(x, baseline=baseline) for x in results]
 
 
@@ -118,16 +117,21 @@ def measure_baseline(
 
 
 def evaluate_kind(
-    model: Model, clips: ClipSet, outputs: Outputs, config: Config, split: str, kind: str
+    detector: Detector,
+    clips: ClipSet,
+    outputs: DetectorOutputs,
+    config: Config,
+    split: str,
+    kind: str,
 ) -> Result:
-    """Compute scores, metrics and decisions from the outputs of the network for clips."""
-    recordings = add_scores(model, clips, outputs, config, kind)
-    thresholds = find_thresholds(model, model.scorer(kind, config.neighbours), config)
+    """Compute scores, metrics and decisions from the outputs for clips."""
+    recordings = add_scores(detector, clips, outputs, config, kind)
+    thresholds = find_thresholds(detector, detector.scorer(kind, config.neighbours), config)
     recordings = recordings.join(thresholds["threshold"], on=MACHINE_COLUMNS)
     recordings["decision"] = decide(recordings["level"], recordings["threshold"])
     known = known_recordings(recordings)
     return Result(
-        model=model,
+        detector=detector,
         kind=kind,
         split=split,
         windows=clips.windows,
@@ -138,12 +142,12 @@ def evaluate_kind(
         baseline=None,
         decisions=count_decisions(recordings, thresholds),
         asked=asked_rate(config),
-        about=describe(model, config, split, clips.windows, kind, recordings),
+        about=describe(detector, config, split, clips.windows, kind, recordings),
     )
 
 
 def add_scores(
-    model: Model, clips: ClipSet, outputs: Outputs, config: Config, kind: str
+    detector: Detector, clips: ClipSet, outputs: DetectorOutputs, config: Config, kind: str
 ) -> pd.DataFrame:
     """Return the table of recordings with `score`, `level`, `angle` and `worst`.
 
@@ -152,49 +156,65 @@ def add_scores(
     """
     machines = clips.machines
 
-    def score(kind: str, dtype: torch.dtype = torch.float64) -> np.ndarray:
-        scorer = model.scorer(kind, config.neighbours, dtype)
+    def score(dtype: torch.dtype) -> np.ndarray:
+        scorer = detector.scorer(kind, config.neighbours, dtype)
         return scorer.score_clips(outputs, machines).numpy()
 
     def combine(values: np.ndarray) -> np.ndarray:
         return over_windows(values, clips.clip_recordings, config.over_windows)
 
-    exact = score(kind)
-    check_scores(exact, machines, kind, model.path)
+    exact = score(torch.float64)
+    check_scores(exact, machines, kind, detector.name)
     windows = split_by_recording(exact, clips.clip_recordings)
     return clips.recordings.assign(
-        score=combine(score(kind, getattr(torch, config.score_dtype))),
+        score=combine(score(getattr(torch, config.score_dtype))),
         level=[find_level(scores, config.alarm_rule) for scores in windows],
-        angle=combine(score("angle")),
+        angle=combine(detector.angles(outputs, machines).numpy()),
         worst=clips.clip_starts[find_worst(exact, clips.clip_recordings)],
     )
 
 
 def describe(
-    model: Model, config: Config, split: str, windows: Windows, kind: str, recordings: pd.DataFrame
+    detector: Detector,
+    config: Config,
+    split: str,
+    windows: Windows,
+    kind: str,
+    recordings: pd.DataFrame,
 ) -> dict[str, Any]:
     """Return what was evaluated, for metrics.json, results.md and the report."""
-    checkpoint = model.checkpoint
     counts = recordings["condition"].value_counts()
     conditions = [name for name in (NORMAL, ANOMALOUS, UNLABELLED) if name in counts]
     about: dict[str, Any] = {
-        "checkpoint": str(model.path),
-        "mode": model.config.mode,
+        "checkpoint": detector.name,
+        "mode": of_members(detector, lambda model: model.config.mode),
         "scoring": kind,
     }
     for key in KINDS[kind].keys:
         about[key] = getattr(config, key)
     if windows.hop is not None:
         about["windows"] = f"all, {windows.hop:g} s apart, {config.over_windows} of their scores"
-    if model.config.classes == "attributes":
-        about["classes"] = f"attributes ({len(model.classes)} classes)"
+    if detector.config.classes == "attributes":
+        about["classes"] = f"attributes ({len(detector.classes)} classes)"
     return about | {
-        "input": model.config.input,
-        "seed": checkpoint.config.seed if checkpoint.config else None,
-        "epoch of the weights": checkpoint.epoch,
-        "epochs": checkpoint.config.epoch if checkpoint.config else None,
-        "clips trained on": checkpoint.n_training,
+        "input": of_members(detector, lambda model: model.config.input),
+        "seed": of_members(detector, lambda model: of_run(model, "seed")),
+        "epoch of the weights": of_members(detector, lambda model: model.checkpoint.epoch),
+        "epochs": of_members(detector, lambda model: of_run(model, "epoch")),
+        "clips trained on": of_members(detector, lambda model: model.checkpoint.n_training),
         f"recordings of {split}": ", ".join(f"{counts[name]} {name}" for name in conditions),
-        "trained with": checkpoint.versions,
+        "trained with": of_members(detector, lambda model: model.checkpoint.versions),
         "evaluated with": versions(),
     }
+
+
+def of_members(detector: Detector, read: Callable[[Model], Any]) -> Any:
+    """Return a value of the members: a single one if all have the same, else a list."""
+    values = [read(model) for model in detector.members]
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def of_run(model: Model, key: str) -> Any:
+    """Return a value of the configuration of a training; None for a bare state dict."""
+    config = model.checkpoint.config
+    return getattr(config, key) if config else None

@@ -18,7 +18,6 @@ single windows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -240,9 +239,9 @@ KINDS = {
 }
 
 
-def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, path: Path) -> None:
-    """Check that scores `(n,)` are finite. `machines` has the machine of each, and `path` is the
-    checkpoint.
+def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, source: str) -> None:
+    """Check that scores `(n,)` are finite. `machines` has the machine of each, and `source` names
+    the checkpoint.
 
     Raises:
         UserError: If a score is not finite, because the weights are not finite or the bank has no
@@ -255,12 +254,12 @@ def check_scores(scores: np.ndarray, machines: Sequence[Machine], kind: str, pat
     names = ", ".join(map(" ".join, bad_machines))
     if KINDS[kind].uses_bank and np.isposinf(scores[is_bad]).all():
         raise UserError(
-            f"{path}: the checkpoint has no training clips of {names}, which "
+            f"{source}: the checkpoint has no training clips of {names}, which "
             f"{kind} needs; choose another --scoring"
         )
     raise UserError(
-        f"{path}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names}); choose "
-        "another checkpoint"
+        f"{source}: {is_bad.sum()} of {len(scores)} scores are not finite numbers ({names}); "
+        "choose another checkpoint"
     )
 
 

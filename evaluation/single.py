@@ -16,6 +16,7 @@ from audio import SECONDS, CheckedRecording, Windows
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, check_recordings, select_usable
+from detector import Detector
 from errors import UserError, give_reason
 from evaluation.difference import Deviation, Difference, describe_difference, find_difference
 from evaluation.scores import (
@@ -26,7 +27,6 @@ from evaluation.scores import (
     split_by_recording,
 )
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
-from inference import Model, run_model, with_bank
 from names import ANOMALOUS, NORMAL, format_id, list_audio
 from utils import notice, one_line
 
@@ -51,27 +51,27 @@ def find_files(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, str]]:
     return list(dict.fromkeys(files)), problems
 
 
-def find_candidates(model: Model, machine_type: str, machine_id: str | None) -> list[Machine]:
+def find_candidates(detector: Detector, machine_type: str, machine_id: str | None) -> list[Machine]:
     """Return the machine of this type and ID, or without an ID all of the type. Raises `UserError`
-    if the model knows none.
+    if the detector knows none.
     """
     wanted = None if machine_id is None else format_id(machine_id)
     candidates = [
         machine
-        for machine in model.classes.machines
+        for machine in detector.classes.machines
         if machine[0] == machine_type and wanted in (None, machine[1])
     ]
     if not candidates:
         asked = machine_type if machine_id is None else f"{machine_type} {machine_id}"
         raise UserError(
-            f"{model.path} was not trained on {asked}; choose one of its machines: "
-            f"{model.classes.describe_machines()}"
+            f"{detector.name} was not trained on {asked}; choose one of its machines: "
+            f"{detector.classes.describe_machines()}"
         )
     return candidates
 
 
 def score_recordings(
-    model: Model,
+    detector: Detector,
     paths: Sequence[Path],
     candidates: Sequence[Machine],
     config: Config,
@@ -89,10 +89,10 @@ def score_recordings(
         a threshold, `threshold`, the decisions, `alarms` and `n_anomalous` are None; without
         training clips to compare with, `difference` is.
     """
-    model = with_bank(model, config, [config.scoring], device)
+    detector = detector.with_bank(config, [config.scoring], device)
     checked = check_recordings(paths, windows, config.num_workers)
     usable = select_usable(checked)
-    results = score_usable(model, usable, candidates, config, windows, device) if usable else {}
+    results = score_usable(detector, usable, candidates, config, windows, device) if usable else {}
     rows = []
     for path, check in checked.items():
         rows.append({"file": str(path)} | results.get(path, {"error": str(check)}))
@@ -100,7 +100,7 @@ def score_recordings(
 
 
 def score_usable(
-    model: Model,
+    detector: Detector,
     recordings: Mapping[Path, CheckedRecording],
     candidates: Sequence[Machine],
     config: Config,
@@ -114,19 +114,19 @@ def score_usable(
     starts = [recording.starts for recording in recordings.values()]
     clips = ClipSet(table, config.num_workers, windows, starts)
     clips.unreadable = {}
-    outputs = run_model(model, clips, config, device)
-    scorer = model.scorer(config.scoring, config.neighbours)
+    outputs = detector.run(clips, config, device)
+    scorer = detector.scorer(config.scoring, config.neighbours)
     # (windows, candidates)
     window_scores = scorer.score_against_machines(outputs, candidates).numpy()
     scores = over_windows(window_scores, clips.clip_recordings, config.over_windows)
     best = scores.argmin(axis=1)  # the candidate that each recording fits best
     machines = [candidates[column] for column in best]
-    check_scores(scores.min(axis=1), machines, config.scoring, model.path)
-    thresholds = find_thresholds(model, scorer, config).loc[list(candidates)]
-    explain_thresholds(thresholds, config, model.path)
+    check_scores(scores.min(axis=1), machines, config.scoring, detector.name)
+    thresholds = find_thresholds(detector, scorer, config).loc[list(candidates)]
+    explain_thresholds(thresholds, config, detector.path)
     own_scores = window_scores[np.arange(len(clips)), best[clips.clip_recordings]]
     parts = split_by_recording(own_scores, clips.clip_recordings)
-    differences = find_differences(model, clips, outputs, machines, own_scores)
+    differences = find_differences(detector, clips, outputs.sound, machines, own_scores)
     results = {}
     for number, (path, machine) in enumerate(zip(recordings, machines, strict=True)):
         results[path] = describe_recording(
@@ -181,7 +181,7 @@ def describe_recording(
 
 
 def find_differences(
-    model: Model,
+    detector: Detector,
     clips: ClipSet,
     outputs: Outputs,
     machines: Sequence[Machine],
@@ -191,10 +191,10 @@ def find_differences(
     machine, as `plain_difference` returns it; None where the checkpoint has no training clips of
     the machine.
     """
-    bank = model.checkpoint.bank
+    bank = detector.bank
     if bank is None or outputs.levels is None:
         return [None] * len(machines)
-    normal = {name: bank.of_machine(model.classes, name) for name in set(machines)}
+    normal = {name: bank.of_machine(detector.classes, name) for name in set(machines)}
     differences: list[dict[str, Any] | None] = []
     worst = find_worst(window_scores, clips.clip_recordings)
     for clip, machine in zip(worst.tolist(), machines, strict=True):

@@ -104,14 +104,15 @@ def published_rows(result: Result) -> Published:
     machine_types = set(ids)
     if machine_types >= PUBLISHED_IDS.keys():
         machine_types.add(AVERAGE)
-    published = PUBLISHED.get(result.model.config.mode, {})
+    published = PUBLISHED.get(result.detector.config.mode, {})
     return {name: row for name, row in published.items() if name in machine_types}
 
 
 def is_published_method(result: Result) -> bool:
     """Whether channels, windows, score and split are those of the paper."""
     return (
-        result.model.config.input == list(PUBLISHED_CHANNELS)
+        not result.detector.is_ensemble
+        and result.detector.config.input == list(PUBLISHED_CHANNELS)
         and result.windows.hop is None
         and result.kind == "published"
         and result.split == "test"
@@ -287,7 +288,8 @@ def write_result(result: Result, folder: Path) -> None:
     write_per_machine(folder, "anomaly_score", recordings, "score")
     if result.metrics:
         about = result.about
-        title = f"{about['mode']}, input {in_words(about['input'])}, {about['scoring']} score"
+        mode, channels = in_words(about["mode"]), in_words(about["input"])
+        title = f"{mode}, input {channels}, {about['scoring']} score"
         shown = ShownMetrics(result.metrics, published_rows(result), result.baseline)
         show_metrics(shown, title, about, folder, decision_section(decisions, result.asked))
         if described := describe_decisions(decisions, result.asked):

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from classes import Machine
 from config import Config
-from evaluation.calibration import SCORE_COLUMNS, read_calibration
-from evaluation.scores import Outputs, Scorer
-from inference import Model
+from detector import Detector, DetectorScorer, score_held_out
+from evaluation.calibration import read_calibration
 from recordings import MACHINE_COLUMNS
 from utils import notice
 
@@ -27,41 +25,22 @@ COLUMNS = [*MACHINE_COLUMNS, "threshold", "source", "n_recordings"]
 # ---- The normal scores ----
 
 
-def find_thresholds(model: Model, scorer: Scorer, config: Config) -> pd.DataFrame:
-    """Return the threshold of each machine, for the kind of score of the scorer, as
-    `fit_thresholds` does. Recordings of `score.py --calibrate` replace those that were held out.
+def find_thresholds(detector: Detector, scorer: DetectorScorer, config: Config) -> pd.DataFrame:
+    """Return the threshold of each machine, for the scores of the scorer, as `fit_thresholds` does.
+    Recordings of `score.py --calibrate` replace those that were held out.
     """
-    held_out = score_held_out(model, scorer)
-    later = read_calibration(model, scorer.name, model.windows(config, "test").channel)
+    pairs = list(zip(detector.members, scorer.members, strict=True))
+    held_out = scorer.average_tables([score_held_out(*pair) for pair in pairs])
+    channel = detector.windows(config, "test").channel
+    calibrated = [read_calibration(model, x.name, channel) for model, x in pairs]
+    later = scorer.average_tables(calibrated, least=len(pairs))
     machines, replaced = (pd.MultiIndex.from_frame(x[MACHINE_COLUMNS]) for x in (held_out, later))
     held_out = held_out[~machines.isin(replaced)]
-    origin = "held-out" if model.network else "normal"
+    origin = "held-out" if detector.has_network else "normal"
     parts = [held_out.assign(origin=origin), later.assign(origin="later")]
     normal = pd.concat([part for part in parts if len(part)] or parts[:1])
-    return fit_thresholds(model.classes.machines, normal, config.threshold, config.false_alarms)
-
-
-def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
-    """Return machine type, machine ID, number of the `recording` and `score` of each window that
-    was held out of the training, without scores that are not finite; no rows where the checkpoint
-    has no such windows.
-    """
-    held_out = model.checkpoint.held_out
-    nothing = pd.DataFrame(columns=SCORE_COLUMNS)
-    if held_out is None:
-        return nothing
-    machines = [model.classes.entries[label].machine for label in held_out.labels]
-    if scorer.kind == "published" or model.network is None:
-        scores = held_out.scores
-    elif held_out.embedding is None or held_out.spectrum is None:
-        return nothing
-    else:
-        no_similarity = torch.empty(len(machines), 0)
-        outputs = Outputs(no_similarity, held_out.embedding, held_out.spectrum)
-        scores = scorer.score_clips(outputs, machines)
-    table = pd.DataFrame(machines, columns=MACHINE_COLUMNS)
-    table = table.assign(recording=held_out.recordings.numpy(), score=scores.numpy())
-    return table[np.isfinite(table["score"])]
+    normal = normal[np.isfinite(normal["score"].to_numpy(float))]
+    return fit_thresholds(detector.classes.machines, normal, config.threshold, config.false_alarms)
 
 
 # ---- The thresholds ----

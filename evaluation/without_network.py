@@ -46,7 +46,7 @@ def load_folder(
     bank = make_bank(outputs, clips, classes, folder.parent)
     model = replace(model, checkpoint=replace(model.checkpoint, bank=bank))
     scores = score_against_others(model, outputs, clips, config.neighbours)
-    held_out = HeldOut(torch.from_numpy(clips.clip_recordings), clips.labels, scores)
+    held_out = HeldOut(clips.files_in(folder.parent), clips.labels, scores)
     return replace(model, checkpoint=replace(model.checkpoint, held_out=held_out))
 
 

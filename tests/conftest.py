@@ -150,8 +150,8 @@ def make_lively(folder: Path) -> None:
     for name, value in weights.items():
         if value.ndim:  # the heads have three classes here
             weights[name] = value[: len(shapes[name])]
-    numbers = torch.arange(len(labels))
-    held_out = HeldOut(numbers, torch.tensor(labels), torch.tensor(scores, dtype=torch.float64))
+    files = [f"held_out/{number:02d}.wav" for number in range(len(labels))]
+    held_out = HeldOut(files, torch.tensor(labels), torch.tensor(scores, dtype=torch.float64))
     change_checkpoint(path, weights=weights, held_out=held_out, bank=None)
 
 

@@ -1,6 +1,7 @@
 """Evaluated recordings without a network, for the tests of what is computed from scores."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from audio import Windows
 from checkpoint import Checkpoint
 from classes import Classes
 from config import load_config
+from detector import Detector
 from evaluation.decisions import count_decisions
 from evaluation.metrics import Metrics, find_rule, measure
 from evaluation.result import Result
@@ -83,7 +85,7 @@ def make_result(
     table["decision"] = decide(table["level"], table["threshold"])
     known = known_recordings(table)
     return Result(
-        model=Model(network=None, config=config, classes=classes, checkpoint=checkpoint),
+        detector=Detector((Model(None, config, classes, checkpoint),)),
         kind=kind,
         split="test",
         windows=Windows(),
@@ -102,6 +104,14 @@ def make_result(
             "epoch of the weights": 1,
         },
     )
+
+
+def change_model(result: Result, **fields) -> Result:
+    """Replace fields of the checkpoint of a result, and its classes where they are among them."""
+    model = result.detector.first
+    checkpoint = replace(model.checkpoint, **fields)
+    model = replace(model, checkpoint=checkpoint, classes=checkpoint.classes)
+    return replace(result, detector=Detector((model,)))
 
 
 def make_held_out(counts: dict[Machine, int]) -> pd.DataFrame:

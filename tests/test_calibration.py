@@ -16,8 +16,8 @@ import score as score_script
 import train as train_script
 from checkpoint import Checkpoint, RunFiles
 from config import load_config
+from detector import load_detector
 from evaluation import onnx_file
-from inference import load_model
 
 
 def write_later(folder: Path, count: int = 9, machine_id: str = "00", seconds: float = 2.0) -> Path:
@@ -68,7 +68,7 @@ def test_later_recordings_set_the_threshold_of_their_machine(lively, data_root, 
 
     # Other rates need no new run of the network; an export and an evaluation read the file, too
     config = load_config(device="cpu")
-    about = onnx_file.describe(load_model(lively / "run.pth", config), config)
+    about = onnx_file.describe(load_detector([lively / "run.pth"], config), config)
     assert json.loads(about["thresholds"])[0] == expected
     lower = threshold_of(call, lively, clip, *FAN, "--false_alarms", "0.5")
     assert lower == sorted(scores_of(call, lively, later, *FAN))[4]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from evaluated import make_recordings, make_result, read_csv
+from evaluated import change_model, make_recordings, make_result, read_csv
 
 from classes import Classes, MachineClass
 from errors import UserError
@@ -38,8 +38,7 @@ def result(recordings) -> Result:
 
 def at_path(result: Result, path: str) -> Result:
     """Make the same result of a checkpoint at another path."""
-    checkpoint = replace(result.model.checkpoint, path=Path(path))
-    return replace(result, model=replace(result.model, checkpoint=checkpoint))
+    return change_model(result, path=Path(path))
 
 
 def make_runs(recordings: pd.DataFrame, scores: Sequence[np.ndarray], **keys) -> list[Result]:
@@ -94,19 +93,16 @@ def test_configurations_are_named_by_what_differs(recordings):
 
 
 def test_classes_are_named_by_their_number(result):
-    config = result.model.config.model_copy(update={"classes": "attributes"})
+    config = result.detector.config.model_copy(update={"classes": "attributes"})
     classes = Classes((MachineClass("fan", "00", "vel_1"), MachineClass("fan", "00", "vel_2")))
-    checkpoint = replace(result.model.checkpoint, config=config)
-    model = replace(result.model, classes=classes, checkpoint=checkpoint)
-    by_attributes = replace(result, model=model)
+    by_attributes = change_model(result, config=config, classes=classes)
     names = name_configurations([result, by_attributes])
     assert names[1] == "machines fan 00, classes attributes (2 classes)"
 
 
 def test_machines_from_folders_are_those_of_a_table(result):
-    config = result.model.config.model_copy(update={"machines": "auto"})
-    checkpoint = replace(result.model.checkpoint, config=config)
-    automatic = replace(result, model=replace(result.model, checkpoint=checkpoint))
+    config = result.detector.config.model_copy(update={"machines": "auto"})
+    automatic = change_model(result, config=config)
     assert name_configurations([result, automatic]) == ["mode noisy_arcmix"] * 2
 
 
@@ -115,8 +111,7 @@ def test_each_file_without_configuration_is_a_group(recordings):
         return at_path(make_result(recordings, np.arange(30.0), **keys), path)
 
     bare = make("x.pth")
-    checkpoint = replace(bare.model.checkpoint, config=None)
-    bare = replace(bare, model=replace(bare.model, checkpoint=checkpoint))
+    bare = change_model(bare, config=None)
     results = [bare, make("a.pth"), make("b.pth", m=0.5), make("c.pth", seed=7)]
     names = name_configurations(results)
     assert names == ["file x.pth", "m 0.7", "m 0.5", "m 0.7"]

@@ -27,6 +27,7 @@ from checkpoint import Checkpoint
 from classes import Classes, MachineClass
 from config import Config, load_config
 from dataloader import ClipSet
+from detector import Detector, load_detector
 from errors import UserError
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph, SumOfProductsPReLU
@@ -109,9 +110,9 @@ def exported(trained, tmp_path_factory) -> Path:
     (folder / "run.pth").write_bytes((trained / "run.pth").read_bytes())
     make_lively(folder)
     config = load_config(device="cpu")
-    traced = onnx_file.export(ScoringGraph(load_model(folder / "run.pth", config), config))
+    traced = onnx_file.export(ScoringGraph(load_detector([folder / "run.pth"], config), config))
     onnx.save(traced, folder / "traced.onnx")
-    options = Namespace(checkpoint=folder / "run.pth", output=None)
+    options = Namespace(checkpoint=[folder / "run.pth"], output=None)
     with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "export", lambda graph: traced)
         export_script.export(config, options)
@@ -153,7 +154,7 @@ def test_the_graph_gives_the_scores_of_eval(keys, classes):
     model = reference_model(config, classes)
     clips = clips_in_memory(reference.samples(), reference.labels())
     expected = expected_scores(model, clips, config)
-    graph = ScoringGraph(model, config).eval()
+    graph = ScoringGraph(Detector((model,)), config).eval()
     with torch.no_grad():
         scores, embedding = graph(reference.waveforms())
     assert scores.shape == (reference.BATCH, len(classes.machines))
@@ -166,7 +167,7 @@ def test_the_graph_gives_the_scores_of_eval(keys, classes):
 
 def test_the_graph_gives_the_published_score():
     config = load_config()
-    graph = ScoringGraph(reference_model(config), config).eval()
+    graph = ScoringGraph(Detector((reference_model(config),)), config).eval()
     with torch.no_grad():
         scores, embedding = graph(reference.waveforms())
     scores = scores[torch.arange(reference.BATCH), reference.labels()]
@@ -177,7 +178,7 @@ def test_the_graph_gives_the_published_score():
 def test_the_graph_has_no_batch_norm_and_no_prelu():
     config = load_config()
     model = reference_model(config)
-    for part in ScoringGraph(model, config).modules():
+    for part in ScoringGraph(Detector((model,)), config).modules():
         assert not isinstance(part, _BatchNorm | torch.nn.PReLU)
     has_prelu = any(isinstance(part, torch.nn.PReLU) for part in model.network.modules())
     assert has_prelu, "the model itself is unchanged"
@@ -253,8 +254,9 @@ def test_the_file_gives_the_scores_of_eval_for_any_number_of_clips(exported):
 def test_every_kind_of_model_passes_the_comparison(keys, classes):
     config = load_config(**keys)
     model = reference_model(config, classes)
-    content = make_file(model, config).SerializeToString()
-    assert compare(content, model, config) < 1e-2
+    detector = Detector((model,))
+    content = make_file(detector, config).SerializeToString()
+    assert compare(content, detector, config) < 1e-2
     clips = clips_in_memory(reference.samples(), reference.labels())
     scores, _ = run(content, clips.samples.numpy().astype(np.float32) / 32768)
     expected = expected_scores(model, clips, config)

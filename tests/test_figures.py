@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import clips_of, make_lively
+from evaluated import change_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -22,6 +23,7 @@ from matplotlib.text import Text
 from audio import Windows
 from checkpoint import RunFiles, read_history
 from config import load_config
+from detector import load_detector
 from errors import UserError
 from evaluation.figures import (
     FONT,
@@ -51,9 +53,10 @@ def result(trained, data_root, tmp_path_factory) -> Result:
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
     make_lively(folder)
     config = load_config(score_dtype="float64", threshold="quantile", false_alarms=0.2)
-    model = load_model(folder / "run.pth", config)
+    detector = load_detector([folder / "run.pth"], config)
     clips = clips_of(data_root, "test")
-    (result,) = evaluate(model, clips, config, "test", ["published"], CPU)
+    outputs = detector.run(clips, config, CPU)
+    (result,) = evaluate(detector, clips, outputs, config, "test", ["published"])
     return result
 
 
@@ -118,11 +121,10 @@ def test_angles_are_drawn_of_scores_that_rest_on_them(result, tmp_path, monkeypa
 
 def test_figures_that_an_evaluation_does_not_allow_are_left_out(result, tmp_path):
     """Without known conditions, with few recordings, and with weights that have no history."""
-    checkpoint = replace(result.model.checkpoint, path=tmp_path / "other.pth", history=[])
+    result = change_model(result, path=tmp_path / "other.pth", history=[])
     table = result.recordings[:3].assign(condition="unlabelled")
     bare = replace(
         result,
-        model=replace(result.model, checkpoint=checkpoint),
         recordings=table,
         embedding=result.embedding[:3],
         metrics=None,
@@ -226,7 +228,7 @@ def test_the_map_has_a_point_for_each_recording(axes):
 
 
 def test_the_history_is_drawn(result, axes):
-    history = pd.read_csv(RunFiles(result.model.path).history)
+    history = pd.read_csv(RunFiles(result.detector.path).history)
     columns = [["train_loss", "valid_loss"], ["train_accuracy", "valid_accuracy"], ["lr"]]
     for axis, names in zip(axes["history"], columns, strict=True):
         for line, name in zip(axis.lines, names, strict=True):

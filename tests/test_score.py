@@ -175,8 +175,7 @@ def test_what_is_drawn_of_odd_names_and_without_thresholds(lively, tmp_path, cal
     names = ["rec$1_$2.wav", os.fsdecode(b"\xff.wav")]
     for name in names:
         shutil.copy(write_clip(tmp_path / "a.wav", tone(1, 12.0)), tmp_path / name)
-    none = torch.zeros(0, dtype=torch.int64)
-    nothing = HeldOut(none, none, torch.zeros(0))
+    nothing = HeldOut([], torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     change_checkpoint(lively / "run.pth", held_out=nothing)
     files = [tmp_path / name for name in names]
     status, output, _ = score(call, lively, *files, *FAN, "--plots", "--json")

@@ -15,9 +15,9 @@ from checkpoint import Checkpoint, HeldOut
 from classes import Classes, MachineClass
 from config import load_config, make_config
 from dataloader import ClipSet
+from detector import Detector, score_held_out
 from evaluation.result import Result, evaluate
 from evaluation.scores import Outputs, find_worst, over_windows
-from evaluation.thresholds import score_held_out
 from inference import Model, build_network, load_model, run_model, with_bank
 from model import EMBEDDING_SIZE, spectrum_of
 from recordings import MACHINE_COLUMNS
@@ -29,7 +29,9 @@ ROOT = Path(__file__).parent.parent
 def score_clips(model: Model, clips: ClipSet, kind: str = "published", **keys) -> Result:
     """Evaluate clips with a kind of score; `keys` overrides the configuration."""
     config = load_config(score_dtype="float64", **keys)
-    (result,) = evaluate(model, clips, config, "test", [kind], CPU)
+    detector = Detector((model,)).with_bank(config, [kind], CPU)
+    outputs = detector.run(clips, config, CPU)
+    (result,) = evaluate(detector, clips, outputs, config, "test", [kind])
     return result
 
 
@@ -323,7 +325,7 @@ def test_thresholds_and_decisions_are_of_the_same_kind_of_score(
     """The held-out clips are scored as other clips are, and are not in the bank."""
     config = load_config(data_root=str(data_root))
     train_clips, valid_clips = clips_of(data_root).split(0.95, 2023)
-    held_out = HeldOut(torch.arange(3), valid_clips.labels, torch.zeros(3))
+    held_out = HeldOut(["a", "b", "c"], valid_clips.labels, torch.zeros(3))
     checkpoint = replace(lively_model.checkpoint, held_out=held_out)
     model = with_bank(replace(lively_model, checkpoint=checkpoint), config, ["nearest"], CPU)
     keys = {"false_alarms": 0.5}
