@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from distributed import from_main
 from errors import LFS_POINTER, UserError
 from evaluation.bank import Bank
 from evaluation.scores import StoredClips
-from utils import check_writable, lock, notice, remove_temporary, replace_file
+from locks import LockHeldError, lock
+from utils import check_writable, notice, remove_temporary, replace_file
 
 RESTART = "start again with --overwrite"
 # What wrappers of PyTorch put into the names of weights: for several processes, for compiled code
@@ -44,6 +44,7 @@ class RunFiles:
         self.best = best
         self.last = best.with_name(f"{best.stem}.last.pth")  # after the last epoch, for resuming
         self.lock = best.with_name(f".{best.stem}.lock")
+        self.claim = best.with_name(f".{best.stem}.claim")  # of the reproduce.py that trains it
         self.folder = best.with_suffix("")
         self.history = self.folder / "history.csv"
         self.tensorboard = self.folder / "tensorboard"
@@ -74,10 +75,10 @@ def lock_run(files: RunFiles) -> Iterator[None]:
         check_writable(files.best, "choose another file with --save_path")
         try:
             held.enter_context(lock(files.lock))
-        except filelock.Timeout:
+        except LockHeldError as holder:
             raise UserError(
-                f"{files.best}: another process is training this run; wait until it ends, or "
-                "choose another file with --save_path"
+                f"{files.best}: {holder} is training this run; wait until it ends, or choose "
+                "another file with --save_path"
             ) from None
         remove_temporary(files.best, files.last)
 

@@ -59,7 +59,8 @@ from evaluation.scores import KINDS
 from evaluation.tables import write_result
 from evaluation.thresholds import explain_thresholds
 from inference import load_model
-from utils import OneLineParser, check_writable, lock, notice, run_script, use_device
+from locks import lock
+from utils import OneLineParser, check_writable, notice, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 

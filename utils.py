@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -286,10 +285,6 @@ def versions() -> dict[str, str]:
 
 # ---- Writing of files ----
 
-SHORT_WAIT = 3  # seconds for which waiting needs no notice
-# Errors of disks, mostly in networks, that have no file locks
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -328,39 +323,6 @@ def remove_temporary(*paths: Path) -> None:
     """Remove the temporary files that killed processes have left of these files."""
     for path in paths:
         remove_files(path.parent, [f".{glob.escape(path.name)}.????????.tmp"])
-
-
-@contextlib.contextmanager
-def lock(path: Path, waits: bool = False) -> Iterator[None]:
-    """Hold a lock, of which `path` is the file, for at most one process at a time. If another one
-    holds it, wait for it, or raise `filelock.Timeout`.
-
-    Raises:
-        UserError: If its file cannot be written.
-    """
-    make_folder(path.parent)
-    held = filelock.FileLock(path, fallback_to_soft=False)
-    try:
-        try:
-            held.acquire(timeout=SHORT_WAIT if waits else 0)
-        except filelock.Timeout:
-            if not waits:
-                raise
-            notice(f"{path.parent}: waiting for another program that writes there")
-            held.acquire()
-    except filelock.Timeout:  # a kind of OSError
-        raise
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise UserError(explain(error, path)) from None
-        notice(
-            f"{path.parent}: the disk has no file locks ({error.strerror}), so two programs that "
-            "write there at the same time do not notice each other; start one at a time"
-        )
-    try:
-        yield
-    finally:
-        held.release()  # does nothing if it is not held
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,7 +36,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import filelock
 import requests
 import yaml
 from requests.adapters import HTTPAdapter
@@ -45,7 +44,8 @@ from urllib3.util import Retry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import UserError
-from utils import OneLineParser, lock, run_script, write_text
+from locks import lock
+from utils import OneLineParser, run_script, write_text
 
 TABLE = Path(__file__).resolve().with_name("dcase2020_task2.yaml")
 
@@ -98,30 +98,31 @@ def main(arguments: list[str] | None = None) -> None:
     output, labels = options.output, table["evaluation_labels"]
     downloads = output / ".download"
     zips = choose_zips(table, options, downloads)
-    missing = [item for item in zips if not is_complete(item, output)]
-    labels_missing = "evaluation" in options.parts and not (output / labels["file"]).exists()
+
+    def find_missing() -> tuple[list[Zip], bool]:
+        missing = [item for item in zips if not is_complete(item, output)]
+        return missing, "evaluation" in options.parts and not (output / labels["file"]).exists()
+
+    missing, lacks_labels = find_missing()
     print_plan(missing, output)
-    if labels_missing:
+    if lacks_labels:
         print(f"and {labels['file']} -> {output}")
     if options.dry_run:
         return
 
     session = make_session()
     try:
-        with lock(downloads / ".lock"):
+        with lock(downloads / ".lock", waits=True):
+            missing, lacks_labels = find_missing()  # another process may have downloaded them
             for item in missing:
                 shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
             check_space(missing, output)
-            if labels_missing:
+            if lacks_labels:
                 fetch_labels(session, labels, options.url, output, downloads)
             for item in missing:
                 fetch_zip(session, item, output)
     except requests.RequestException as error:
         raise UserError(f"{error}; check --url, or run this again later to continue") from None
-    except filelock.Timeout:
-        raise UserError(
-            f"{output}: another process is downloading to it; wait until it ends"
-        ) from None
     except OSError as error:  # such as a full disk, or a folder without write permission
         reason = error.strerror or error
         raise UserError(f"{output}: {reason}; fix this, and run this again to continue") from None

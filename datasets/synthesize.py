@@ -49,6 +49,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import UserError, explain
+from locks import lock
 from utils import OneLineParser, run_script
 
 RATE = 16000  # Hz
@@ -257,6 +258,15 @@ def write_clips(output: Path, clips: list[Clip], seed: int) -> None:
             pass
 
 
+def write_set(output: Path, clips: list[Clip], seed: int, description: str) -> None:
+    """Write all clips in place of earlier ones, and the marker at the end."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).write_text("")
+    remove_clips(output)
+    write_clips(output, clips, seed)
+    (output / MARKER).write_text(description)
+
+
 def read_marker(output: Path) -> str | None:
     """Read the description of the set in a folder.
 
@@ -288,19 +298,18 @@ def main(arguments: list[str] | None = None) -> None:
     description = json.dumps(
         {"form": options.form, "train": options.train, "test": options.test, "seed": seed}
     )
-    is_complete = (
-        not options.overwrite
-        and read_marker(output) == description
-        and all((output / clip.name).is_file() for clip in clips)
-    )
-    if not is_complete:
-        check_output(output, description, options.overwrite)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / MARKER).write_text("")
-        remove_clips(output)
-        write_clips(output, clips, seed)
-        (output / MARKER).write_text(description)
-    state = ", already complete" if is_complete else ""
+
+    def is_complete() -> bool:
+        has_all = all((output / clip.name).is_file() for clip in clips)
+        return not options.overwrite and read_marker(output) == description and has_all
+
+    state = ", already complete"
+    if not is_complete():
+        with lock(output.absolute().with_name(f".{output.name}.lock"), waits=True):
+            if not is_complete():  # another process may have written it
+                check_output(output, description, options.overwrite)
+                write_set(output, clips, seed, description)
+                state = ""
     command = f"python train.py --data_root {shlex.quote(str(output))} --machines auto"
     print(f"{output}: {len(clips)} recordings{state}; next: {command}")
 

@@ -22,6 +22,7 @@ from detector import SCORE_COLUMNS
 from errors import UserError
 from evaluation.scores import KINDS, check_scores, split_by_recording
 from inference import Model, run_model
+from locks import lock
 from names import (
     ANOMALOUS,
     FOLDERS,
@@ -33,7 +34,7 @@ from names import (
     parse_name,
 )
 from recordings import MACHINE_COLUMNS
-from utils import lock, notice, write_text
+from utils import notice, write_text
 
 # ---- The recordings ----
 

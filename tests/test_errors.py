@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import REMEDIES, UserError, explain
-from utils import check_writable, lock, remove_temporary, replace_file
+from utils import check_writable, remove_temporary, replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,23 +121,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
             check_writable(path, "choose another")
     check_writable(tmp_path / "c" / "a.txt", "choose another")
     assert list((tmp_path / "c").iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_disk_without_locks(tmp_path, number, monkeypatch, capsys):
-    import fcntl
-
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with lock(tmp_path / ".lock"):
-        pass
-    notice = capsys.readouterr().err
-    assert notice.startswith(
-        f"notice: {tmp_path}: the disk has no file locks ({os.strerror(number)})"
-    )
-    assert notice.endswith("; start one at a time\n")
 
 
 def test_a_user_without_a_name(monkeypatch, call):

@@ -39,9 +39,9 @@ from dataloader import load_clips
 from evaluation import tables
 from evaluation.scores import StoredClips
 from inference import build_network, load_model, run_model, with_bank
+from locks import lock
 from losses import Objective
 from model import TASTgramMFN
-from utils import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -682,7 +682,7 @@ def test_an_evaluation_waits_while_another_one_writes(trained_copy, data_root):
             [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert process.stderr
-        while "waiting for another program that writes there" not in process.stderr.readline():
+        while "which writes there" not in process.stderr.readline():
             assert process.poll() is None
         assert not (trained_copy / "run" / "test" / "metrics.csv").exists()
     process.communicate(timeout=60)

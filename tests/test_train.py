@@ -21,6 +21,7 @@ from conftest import (
     write_set,
 )
 
+import locks
 import train
 from checkpoint import Checkpoint, RunFiles, load_newest, lock_run
 from config import load_config
@@ -334,9 +335,10 @@ def test_a_damaged_last_state_goes_on_from_the_best_weights(trained_copy, data_r
     assert files.history.read_text() == history
 
 
-def test_two_runs_of_one_name_at_once_are_refused(trained_copy, data_root, fails):
+def test_two_runs_of_one_name_at_once_are_refused(trained_copy, data_root, fails, monkeypatch):
+    monkeypatch.setattr(locks, "REFRESH", 0.1)
     with lock_run(RunFiles(trained_copy / "run.pth")):
-        message = "run.pth: another process is training this run"
+        message = "run.pth: process [0-9]+ on .+ is training this run"
         fails(train.main, *arguments(trained_copy, data_root), "--overwrite", match=message)
     assert (trained_copy / "run.pth").exists()
 
