@@ -71,6 +71,10 @@ class Lock:
             raise UserError(explain(error, self.path)) from None
         return True
 
+    def is_held(self) -> bool:
+        """Whether a process has taken the lock, even if it has died since."""
+        return self.path.exists()
+
     def last_refresh(self) -> int | None:
         """Return when the file was refreshed (ns, by the clock of the disk); None without a
         file.
@@ -80,9 +84,25 @@ class Lock:
         except OSError:
             return None
 
-    def release(self) -> None:
-        """Release the lock, if this process holds it."""
-        self.lease.release()
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lock, which was taken, and release it at the end.
+
+        Raises:
+            UserError: If the lock was lost. Then this process is interrupted: another one may have
+                taken it.
+        """
+        try:
+            yield
+        except SystemExit:
+            if self.lease.compromise:
+                raise UserError(
+                    f"{self.path}: the lock was lost, since this process did not refresh it for "
+                    f"{LEASE:.0f} s, or the file was removed; start again"
+                ) from None
+            raise
+        finally:
+            self.lease.release()
 
 
 @contextlib.contextmanager
@@ -92,8 +112,7 @@ def lock(path: Path, waits: bool = False) -> Iterator[None]:
 
     Raises:
         LockHeldError: If another process holds it.
-        UserError: If its file cannot be written; at the end, if it was lost: another process may
-            take it if this one was suspended, or the disk did not respond, for LEASE seconds.
+        UserError: If its file cannot be written, or as in `Lock.hold`.
     """
     held = Lock(path)
     if not held.take(SHORT_WAIT if waits else 0):
@@ -102,17 +121,8 @@ def lock(path: Path, waits: bool = False) -> Iterator[None]:
             held.take(-1)
         else:
             wait_for_sign(held)
-    try:
+    with held.hold():
         yield
-    except SystemExit:
-        if held.lease.compromise:
-            raise UserError(
-                f"{path}: the lock was lost, since this process did not refresh it for "
-                f"{LEASE:.0f} s, or the file was removed; start again"
-            ) from None
-        raise
-    finally:
-        held.release()
 
 
 def wait_for_sign(held: Lock) -> None:

@@ -8,6 +8,8 @@ them.
     make paper RECIPES="recipes/noisy_arcmix.yaml recipes/inputs/*.yaml"    # the input channels
     make paper DATA=/data/dcase2020                           # recordings that are already there
     make paper DATA=datasets/synthetic EPOCH=2 SEEDS="1 2"    # a trial run on synthetic machines
+    # on two GPUs at once; computers that share the folder can do the same
+    CUDA_VISIBLE_DEVICES=0 make paper & CUDA_VISIBLE_DEVICES=1 make paper
     # without make, and with keys of config.yaml, whose values replace those of all recipes
     python reproduce.py --seeds 1 2 --batch_size 128
 
@@ -22,6 +24,11 @@ a panel for each configuration.
 After an interruption, run the same command again: finished runs are not trained again, and the
 interrupted run continues after its last finished epoch. Recipes and seeds can be added in the same
 way. An error in a run stops the script.
+
+The same command can be started several times, by processes on one or several computers that share
+OUTPUT. Each trains the next run that is not finished and that no other one trains. One that finds
+none waits until all are finished, and continues a run whose process has died: at once on the same
+computer, after five minutes on another one. One of them writes the report.
 """
 
 import argparse
@@ -31,13 +38,14 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from checkpoint import RunFiles, check_configuration, load_newest
+from checkpoint import Checkpoint, RunFiles, check_configuration, load_newest
 from classes import Classes
 from config import (
     EVALUATION_KEYS,
@@ -49,13 +57,15 @@ from config import (
     read_yaml,
 )
 from errors import UserError
+from locks import Lock, lock
 from recordings import find_classes, find_recordings
-from utils import OneLineParser, check_writable, run_script
+from utils import OneLineParser, check_writable, notice, run_script
 
 ROOT = Path(__file__).resolve().parent
 MODES_OF_PAPER = ("noisy_arcmix", "arcmix", "arcface", "cross_entropy")
 RECIPES = tuple(ROOT / "recipes" / f"{mode}.yaml" for mode in MODES_OF_PAPER)
 SEEDS = (2023, 1, 2)
+POLL = 5.0  # seconds after which to look for a free run again
 PATIENCE = 60.0  # seconds that a script may take to end after a Ctrl-C
 # Checkpoints of 42 and 14 MB, a third while it is written, logs, results, figures
 RUN_BYTES = 120_000_000
@@ -75,6 +85,21 @@ class Run(NamedTuple):
     recipe: Path
     config: Config
 
+    @property
+    def files(self) -> RunFiles:
+        return RunFiles(self.config.weights_path)
+
+    @property
+    def name(self) -> str:
+        return self.config.weights_path.stem
+
+    def is_finished(self) -> bool:
+        """Whether all epochs are trained, and the best weights have the embeddings of the clips."""
+        history = self.files.history
+        if not history.exists() or len(pd.read_csv(history)) < self.config.epoch:
+            return False
+        return self.files.best.exists() and Checkpoint.load(self.files.best).bank is not None
+
 
 def main() -> None:
     parser = OneLineParser(description=__doc__)
@@ -93,16 +118,24 @@ def main() -> None:
         call("datasets/download.py", "--types", *classes.machine_types)
     for split in ("train", "test"):  # missing test recordings would only be noticed at the end
         find_recordings(config, classes, split)
+    report = Report(options.output)
     files = files_as_options(options.config)
-    for number, (recipe, run) in enumerate(runs, start=1):
-        name = run.weights_path.stem
-        print(f"run {number} of {len(runs)}, {name}: {describe_rest(runs)}", flush=True)
-        chosen = as_options({"seed": run.seed, "save_path": run.save_path})
-        words = (*files_as_options([recipe]), *files, *given_options(config, TRAINING_KEYS))
-        call("train.py", "--resume", *words, *chosen)
-    weights = [str(run.weights_path) for _, run in runs]
-    output = ("--plots", "--output", str(options.output))
-    call("eval.py", *weights, *output, *files, *given_options(config, EVALUATION_KEYS))
+    words = (*files, *given_options(config, TRAINING_KEYS))
+
+    def train(run: Run) -> None:
+        number = f"run {runs.index(run) + 1} of {len(runs)}"
+        print(f"{number}, {run.name}: {describe_rest(runs)}", flush=True)
+        chosen = as_options({"seed": run.config.seed, "save_path": run.config.save_path})
+        call("train.py", "--resume", *files_as_options([run.recipe]), *words, *chosen)
+
+    train_all(runs, train)
+    with lock(options.output / ".report.lock", waits=True):
+        if report.is_written_by_another(runs):
+            print(f"{report.path}: another process has written it")
+            return
+        weights = [str(run.files.best) for run in runs]
+        output = ("--plots", "--output", str(options.output))
+        call("eval.py", *weights, *output, *files, *given_options(config, EVALUATION_KEYS))
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -172,10 +205,10 @@ def check_runs(runs: Sequence[Run], output: Path) -> None:
     for the runs that do not exist yet.
     """
     n_missing = 0
-    for _, run in runs:
-        if run.weights_path.exists():
+    for run in runs:
+        if run.files.best.exists():
             remedy = "use the same, remove the run, or choose another folder with --output"
-            check_configuration(run, load_newest(RunFiles(run.weights_path)), remedy)
+            check_configuration(run.config, load_newest(run.files), remedy)
         else:
             n_missing += 1
     needed = RUN_BYTES * n_missing
@@ -188,18 +221,97 @@ def check_runs(runs: Sequence[Run], output: Path) -> None:
 
 
 def describe_rest(runs: Sequence[Run]) -> str:
-    """Return how many epochs are left and, from the histories, about how long they take."""
+    """Return how many epochs are left and, from the histories, about how long a single process
+    takes for them.
+    """
     seconds: list[float] = []
-    for _, run in runs:
-        history = RunFiles(run.weights_path).history
-        if history.exists():
-            seconds += pd.read_csv(history)["seconds"].tolist()
-    n_left = sum(run.epoch for _, run in runs) - len(seconds)
+    for run in runs:
+        if run.files.history.exists():
+            seconds += pd.read_csv(run.files.history)["seconds"].tolist()
+    n_left = sum(run.config.epoch for run in runs) - len(seconds)
     if not seconds:
         return f"{n_left} epochs left"
     rest = n_left * sum(seconds) / len(seconds)
     time = f"{rest / 3600:.1f} h" if rest >= 5400 else f"{math.ceil(rest / 60)} min"
     return f"{n_left} epochs left, about {time}"
+
+
+# ---- Several processes ----
+
+
+class Job:
+    """A run that is to be trained by one process at a time, which holds its claim. train.py holds
+    the lock of the run: it may go on after its caller has died, or have another caller.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.claim, self.lock = Lock(run.files.claim), Lock(run.files.lock)
+
+    def train_if_free(self, train: Callable[[Run], None]) -> bool:
+        """Train the run, if it is not finished and no other process trains it. Returns whether it
+        was.
+        """
+        if not self.claim.take():
+            return False
+        with self.claim.hold():
+            if not self.is_free() or self.run.is_finished():
+                return False
+            train(self.run)
+            return True
+
+    def is_free(self) -> bool:
+        """Whether no train.py has the lock of the run."""
+        if not self.lock.take():
+            return False
+        with self.lock.hold():
+            return True
+
+    @property
+    def holder(self) -> str:
+        """The process that trains the run, as in "process 17 on host"."""
+        return (self.lock if self.lock.is_held() else self.claim).holder
+
+
+def train_all(runs: Sequence[Run], train: Callable[[Run], None]) -> None:
+    """Train each run that is not finished and that no other process trains, until all are
+    finished.
+    """
+    jobs = [Job(run) for run in runs]
+    waits_for: list[str] = []
+    while jobs := [job for job in jobs if not job.run.is_finished()]:
+        trained = next((job for job in jobs if job.train_if_free(train)), None)
+        if trained:
+            jobs.remove(trained)
+            continue
+        names = [job.run.name for job in jobs]
+        if names != waits_for:
+            holders = ", ".join(f"{job.run.name} ({job.holder})" for job in jobs)
+            notice(
+                f"no run is left to begin; waiting for {holders}, to continue a run whose process "
+                "dies and to write the report. If this device is needed elsewhere, stop this "
+                "process; the others go on"
+            )
+        waits_for = names
+        time.sleep(POLL)
+
+
+class Report:
+    """The report in a folder, and whether another process writes it in the meantime."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.table = folder / "comparison.md", folder / "comparison.csv"
+        self.before = self.last_change()
+
+    def last_change(self) -> int:
+        return self.table.stat().st_mtime_ns if self.table.exists() else 0
+
+    def is_written_by_another(self, runs: Sequence[Run]) -> bool:
+        """Whether another process has written the report of these runs since this one began."""
+        if self.last_change() == self.before:
+            return False
+        names = {Path(path).name for path in pd.read_csv(self.table)["checkpoint"]}
+        return names == {run.files.best.name for run in runs}
 
 
 # ---- Calling the other scripts ----

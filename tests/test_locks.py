@@ -96,7 +96,8 @@ def test_single_attempts_add_up(tmp_path):
         process.wait()
         time.sleep(2.2)
         assert tried.take()
-        tried.release()
+        with tried.hold():
+            assert not Lock(tmp_path / ".lock").take()
 
 
 def test_a_lock_is_waited_for(tmp_path, monkeypatch, capsys):
