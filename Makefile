@@ -13,6 +13,10 @@ DEMO_DATA := datasets/synthetic
 DEMO_WEIGHTS := check_points/demo.pth
 # a process for each core, with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_PINS = $(shell grep '^torch' requirements.txt)
+# Several makes in one folder install once, where flock of util-linux is there
+LOCKED := $(if $(shell command -v flock),flock .venv.lock)
 .DEFAULT_GOAL := help
 
 PAPER_OPTIONS = $(if $(RECIPES),--recipes $(RECIPES)) $(if $(SEEDS),--seeds $(SEEDS)) \
@@ -60,11 +64,7 @@ lint: .venv/installed
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: $$($(PYTHON) --version) is too old, Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 2; }
-	@echo 'installing into .venv ($(if $(TORCH),PyTorch for $(TORCH),5.6 GB)), which takes some minutes'
-	$(PYTHON) -m venv .venv
-ifdef TORCH
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch' requirements.txt) \
-		--index-url https://download.pytorch.org/whl/$(TORCH)
-endif
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-	@touch $@
+	@$(LOCKED) sh -ec '[ -e $@ ] && [ -z "$$(find $^ -newer $@)" ] && exit; \
+		echo "installing into .venv ($(if $(TORCH),PyTorch for $(TORCH),5.6 GB)), which takes some minutes"; \
+		$(PYTHON) -m venv .venv; $(if $(TORCH),$(PIP) $(TORCH_PINS) --index-url https://download.pytorch.org/whl/$(TORCH);) \
+		$(PIP) -r tests/requirements.txt; touch $@'
