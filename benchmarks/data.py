@@ -3,12 +3,15 @@
     python benchmarks/data.py --data_root FOLDER --machines '{slider: [0, 2], valve: [0, 2]}'
     # fewer than the 36,283 training clips of the full set
     python benchmarks/data.py --full_size 1000
+    # a million clips, until the first batch (at least 16 recordings: a file has up to 65,000 links)
+    python benchmarks/data.py --data_root FOLDER --machines auto --full_size 1000000 --only_start
 
 There are two sets of clips, each read in a new process: the training and test clips in data_root,
 and as many training clips as the full set has. The latter are hard links to the former, in a
 temporary folder beside the project's data. The recordings are in the page cache. Measured are the
 time from the end of the imports to the first batch of 64, as at the start of a training; shuffled
-batches of 64 over an epoch, with every row compared with its recording; and anonymous memory.
+batches of 64 over an epoch, with every row compared with its recording; and anonymous memory. With
+--only_start, it is the first batch of the second set alone, in parts, with the memory after each.
 
 Each set is also read with PyTorch's DataLoader, with one worker process for each CPU core. The
 first set is also read by a plain implementation: one file after the other, with librosa, and its
@@ -32,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE, read_recording
 from config import Config, load_config, parse_command_line
-from dataloader import ClipSet, check_clips, load_clips
+from dataloader import ClipSet, check_clips, make_clips
 from model import FrontEnd, LogMel
 from model.tastgram import POWER_FLOOR
 from recordings import find_classes, find_recordings
@@ -81,23 +84,51 @@ def link_for_training(paths: list[Path], root: Path) -> None:
         os.link(path, link)
 
 
+class Start:
+    """The start of a training up to its first batch."""
+
+    def __init__(self, config: Config) -> None:
+        self.parts: dict[str, float] = {}
+        self.last = time.perf_counter()
+        classes = find_classes(config)
+        recordings = find_recordings(config, classes, "train")
+        self.note("listing")
+        clips = make_clips(recordings, config.windows("train"), config.num_workers)
+        self.note("checking")
+        self.train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
+        self.note("split")
+        check_clips(config, self.train_clips, valid_clips)
+        trainer = Trainer(config, classes, CPU, self.train_clips, valid_clips)
+        self.plan = trainer.sampler.shuffle(epoch=0)
+        next(iter(self.train_clips.batches(self.plan, CPU)))
+        self.note("model and first batch")
+        self.n_clips = len(clips)
+
+    def note(self, part: str) -> None:
+        """Note the duration of a part, and the memory after it."""
+        now = time.perf_counter()
+        self.parts |= {f"{part}, s": now - self.last, f"{part}, MB": anonymous_memory()}
+        self.last = now
+
+    @property
+    def seconds(self) -> float:
+        return sum(value for name, value in self.parts.items() if name.endswith(" s"))
+
+
+def measure_start(config: Config) -> dict[str, float]:
+    """Measure the start of a training in parts."""
+    return Start(config).parts
+
+
 def measure(config: Config) -> dict[str, float]:
     """Measure the start of a training up to its first batch, and one epoch of reading."""
-    start = time.perf_counter()
-    classes = find_classes(config)
-    clips = load_clips(config, classes, "train", config.windows("train"))
-    train_clips, valid_clips = clips.split(config.split_ratio, config.seed)
-    check_clips(config, train_clips, valid_clips)
-    trainer = Trainer(config, classes, CPU, train_clips, valid_clips)
-    plan = trainer.sampler.shuffle(epoch=0)
-    next(iter(train_clips.batches(plan, CPU)))
-    first_batch = time.perf_counter() - start
-    del trainer
+    start = Start(config)
+    train_clips, plan = start.train_clips, start.plan
     samples_speed = read_epoch(train_clips, plan, is_waveform=False)
     waveforms_speed = read_epoch(train_clips, plan, is_waveform=True)
     return {
-        "clips": len(clips),
-        "imports to the first batch, s": first_batch,
+        "clips": start.n_clips,
+        "imports to the first batch, s": start.seconds,
         "shuffled batches, samples, clips/s": samples_speed,
         "shuffled batches, float32 waveforms, clips/s": waveforms_speed,
         "shuffled batches with a DataLoader, samples, clips/s": read_with_loader(train_clips, plan),
@@ -165,12 +196,23 @@ def anonymous_memory() -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon"))
 
 
-def measure_apart(config: Config, **changes: Any) -> dict[str, float]:
-    """Call `measure` in a new process, whose imports do not count."""
+def measure_apart(config: Config, function: str = "measure", **changes: Any) -> dict[str, float]:
+    """Call a function in a new process, whose imports do not count."""
     values = config.model_dump() | changes
-    command = [sys.executable, __file__, "--child", json.dumps(values)]
+    command = [sys.executable, __file__, "--child", function, json.dumps(values)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_links(config: Config, count: int, scratch: Path) -> None:
+    """Measure the start of a training with so many hard links to the training recordings."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        link_published(find_paths(config, "train"), Path(folder), count)
+        changes: dict[str, Any] = {"data_root": folder, "machines": load_config().machines}
+        changes["save_path"] = str(Path(folder) / "run.pth")
+        parts = measure_apart(config, "measure_start", **changes)
+    for name, value in parts.items():
+        print(f"{name:30} {value:12,.1f}")
 
 
 def main() -> None:
@@ -179,16 +221,22 @@ def main() -> None:
     parser.add_argument("--full_size", type=int, default=FULL_SIZE, help=text)
     text = "folder for the links, on the disk of the recordings"
     parser.add_argument("--scratch", type=Path, help=text)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    text = "measure the first batch of the second set alone, in parts"
+    parser.add_argument("--only_start", action="store_true", help=text)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     config, options = parse_command_line(parser)
     if options.child:
-        print(json.dumps(measure(load_config(**json.loads(options.child)))))
+        function, values = options.child
+        print(json.dumps(globals()[function](load_config(**json.loads(values)))))
+        return
+    scratch = options.scratch or Path(__file__).parents[1] / "datasets"
+    if options.only_start:
+        measure_links(config, options.full_size, scratch)
         return
     train_paths = find_paths(config, "train")
     paths = train_paths + find_paths(config, "test")
     read_file_by_file(paths)  # fills the page cache and plans the FFT
     baseline = read_file_by_file(paths)
-    scratch = options.scratch or Path(__file__).parents[1] / "datasets"
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder)
         save_path = str(root / "run.pth")
