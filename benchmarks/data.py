@@ -208,9 +208,10 @@ def measure_links(config: Config, count: int, scratch: Path) -> None:
     """Measure the start of a training with so many hard links to the training recordings."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         link_published(find_paths(config, "train"), Path(folder), count)
-        changes: dict[str, Any] = {"data_root": folder, "machines": load_config().machines}
-        changes["save_path"] = str(Path(folder) / "run.pth")
-        parts = measure_apart(config, "measure_start", **changes)
+        save_path, machines = str(Path(folder) / "run.pth"), load_config().machines
+        parts = measure_apart(
+            config, "measure_start", data_root=folder, save_path=save_path, machines=machines
+        )
     for name, value in parts.items():
         print(f"{name:30} {value:12,.1f}")
 
@@ -243,8 +244,10 @@ def main() -> None:
         link_for_training(paths, root / "real")
         real = measure_apart(config, data_root=str(root / "real"), save_path=save_path)
         link_published(train_paths, root / "full", options.full_size)
-        changes = {"data_root": str(root / "full"), "machines": load_config().machines}
-        full = measure_apart(config, save_path=save_path, **changes)
+        machines = load_config().machines
+        full = measure_apart(
+            config, data_root=str(root / "full"), save_path=save_path, machines=machines
+        )
     print(f"{'file by file, all real clips, s':50} {baseline:12,.2f}")
     for name in real:
         print(f"{name:50} {real[name]:12,.2f} {full[name]:12,.2f}")
