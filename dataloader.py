@@ -33,6 +33,8 @@ from errors import UserError
 from recordings import MACHINE_COLUMNS, find_recordings
 from utils import SPLIT, notice, random_stream
 
+CALLS = 10_000  # of a thread pool at once
+
 
 class ClipSet:
     """The clips of recordings, for training, validation and test alike.
@@ -296,9 +298,15 @@ def check_recordings(
         except UserError as error:
             return error
 
+    def check_in_parts() -> Iterator[CheckedRecording | UserError]:
+        # What the pool keeps of a call takes five times the memory of its result.
+        for start in range(0, len(paths), CALLS):
+            yield from pool.map(check, paths[start : start + CALLS])
+
     with ThreadPoolExecutor(num_workers) as pool:
-        results = pool.map(check, paths)
-        shown = tqdm(results, "checking", len(paths), unit="file", leave=False, disable=None)
+        shown = tqdm(
+            check_in_parts(), "checking", len(paths), unit="file", leave=False, disable=None
+        )
         return dict(zip(paths, shown, strict=True))
 
 

@@ -27,8 +27,9 @@ from inference import Model, load_model, run_model, with_bank
 from recordings import MACHINE_COLUMNS
 
 SCORE_COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]  # of the normal scores of windows
-LEAST_SCORE = 1e-12  # for logarithms; a published score may be 0
-LEAST_LOG_SPREAD = 1e-3  # of the logarithms of scores, where all are nearly equal
+LEAST_SCORE = 1e-14  # for logarithms; published scores below are rounding errors
+LEAST_SPREAD = 0.1  # of logarithms; normal scores may be nearly equal
+LEAST_FOR_SPREAD = 10  # normal scores; the spread of fewer is not used
 
 
 class DetectorOutputs(NamedTuple):
@@ -63,12 +64,22 @@ class Scale(NamedTuple):
     def of_scores(cls, scores: np.ndarray) -> "Scale":
         """Measure the scale of normal scores `(n,)`."""
         logs = np.log(np.maximum(scores, LEAST_SCORE))
-        return cls(float(logs.mean()), max(float(logs.std()), LEAST_LOG_SPREAD))
+        return cls(float(logs.mean()), max(float(logs.std()), LEAST_SPREAD))
 
     def convert(self, scores: Tensor, target: "Scale") -> Tensor:
         """Return the scores at the same places of another scale; float64."""
         logs = scores.double().clamp(min=LEAST_SCORE).log()
         return ((logs - self.mean) * (target.spread / self.spread) + target.mean).exp()
+
+
+def find_scales(normal_scores: Sequence[np.ndarray]) -> list[Scale]:
+    """Measure the scale of the normal scores of each member: their spread only if each has enough
+    of them.
+    """
+    scales = [Scale.of_scores(scores) for scores in normal_scores]
+    if min(map(len, normal_scores)) < LEAST_FOR_SPREAD:
+        scales = [scale._replace(spread=1.0) for scale in scales]
+    return scales
 
 
 @dataclass(frozen=True)
@@ -95,13 +106,17 @@ class DetectorScorer:
         pairs = zip(self.members, outputs.members, strict=True)
         return self.average([scorer.score_against_machines(x, machines) for scorer, x in pairs])
 
+    @property
+    def target(self) -> Scale:
+        """The scale of an average member."""
+        return Scale(*np.mean(self.scales, axis=0).tolist())
+
     def average(self, scores: Sequence[Tensor]) -> Tensor:
         """Return the mean of the scores of each member, all of the same shape, on one scale."""
         if not self.scales:
             return scores[0]
-        target = Scale(*np.mean(self.scales, axis=0).tolist())
         pairs = zip(self.scales, scores, strict=True)
-        converted = [scale.convert(values, target) for scale, values in pairs]
+        converted = [scale.convert(values, self.target) for scale, values in pairs]
         return torch.stack(converted).mean(dim=0).to(self.members[0].dtype)
 
     def average_tables(self, tables: Sequence[pd.DataFrame], least: int = 1) -> pd.DataFrame:
@@ -111,12 +126,10 @@ class DetectorScorer:
         """
         if not self.scales:
             return tables[0]
-
-        target = Scale(*np.mean(self.scales, axis=0).tolist())
         columns = [*MACHINE_COLUMNS, "recording"]
         parts = []
         for scale, table in zip(self.scales, tables, strict=True):
-            scores = scale.convert(torch.tensor(table["score"].to_numpy(float)), target)
+            scores = scale.convert(torch.tensor(table["score"].to_numpy(float)), self.target)
             window = table.groupby(columns).cumcount()
             parts.append(table.assign(score=scores.numpy(), window=window))
         windows = pd.concat(parts).groupby([*columns, "window"], sort=False)["score"]
@@ -217,17 +230,8 @@ class Detector:
         scorers = [model.scorer(kind, neighbours, dtype) for model in self.members]
         if not self.is_ensemble:
             return DetectorScorer(scorers)
-        scales = []
-        for model, scorer in zip(self.members, scorers, strict=True):
-            scores = score_held_out(model, scorer)["score"].to_numpy(float)
-            if not np.isfinite(scores).any():
-                raise UserError(
-                    f"{model.path} has no {kind} scores of recordings that were held out of its "
-                    "training, which put the scores of several checkpoints on one scale; leave it "
-                    "out"
-                )
-            scales.append(Scale.of_scores(scores[np.isfinite(scores)]))
-        return DetectorScorer(scorers, scales)
+        pairs = zip(self.members, scorers, strict=True)
+        return DetectorScorer(scorers, find_scales([normal_scores(*pair) for pair in pairs]))
 
     def angles(self, outputs: DetectorOutputs, machines: Sequence[Machine]) -> Tensor:
         """Return the angle between the embedding of each clip and the closest centre of its machine
@@ -280,3 +284,18 @@ def score_held_out(model: Model, scorer: Scorer) -> pd.DataFrame:
         scores = scorer.score_clips(outputs, machines)
     table = pd.DataFrame(machines, columns=MACHINE_COLUMNS)
     return table.assign(recording=list(held_out.files), score=scores.numpy())
+
+
+def normal_scores(model: Model, scorer: Scorer) -> np.ndarray:
+    """Return the normal scores of a member `(n,)`.
+
+    Raises:
+        UserError: If there are none.
+    """
+    scores = score_held_out(model, scorer)["score"].to_numpy(float)
+    if not np.isfinite(scores).any():
+        raise UserError(
+            f"{model.path} has no {scorer.kind} scores of recordings that were held out of its "
+            "training, which put the scores of several checkpoints on one scale; leave it out"
+        )
+    return scores[np.isfinite(scores)]

@@ -216,7 +216,8 @@ def all_rows(result: Result) -> pd.DataFrame:
     table = metrics_of(result).table.drop(columns=list(COUNTS)).reset_index()
     table.insert(0, "checkpoint", result.detector.name)
     for position, name in enumerate(("mode", "scoring", "seed"), 1):
-        table.insert(position, name, result.about[name])
+        value = result.about[name]
+        table.insert(position, name, in_words(value) if isinstance(value, list) else value)
     return table
 
 
