@@ -15,8 +15,8 @@ DEMO_WEIGHTS := check_points/demo.pth
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH_PINS = $(shell grep '^torch' requirements.txt)
-# Several makes in one folder install once, where flock of util-linux is there
-LOCKED := $(if $(shell command -v flock),flock .venv.lock)
+# Several makes in one folder install once, where flock of util-linux works
+LOCKED := $(if $(shell flock Makefile true 2> /dev/null && echo yes),flock .venv.lock)
 .DEFAULT_GOAL := help
 
 PAPER_OPTIONS = $(if $(RECIPES),--recipes $(RECIPES)) $(if $(SEEDS),--seeds $(SEEDS)) \

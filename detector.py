@@ -28,18 +28,14 @@ from recordings import MACHINE_COLUMNS
 
 SCORE_COLUMNS = [*MACHINE_COLUMNS, "recording", "score"]  # of the normal scores of windows
 LEAST_SCORE = 1e-14  # for logarithms; published scores below are rounding errors
-LEAST_SPREAD = 0.1  # of logarithms; normal scores may be nearly equal
 LEAST_FOR_SPREAD = 10  # normal scores; the spread of fewer is not used
+MOST_RATIO = 10.0  # of two spreads; scores of a member would be stretched too far
 
 
 class DetectorOutputs(NamedTuple):
     """The outputs of each member for n clips."""
 
     members: tuple[Outputs, ...]
-
-    def select(self, rows: Tensor) -> "DetectorOutputs":
-        """Return the outputs for the clips with these numbers."""
-        return DetectorOutputs(tuple(outputs.select(rows) for outputs in self.members))
 
     @property
     def embedding(self) -> Tensor:
@@ -64,7 +60,7 @@ class Scale(NamedTuple):
     def of_scores(cls, scores: np.ndarray) -> "Scale":
         """Measure the scale of normal scores `(n,)`."""
         logs = np.log(np.maximum(scores, LEAST_SCORE))
-        return cls(float(logs.mean()), max(float(logs.std()), LEAST_SPREAD))
+        return cls(float(logs.mean()), float(logs.std()))
 
     def convert(self, scores: Tensor, target: "Scale") -> Tensor:
         """Return the scores at the same places of another scale; float64."""
@@ -73,11 +69,13 @@ class Scale(NamedTuple):
 
 
 def find_scales(normal_scores: Sequence[np.ndarray]) -> list[Scale]:
-    """Measure the scale of the normal scores of each member: their spread only if each has enough
-    of them.
+    """Measure the scale of the normal scores of each member. The spreads count only if there are
+    enough scores, and if they are similar: else all are 1.
     """
     scales = [Scale.of_scores(scores) for scores in normal_scores]
-    if min(map(len, normal_scores)) < LEAST_FOR_SPREAD:
+    spreads = [scale.spread for scale in scales]
+    is_few = min(map(len, normal_scores)) < LEAST_FOR_SPREAD
+    if is_few or min(spreads) * MOST_RATIO <= max(spreads):
         scales = [scale._replace(spread=1.0) for scale in scales]
     return scales
 
@@ -119,10 +117,9 @@ class DetectorScorer:
         converted = [scale.convert(values, self.target) for scale, values in pairs]
         return torch.stack(converted).mean(dim=0).to(self.members[0].dtype)
 
-    def average_tables(self, tables: Sequence[pd.DataFrame], least: int = 1) -> pd.DataFrame:
-        """Average the normal scores of each window over the members that have scored its recording,
-        at least so many. Each table has the columns SCORE_COLUMNS, and the windows of a recording
-        in the same order.
+    def average_tables(self, tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """Average the normal scores of each window over the members that have scored its recording.
+        Each table has the columns SCORE_COLUMNS, and the windows of a recording in the same order.
         """
         if not self.scales:
             return tables[0]
@@ -133,8 +130,7 @@ class DetectorScorer:
             window = table.groupby(columns).cumcount()
             parts.append(table.assign(score=scores.numpy(), window=window))
         windows = pd.concat(parts).groupby([*columns, "window"], sort=False)["score"]
-        averages = windows.mean()[windows.size() >= least]
-        return averages.reset_index()[SCORE_COLUMNS]
+        return windows.mean(skipna=False).reset_index()[SCORE_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -173,6 +169,16 @@ class Detector:
     @property
     def config(self) -> Config:
         return self.first.config
+
+    @property
+    def mode(self) -> str:
+        """The modes of all members."""
+        return ", ".join(dict.fromkeys(model.config.mode for model in self.members))
+
+    @property
+    def channels(self) -> list[str]:
+        """The input channels of all members."""
+        return list(dict.fromkeys(name for x in self.members for name in x.config.input))
 
     @property
     def classes(self) -> Classes:

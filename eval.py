@@ -28,6 +28,10 @@ The names of the evaluation clips do not show which are anomalous. Metrics there
 eval_data_list.csv in data_root or, after 2020, the folders ground_truth_data and
 ground_truth_domain of that year's evaluator. Without them, only scores and decisions are written.
 
+With --together, all checkpoints are also evaluated as one detector, with the mean of their scores;
+its results are written to the folder OUTPUT/test (or OUTPUT/evaluation). It takes recordings that
+each training has held out, to put the scores on one scale.
+
 If recordings have domains, there are also metrics of each domain, and the official score of the
 challenge. --score_files computes all metrics from score files alone, and writes them to
 FOLDER/metrics.
@@ -58,7 +62,7 @@ from evaluation.score_files import evaluate_score_files
 from evaluation.scores import KINDS
 from evaluation.tables import write_result
 from evaluation.thresholds import explain_thresholds
-from inference import load_model
+from inference import Model, load_model
 from locks import lock
 from utils import OneLineParser, check_writable, notice, run_script, use_device
 
@@ -78,7 +82,7 @@ def evaluate_all(config: Config, paths: list[Path], options: Namespace) -> None:
     check_paths(paths, options)
     models = [load_model(path, config) for path in paths]
     if options.together:
-        join_models(models)  # before the first is evaluated: it may not be possible
+        check_together(models, config, options)
     output = options.output or COMPARISON
     if is_comparison(paths, options):
         check_writable(output / "comparison.md", "choose another folder with --output")
@@ -89,14 +93,27 @@ def evaluate_all(config: Config, paths: list[Path], options: Namespace) -> None:
         folder = RunFiles(model.path).results(options.split)
         remedy = "copy the checkpoint to a writable folder, where the results are written too"
         check_writable(folder / "metrics.csv", remedy)
-        runs.append(run_detector(Detector((model,)), config, options))
-        results += evaluate_run(runs[-1], folder, config, options)
+        run = run_detector(Detector((model,)), config, options)
+        results += evaluate_run(run, folder, config, options)
+        if options.together:
+            runs.append(run)
     if options.together:
         print(f"\n{len(models)} checkpoints together")
         # In the comparison, the others are subtracted from it.
         results = evaluate_run(join_runs(runs), output / options.split, config, options) + results
-    if is_comparison(paths, options):
+    if options.together and results[0].metrics is None:
+        notice("no comparison: no recording is labelled normal or anomalous")
+    elif is_comparison(paths, options):
         compare_all(config, results, output, options)
+
+
+def check_together(models: list[Model], config: Config, options: Namespace) -> None:
+    """Raise `UserError` if models cannot score together, before the first is evaluated."""
+    detector = join_models(models)
+    detector.windows(config, options.split)
+    for kind in kinds_of(config, options):
+        if not KINDS[kind].uses_bank:  # which may have to be computed
+            detector.scorer(kind)
 
 
 def check_paths(paths: list[Path], options: Namespace) -> None:
@@ -110,6 +127,13 @@ def check_paths(paths: list[Path], options: Namespace) -> None:
         )
     if options.together and len(paths) == 1:
         raise UserError("--together needs several checkpoints; name more, or leave it out")
+    output = options.output or COMPARISON
+    for path in paths:
+        if options.together and RunFiles(path).folder.resolve() == output.resolve():
+            raise UserError(
+                f"{output} is also the folder of the results of {path}; choose another one with "
+                "--output"
+            )
     if options.output and not is_comparison(paths, options):
         raise UserError(
             "--output has no effect without a comparison (several checkpoints or --all_scores); "
@@ -213,7 +237,8 @@ def main() -> None:
     add("--report", action="store_true", help="write report.html, which contains the figures")
     text = "also score with all checkpoints as one detector"
     add("--together", action="store_true", help=text)
-    add("--output", type=Path, help=f"folder for comparisons (default: {COMPARISON})")
+    text = f"folder for comparisons and --together (default: {COMPARISON})"
+    add("--output", type=Path, help=text)
     add("--all_scores", action="store_true", help="compare all kinds of score (see scoring)")
     add("--score_files", metavar="FOLDER", type=Path, help="folder of score files to use instead")
     config, options = parse_command_line(parser, keys=EVALUATION_KEYS)

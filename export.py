@@ -18,8 +18,9 @@ is exported. The inputs and outputs of the file are
 
 and its metadata are machines (in the order of the columns), thresholds (a window with a higher
 score is anomalous) and input, all three as JSON, and sample_rate, window and hop (seconds),
-over_windows, alarm_windows, alarm_span, channel, mode, scoring, version and weights_sha256. All of
-them are fixed in the file: for another threshold, hop or kind of score, export again.
+over_windows, alarm_windows, alarm_span, channel, mode, scoring, version and weights_sha256 (of
+several checkpoints, mode and weights_sha256 may be lists with commas). All of them are fixed in the
+file: for another threshold, hop or kind of score, export again.
 
 Before the file is written, ONNX Runtime scores synthetic signals with it on the CPU, from full
 scale to silence. If a score differs from that of eval.py by more than 0.1 percent and by more than

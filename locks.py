@@ -115,14 +115,25 @@ def lock(path: Path, waits: bool = False) -> Iterator[None]:
         UserError: If its file cannot be written, or as in `Lock.hold`.
     """
     held = Lock(path)
-    if not held.take(SHORT_WAIT if waits else 0):
-        if waits:
-            notice(f"{path.parent}: waiting for {held.holder}, which writes there")
-            held.take(-1)
-        else:
-            wait_for_sign(held)
+    if waits and not held.take(SHORT_WAIT):
+        check_holder(held)
+        notice(f"{path.parent}: waiting for {held.holder}, which writes there")
+        held.take(-1)
+    elif not waits and not held.take():
+        wait_for_sign(held)
     with held.hold():
         yield
+
+
+def check_holder(held: Lock) -> None:
+    """Raise `UserError` for a lock whose file names no holder: nobody can tell whether it is in
+    use.
+    """
+    if held.is_held() and held.lease.owner is None:
+        raise UserError(
+            f"{held.path}: a lock without a holder, as a crash leaves it; if no other program "
+            "writes there, remove it"
+        )
 
 
 def wait_for_sign(held: Lock) -> None:
@@ -138,6 +149,7 @@ def wait_for_sign(held: Lock) -> None:
 
     if held.take(2 * REFRESH, is_refreshed):
         return
+    check_holder(held)
     if not is_refreshed():
         notice(
             f"{held.path}: held by {held.holder}, which shows no sign of life; taking it over in "

@@ -23,7 +23,7 @@ a panel for each configuration.
 
 After an interruption, run the same command again: finished runs are not trained again, and the
 interrupted run continues after its last finished epoch. Recipes and seeds can be added in the same
-way. An error in a run stops the script.
+way. An error in a run stops the process that trains it.
 
 The same command can be started several times, by processes on one or several computers that share
 OUTPUT. Each trains the next run that is not finished and that no other one trains. One that finds
@@ -252,10 +252,11 @@ class Job:
         """Train the run, if it is not finished and no other process trains it. Returns whether it
         was.
         """
+        is_free = self.is_free()  # first: the time without a refresh counts from the first attempt
         if not self.claim.take():
             return False
         with self.claim.hold():
-            if not self.is_free() or self.run.is_finished():
+            if not is_free or self.run.is_finished():
                 return False
             train(self.run)
             return True

@@ -27,6 +27,10 @@ second line says how the window with the highest score differs from normal train
 machine, in level and in a range of frequencies, and names the most similar one. It describes the
 sound, and does not explain the decision.
 
+Several checkpoints, whose names end in .pth, score together as one detector (see eval.py
+--together); the files beside a checkpoint are then beside the first, those of --calibrate beside
+each.
+
 --timeline also prints every window. --json prints the results as JSON. --plots draws a figure for
 each recording in the folder NAME/pictures beside a checkpoint NAME.pth: the scores of its windows,
 and the window with the highest score beside the most similar normal clip, if this is in data_root.
@@ -184,7 +188,7 @@ def run_calibration(config: Config, options: Namespace) -> None:
     given = options.machine_type, options.machine_id
     recordings = find_normal(detector.first, options.calibrate, *given, Path(config.data_root))
     detector = detector.with_bank(config, [config.scoring], device)
-    paths = [calibrate(model, recordings, config, windows, device) for model in detector.members]
+    paths = calibrate(detector, recordings, config, windows, device)
     scorer = detector.scorer(config.scoring, config.neighbours)
     machines = list(dict.fromkeys(recordings[MACHINE_COLUMNS].itertuples(index=False, name=None)))
     thresholds = find_thresholds(detector, scorer, config).loc[machines]

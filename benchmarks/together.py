@@ -14,7 +14,7 @@ Markdown, means over all triples of them, in percent, for each machine type and 
 
 With --altered, the folders `test` contain normal clips alone, which no checkpoint has been trained
 on or held out: training clips that were set aside. The anomalous clips are these, altered in seven
-ways (`alter`).
+ways (`alter`). Recordings are clips of 10 s, of two machine types or more.
 """
 
 import itertools
@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
-from detector import LEAST_SCORE, Detector, DetectorOutputs, Scale, load_detector, score_held_out
+from detector import LEAST_SCORE, Detector, DetectorOutputs, Scale, load_detector, normal_scores
+from errors import UserError
 from evaluation.metrics import MAX_FPR
 from evaluation.tables import markdown_header, markdown_row
 from evaluation.thresholds import decide, find_thresholds
@@ -146,6 +147,10 @@ def main() -> None:
     parser.add_argument("--altered", action="store_true", help=text)
     config, options = parse_command_line(parser)
     device = use_device(config.device)
+    if len(options.checkpoints) < SIZE:
+        raise UserError(
+            f"{len(options.checkpoints)} checkpoints are no triple; name {SIZE} or more"
+        )
     detector = load_detector(options.checkpoints, config).with_bank(config, TOLD_KINDS, device)
     clips = load_clips(config, detector.classes, "test", detector.windows(config, "test"))
     if options.altered:
@@ -153,7 +158,8 @@ def main() -> None:
     outputs = detector.run(clips, config, device)
     for kind in TOLD_KINDS:
         for machine_type in detector.classes.machine_types:
-            rows = accuracy_rows(detector, outputs, clips.recordings, kind, machine_type)
+            scores = score_members(detector, outputs, clips, config, kind)
+            rows = accuracy_rows(*scores, clips.recordings, machine_type)
             print_table(f"{kind}, {machine_type}", pd.DataFrame(rows))
     rows = [row for kind in TOLD_KINDS for row in rate_rows(detector, outputs, clips, config, kind)]
     print_table("false alarms and detections", pd.DataFrame(rows))
@@ -168,20 +174,25 @@ def print_table(title: str, rows: pd.DataFrame) -> None:
         print(markdown_row(cells[0], cells[1:]), flush=True)
 
 
-def accuracy_rows(
-    detector: Detector,
-    outputs: DetectorOutputs,
-    recordings: pd.DataFrame,
-    kind: str,
-    machine_type: str,
-) -> list[dict[str, object]]:
-    """Return the rows of a kind of score and a machine type."""
-    machines = list(recordings[MACHINE_COLUMNS].itertuples(index=False, name=None))
+def score_members(
+    detector: Detector, outputs: DetectorOutputs, clips: ClipSet, config: Config, kind: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return for each member the scores of the clips, and its normal scores."""
     scores, normal = [], []
     for model, of_model in zip(detector.members, outputs.members, strict=True):
-        scorer = model.scorer(kind, 2)
-        scores.append(scorer.score_clips(of_model, machines).numpy())
-        normal.append(score_held_out(model, scorer)["score"].to_numpy(float))
+        scorer = model.scorer(kind, config.neighbours)
+        scores.append(scorer.score_clips(of_model, clips.machines).numpy())
+        normal.append(normal_scores(model, scorer))
+    return scores, normal
+
+
+def accuracy_rows(
+    scores: Sequence[np.ndarray],
+    normal: Sequence[np.ndarray],
+    recordings: pd.DataFrame,
+    machine_type: str,
+) -> list[dict[str, object]]:
+    """Return the rows of a machine type, from the scores of each member."""
     is_type = (recordings["machine_type"] == machine_type).to_numpy()
     of_type = recordings[is_type]
     alone = np.array([accuracies(of_type, x[is_type]) for x in scores])  # (members, 3)
@@ -246,7 +257,7 @@ def measure_rates(
     """Return the share of normal and of anomalous clips that are called anomalous, means over the
     IDs with a threshold, and the share of these.
     """
-    scorer = detector.scorer(kind, 2)
+    scorer = detector.scorer(kind, config.neighbours)
     thresholds = find_thresholds(detector, scorer, config)["threshold"]
     scores = scorer.score_clips(outputs, clips.machines).numpy()
     table = clips.recordings.assign(score=scores).join(thresholds, on=MACHINE_COLUMNS)

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(table, arguments)
     output, labels = options.output, table["evaluation_labels"]
     downloads = output / ".download"
-    zips = choose_zips(table, options, downloads)
+    zips = list(choose_zips(table, options, downloads))
 
     def find_missing() -> tuple[list[Zip], bool]:
         missing = [item for item in zips if not is_complete(item, output)]
@@ -108,6 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     if lacks_labels:
         print(f"and {labels['file']} -> {output}")
     if options.dry_run:
+        return
+    if not missing and not lacks_labels:
+        print(f"{output}: complete")
         return
 
     session = make_session()

@@ -84,6 +84,7 @@ FORMS = ("2020", "2023")
 # A weak motor, a loose housing, a damaged bearing, more friction.
 FAULTS = ("slow", "loose", "worn", "dry")
 MARKER = "synthetic.json"
+LOCK = ".lock"
 
 
 class Clip(NamedTuple):
@@ -279,7 +280,8 @@ def read_marker(output: Path) -> str | None:
 def check_output(output: Path, description: str, overwrite: bool) -> None:
     """Raise `UserError` if a folder contains other files or another set."""
     existing = read_marker(output)
-    if existing is None and output.is_dir() and any(output.iterdir()):
+    others = [path for path in output.iterdir() if path.name != LOCK] if output.is_dir() else []
+    if existing is None and others:
         raise UserError(
             f"{output} contains files that this script did not write; choose another --output"
         )
@@ -305,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     state = ", already complete"
     if not is_complete():
-        with lock(output.absolute().with_name(f".{output.name}.lock"), waits=True):
+        with lock(output / LOCK, waits=True):
             if not is_complete():  # another process may have written it
                 check_output(output, description, options.overwrite)
                 write_set(output, clips, seed, description)

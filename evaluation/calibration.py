@@ -18,10 +18,10 @@ from checkpoint import RunFiles
 from classes import Machine
 from config import Config
 from dataloader import ClipSet, make_clips
-from detector import SCORE_COLUMNS
+from detector import SCORE_COLUMNS, Detector
 from errors import UserError
-from evaluation.scores import KINDS, check_scores, split_by_recording
-from inference import Model, run_model
+from evaluation.scores import KINDS, Outputs, check_scores, split_by_recording
+from inference import Model
 from locks import lock
 from names import (
     ANOMALOUS,
@@ -172,16 +172,29 @@ def identify(model: Model) -> dict[str, Any]:
 
 
 def calibrate(
-    model: Model, recordings: pd.DataFrame, config: Config, windows: Windows, device: torch.device
-) -> Path:
+    detector: Detector,
+    recordings: pd.DataFrame,
+    config: Config,
+    windows: Windows,
+    device: torch.device,
+) -> list[Path]:
     """Score recordings from `find_normal`, each against its machine, and write the scores into the
-    file, in place of earlier ones of the same machines. Returns the file.
+    file of each member, in place of earlier ones of the same machines. Returns the files.
 
     Raises:
         UserError: If a recording cannot be used or a score is not finite; then nothing is written.
     """
     clips = make_clips(recordings, windows, config.num_workers)
-    outputs = run_model(model, clips, config, device)
+    outputs = detector.run(clips, config, device)
+    pairs = list(zip(detector.members, outputs.members, strict=True))
+    scores = [score_kinds(model, x, clips, config) for model, x in pairs]
+    return [write_scores(*pair, clips) for pair in zip(detector.members, scores, strict=True)]
+
+
+def score_kinds(
+    model: Model, outputs: Outputs, clips: ClipSet, config: Config
+) -> dict[str, np.ndarray]:
+    """Return the scores `(clips,)` of each kind that is possible, by `Scorer.name`."""
     scores = {}
     for kind in KINDS:
         if KINDS[kind].uses_bank and model.checkpoint.bank is None:
@@ -190,6 +203,11 @@ def calibrate(
         scores[scorer.name] = scorer.score_clips(outputs, clips.machines).numpy()
         if kind == config.scoring:
             check_scores(scores[scorer.name], clips.machines, kind, str(model.path))
+    return scores
+
+
+def write_scores(model: Model, scores: dict[str, np.ndarray], clips: ClipSet) -> Path:
+    """Write scores into the file of a model, and return it."""
     path = RunFiles(model.path).calibration
     with lock(path.with_name(f".{path.stem}.lock"), waits=True):
         entries = read_entries(model) | make_entries(clips, scores)
@@ -217,7 +235,7 @@ def make_entries(clips: ClipSet, scores: dict[str, np.ndarray]) -> dict[Machine,
                 channel=clips.windows.channel,
                 recordings=[],
             )
-        recording = CalibrationRecording(file=str(row["path"].absolute()), scores=of_recording)
+        recording = CalibrationRecording(file=str(row["path"].resolve()), scores=of_recording)
         entries[machine].recordings.append(recording)
     return entries
 

@@ -180,7 +180,7 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
 
 
 def draw_result_angles(result: Result, path: Path) -> None:
-    title = f"{result.detector.title} ({result.detector.config.mode})"
+    title = f"{result.detector.title} ({result.detector.mode})"
     draw_angles({title: [result]}, path)
 
 

@@ -57,7 +57,7 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         tables[f"Decisions ({result.asked or 'threshold given'})"] = table
     if result.baseline:
         tables["Metrics without a network"] = metric_table(result.baseline)
-    config = result.detector.config.model_dump()
+    configs = [model.config.model_dump() for model in result.detector.members]
     page = load_template().render(
         title=f"{result.detector.title}: {in_words(result.about['mode'])}, {result.kind} score",
         about=result.about,
@@ -67,7 +67,7 @@ def write_report(result: Result, figures: Sequence[Path], path: Path) -> None:
         has_decisions=len(result.decisions) > 0,
         hardest=draw_hardest(result),
         n_hardest=HARDEST,
-        config=yaml.safe_dump(config, sort_keys=False, default_flow_style=None),
+        config=yaml.safe_dump_all(configs, sort_keys=False, default_flow_style=None),
     )
     write_text(path, page)
 

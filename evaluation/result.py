@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint: scores, metrics and decisions for the recordings of a split."""
+"""The evaluation of a detector: scores, metrics and decisions for the recordings of a split."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

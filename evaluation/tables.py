@@ -254,7 +254,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):
-        return " + ".join(map(str, value))
+        return " + ".join(map(in_words, value))
     if value is None:
         return "not known"
     return str(value) or "none"

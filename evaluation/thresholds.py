@@ -33,14 +33,44 @@ def find_thresholds(detector: Detector, scorer: DetectorScorer, config: Config) 
     held_out = scorer.average_tables([score_held_out(*pair) for pair in pairs])
     channel = detector.windows(config, "test").channel
     calibrated = [read_calibration(model, x.name, channel) for model, x in pairs]
-    later = scorer.average_tables(calibrated, least=len(pairs))
+    later = scorer.average_tables(drop_incomplete(calibrated))
     machines, replaced = (pd.MultiIndex.from_frame(x[MACHINE_COLUMNS]) for x in (held_out, later))
     held_out = held_out[~machines.isin(replaced)]
     origin = "held-out" if detector.has_network else "normal"
     parts = [held_out.assign(origin=origin), later.assign(origin="later")]
     normal = pd.concat([part for part in parts if len(part)] or parts[:1])
-    normal = normal[np.isfinite(normal["score"].to_numpy(float))]
     return fit_thresholds(detector.classes.machines, normal, config.threshold, config.false_alarms)
+
+
+def drop_incomplete(calibrated: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Drop the later scores of machines of which the members have not scored the same recordings,
+    and print a notice of these machines.
+    """
+    recordings = [group_recordings(table) for table in calibrated]
+    machines = dict.fromkeys(machine for of_member in recordings for machine in of_member)
+    incomplete = []
+    for machine in machines:
+        if any(x.get(machine) != recordings[0].get(machine) for x in recordings):
+            incomplete.append(machine)
+    if not incomplete:
+        return list(calibrated)
+    names = ", ".join(map(" ".join, incomplete))
+    notice(
+        f"the calibrations of {names} are not used: not all checkpoints have scored the same "
+        "recordings; give all of them to score.py --calibrate"
+    )
+    kept = []
+    for table in calibrated:
+        kept.append(table[~pd.MultiIndex.from_frame(table[MACHINE_COLUMNS]).isin(incomplete)])
+    return kept
+
+
+def group_recordings(table: pd.DataFrame) -> dict[Machine, set[str]]:
+    """Return the recordings of each machine in a table of scores."""
+    recordings: dict[Machine, set[str]] = {}
+    for machine_type, machine_id, name, *_ in table.itertuples(index=False):
+        recordings.setdefault((machine_type, machine_id), set()).add(name)
+    return recordings
 
 
 # ---- The thresholds ----
@@ -53,13 +83,14 @@ def fit_thresholds(
     should lie.
 
     `normal` has `machine_type`, `machine_id`, `recording`, `score` and `origin` ("held-out" or
-    "later") of windows of normal recordings. `method` is a name in METHODS, or the threshold of all
-    machines.
+    "later") of windows of normal recordings; scores that are not finite are left out. `method` is a
+    name in METHODS, or the threshold of all machines.
 
     Returns:
         For each (machine type, machine ID) the `threshold`, missing where there is none; its
         `source`, as in "15 held-out recordings of the ID"; and `n_recordings` of the machine.
     """
+    normal = normal[np.isfinite(normal["score"].to_numpy(float))]
     rows: list[tuple[str, str, float | None, str, int]] = []
     without_fit = []
     for machine_type, machine_id in machines:
@@ -192,7 +223,7 @@ METHODS: dict[str, Callable[[pd.DataFrame, float], float | None]] = {
 
 def explain_thresholds(thresholds: pd.DataFrame, config: Config, path: Path) -> None:
     """Print notices of the machines that share the threshold of their type, and of those without
-    one. `path` is that of the checkpoint.
+    one. `path` is that of the checkpoint, of several that of the first.
     """
     if isinstance(config.threshold, float):
         return

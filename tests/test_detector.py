@@ -27,10 +27,18 @@ import score as score_script
 from checkpoint import Checkpoint
 from classes import Classes
 from config import load_config
-from detector import SCORE_COLUMNS, Detector, DetectorScorer, Scale, load_detector
+from detector import (
+    SCORE_COLUMNS,
+    Detector,
+    DetectorScorer,
+    Scale,
+    find_scales,
+    load_detector,
+)
 from evaluation import onnx_file
 from evaluation.graph import ScoringGraph
 from evaluation.scores import KINDS
+from evaluation.thresholds import drop_incomplete
 from inference import load_model
 
 CPU = torch.device("cpu")
@@ -95,12 +103,16 @@ def test_scores_are_moved_to_the_same_place_among_normal_scores():
     assert other.convert(5 * scores**2, one).tolist() == pytest.approx(scores.tolist())
 
 
-def test_scores_of_zero_and_equal_normal_scores_stay_finite():
-    one, other = Scale.of_scores(np.array([1e-9, 0.0, 2.0])), Scale.of_scores(np.full(3, 0.5))
-    scores = torch.tensor([0.0, 1e-12, 0.5, 30.0], dtype=torch.float64)
-    for scale in (one, other):
-        target = Scale(*np.mean([one, other], axis=0))
-        assert scale.convert(scores, target).isfinite().all()
+def test_spreads_count_only_if_there_are_enough_similar_ones():
+    normal = np.random.default_rng(0).lognormal(size=20)
+    spread = Scale.of_scores(normal).spread
+    spreads = [scale.spread for scale in find_scales([normal, normal**2])]
+    assert spreads == pytest.approx([spread, 2 * spread])
+    for other in (normal[:9], np.full(20, 0.5), normal**10, np.zeros(20)):
+        scales = find_scales([normal, other])
+        assert [scale.spread for scale in scales] == [1.0, 1.0]
+        scores = torch.tensor([0.0, 1e-12, 0.5, 30.0])
+        assert scales[1].convert(scores, scales[0]).isfinite().all()
 
 
 def test_a_detector_of_one_model_has_its_scores(members):
@@ -124,10 +136,24 @@ def test_normal_scores_are_averaged_over_the_members_that_have_them(members):
     averages = scorer.average_tables(tables)
     assert averages["recording"].tolist() == ["a", "b", "b", "c"]
     assert averages["score"].tolist() == pytest.approx([1.0, 3.0, 6.0, 5.0])
-    of_all = scorer.average_tables(tables, least=2)
-    assert of_all["recording"].tolist() == ["b", "b"]
     empty = table_of({})
     assert len(scorer.average_tables([empty, empty])) == 0
+    tables[1].loc[0, "score"] = np.nan
+    scores = scorer.average_tables(tables)["score"].tolist()
+    assert np.isnan(scores[1]), "a score that is missing in one member is not that of the others"
+    assert scores[2] == pytest.approx(6.0)
+
+
+def test_calibrations_with_different_recordings_are_not_used(capsys):
+    one = table_of({"a": [1.0], "b": [2.0]})
+    other = one.assign(machine_id="02")
+    same = [pd.concat([one, other])] * 2
+    assert [len(table) for table in drop_incomplete(same)] == [4, 4]
+    assert capsys.readouterr().err == ""
+    different = [same[0], pd.concat([one[:1], other])]
+    kept = drop_incomplete(different)
+    assert [table["machine_id"].unique().tolist() for table in kept] == [["02"], ["02"]]
+    assert "the calibrations of fan 00 are not used" in capsys.readouterr().err
 
 
 # ---- The scripts ----
@@ -281,6 +307,9 @@ def test_what_is_refused(copied, trained, data_root, tmp_path, fails):
     )
     words = (a, copied / "bare.pth", clip, *FAN, "--machines", json.dumps(MACHINES))
     fails(score_script.main, *words, match=message)
+    fails(
+        eval_script.main, a, b, "--together", "--output", copied / "a", match="choose another one"
+    )
     change_checkpoint(b, keys={"window": "all"})
     message = r"a.pth and .*b.pth were trained on other windows or another channel"
     fails(eval_script.main, a, b, "--together", "--data_root", data_root, match=message)

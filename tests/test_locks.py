@@ -137,3 +137,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"), lock(tmp_path / "file" / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_lock_without_a_holder_is_an_error(waits, tmp_path, monkeypatch):
+    """As a crash leaves it, after which nobody can tell whether the lock is in use."""
+    monkeypatch.setattr(locks, "SHORT_WAIT", 0.1)
+    (tmp_path / ".lock").touch()
+    message = ".lock: a lock without a holder, as a crash leaves it; .* remove it"
+    with pytest.raises(UserError, match=message), lock(tmp_path / ".lock", waits):
+        pass

@@ -23,6 +23,7 @@ exit ${status:-0}
 """
 # Starts a command for each node at once.
 SRUN = """#!/bin/bash
+while [[ $1 = --* ]]; do shift; done
 for node in $(seq $SLURM_JOB_NUM_NODES); do "$@" > $LOGS/$node.log 2>&1 & jobs="$jobs $!"; done
 for job in $jobs; do wait $job || status=1; done
 exit ${status:-0}
