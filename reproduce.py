@@ -16,8 +16,8 @@ them.
 Runs datasets/download.py (if data_root is the project's folder datasets, unless that holds
 recordings from elsewhere), train.py for one seed after the other, and eval.py. Before each run it
 prints how many epochs are left and, once an epoch has been timed, how long they will take.
-OUTPUT/comparison.md is the report: mean and standard deviation over the seeds of each
-configuration, named by the keys that differ, for Noisy-ArcMix beside the published table;
+OUTPUT/comparison.md is the report of several runs: mean and standard deviation over the seeds of
+each configuration, named by the keys that differ, for Noisy-ArcMix beside the published table;
 differences between the configurations with intervals, the results of every run, and angles.png with
 a panel for each configuration.
 
@@ -134,8 +134,9 @@ def main() -> None:
             print(f"{report.path}: another process has written it")
             return
         weights = [str(run.files.best) for run in runs]
-        output = ("--plots", "--output", str(options.output))
-        call("eval.py", *weights, *output, *files, *given_options(config, EVALUATION_KEYS))
+        output = ("--output", str(options.output)) if len(runs) > 1 else ()
+        words = (*output, *files, *given_options(config, EVALUATION_KEYS))
+        call("eval.py", *weights, "--plots", *words)
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:

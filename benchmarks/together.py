@@ -161,8 +161,11 @@ def main() -> None:
             scores = score_members(detector, outputs, clips, config, kind)
             rows = accuracy_rows(*scores, clips.recordings, machine_type)
             print_table(f"{kind}, {machine_type}", pd.DataFrame(rows))
-    rows = [row for kind in TOLD_KINDS for row in rate_rows(detector, outputs, clips, config, kind)]
-    print_table("false alarms and detections", pd.DataFrame(rows))
+    for machine_type in detector.classes.machine_types:
+        rows = []
+        for kind in TOLD_KINDS:
+            rows += rate_rows(detector, outputs, clips, config, kind, machine_type)
+        print_table(f"false alarms and detections, {machine_type}", pd.DataFrame(rows))
 
 
 def print_table(title: str, rows: pd.DataFrame) -> None:
@@ -231,10 +234,15 @@ def accuracies(recordings: pd.DataFrame, scores: np.ndarray) -> tuple[float, flo
 
 
 def rate_rows(
-    detector: Detector, outputs: DetectorOutputs, clips: ClipSet, config: Config, kind: str
+    detector: Detector,
+    outputs: DetectorOutputs,
+    clips: ClipSet,
+    config: Config,
+    kind: str,
+    machine_type: str,
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of false alarms and detections of a kind of score, for each rate asked for:
-    means over the IDs with a threshold of all types, of each member and of each triple.
+    means over the IDs of a machine type that have a threshold, of each member and of each triple.
     """
     numbers = range(len(detector.members))
     for rate in RATES:
@@ -245,17 +253,18 @@ def rate_rows(
             for chosen in itertools.combinations(numbers, size):
                 part = Detector(tuple(detector.members[number] for number in chosen))
                 of_part = DetectorOutputs(tuple(outputs.members[number] for number in chosen))
-                rates.append(measure_rates(part, of_part, clips, asked, kind))
-            for condition, value in pd.DataFrame(rates).mean().items():
-                row[f"{name}: {condition}"] = 100 * value
+                shares = measure_rates(part, of_part, clips, asked, kind)
+                rates.append(shares.loc[machine_type])
+            for title, value in pd.DataFrame(rates).mean().items():
+                row[f"{name}: {title}"] = 100 * value
         yield row
 
 
 def measure_rates(
     detector: Detector, outputs: DetectorOutputs, clips: ClipSet, config: Config, kind: str
-) -> dict[str, float]:
-    """Return the share of normal and of anomalous clips that are called anomalous, means over the
-    IDs with a threshold, and the share of these.
+) -> pd.DataFrame:
+    """Return for each machine type the share of normal and of anomalous clips that are called
+    anomalous, means over the IDs with a threshold, and the share of these IDs.
     """
     scorer = detector.scorer(kind, config.neighbours)
     thresholds = find_thresholds(detector, scorer, config)["threshold"]
@@ -263,10 +272,10 @@ def measure_rates(
     table = clips.recordings.assign(score=scores).join(thresholds, on=MACHINE_COLUMNS)
     table["decision"] = decide(table["score"], table["threshold"]).astype("Float64")
     rates = table.groupby([*MACHINE_COLUMNS, "condition"])["decision"].mean()
-    by_condition = rates.groupby("condition").mean()
-    names = {NORMAL: "false alarms", ANOMALOUS: "detections"}
-    shares = {text: float(by_condition[name]) for name, text in names.items()}
-    return shares | {"IDs with threshold": float(thresholds.notna().mean())}
+    shares = rates.groupby(["machine_type", "condition"]).mean().unstack().astype(float)
+    shares = shares.rename(columns={NORMAL: "false alarms", ANOMALOUS: "detections"})
+    has_threshold = thresholds.notna().groupby("machine_type").mean()
+    return shares.assign(**{"IDs with threshold": has_threshold})
 
 
 if __name__ == "__main__":

@@ -108,6 +108,16 @@ def test_which_scripts_are_called(machines, call, tmp_path, data_root, monkeypat
     assert words <= set(calls[-1])
 
 
+def test_a_single_run_is_evaluated_without_a_comparison(call, tmp_path, data_root, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reproduce, "call", lambda *words: calls.append(words))
+    recipe = ("--recipes", RECIPES / "arcface.yaml", "--seeds", 1, "--output", tmp_path)
+    keys = ("--data_root", data_root, "--machines", MACHINES)
+    assert call(reproduce.main, *recipe, *keys)[0] == 0
+    assert calls[-1][:2] == ("eval.py", str(tmp_path / "arcface_1.pth"))
+    assert "--output" not in calls[-1]
+
+
 def test_the_rest_is_estimated_from_the_epochs_that_were_timed(trained_copy):
     (trained_copy / "run" / "history.csv").write_text("epoch,seconds\n1,60.0\n")
     done, other = (
