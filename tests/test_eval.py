@@ -712,8 +712,17 @@ def test_three_evaluations_at_once(trained_copy, data_root):
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("condition", ["normal", "anomaly", "both"])
-@pytest.mark.parametrize("scoring", ["published", pytest.param("angle", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("scoring", "condition"),
+    [
+        ("published", "anomaly"),
+        pytest.param("published", "normal", marks=pytest.mark.slow),
+        pytest.param("published", "both", marks=pytest.mark.slow),
+        pytest.param("angle", "anomaly", marks=pytest.mark.slow),
+        pytest.param("angle", "normal", marks=pytest.mark.slow),
+        pytest.param("angle", "both", marks=pytest.mark.slow),
+    ],
+)
 def test_one_recording(trained_copy, tmp_path, call, condition, scoring):
     """One machine type, one machine and one window, of one condition or of each."""
     for name in ("normal", "anomaly") if condition == "both" else (condition,):

@@ -110,6 +110,7 @@ def test_a_lock_is_waited_for(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(text)
 
 
+@pytest.mark.slow
 def test_a_process_that_has_lost_its_lock_ends(tmp_path):
     """As one that was suspended, after which another process has taken the lock."""
     code = (
