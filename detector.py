@@ -104,18 +104,17 @@ class DetectorScorer:
         pairs = zip(self.members, outputs.members, strict=True)
         return self.average([scorer.score_against_machines(x, machines) for scorer, x in pairs])
 
-    @property
-    def target(self) -> Scale:
-        """The scale of an average member."""
-        return Scale(*np.mean(self.scales, axis=0).tolist())
+    def convert(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """Return the scores of each member on the scale of an average member."""
+        target = Scale(*np.mean(self.scales, axis=0).tolist())
+        pairs = zip(self.scales, scores, strict=True)
+        return [scale.convert(values, target) for scale, values in pairs]
 
     def average(self, scores: Sequence[Tensor]) -> Tensor:
         """Return the mean of the scores of each member, all of the same shape, on one scale."""
         if not self.scales:
             return scores[0]
-        pairs = zip(self.scales, scores, strict=True)
-        converted = [scale.convert(values, self.target) for scale, values in pairs]
-        return torch.stack(converted).mean(dim=0).to(self.members[0].dtype)
+        return torch.stack(self.convert(scores)).mean(dim=0).to(self.members[0].dtype)
 
     def average_tables(self, tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         """Average the normal scores of each window over the members that have scored its recording.
@@ -124,11 +123,11 @@ class DetectorScorer:
         if not self.scales:
             return tables[0]
         columns = [*MACHINE_COLUMNS, "recording"]
+        scores = self.convert([torch.tensor(x["score"].to_numpy(float)) for x in tables])
         parts = []
-        for scale, table in zip(self.scales, tables, strict=True):
-            scores = scale.convert(torch.tensor(table["score"].to_numpy(float)), self.target)
+        for table, values in zip(tables, scores, strict=True):
             window = table.groupby(columns).cumcount()
-            parts.append(table.assign(score=scores.numpy(), window=window))
+            parts.append(table.assign(score=values.numpy(), window=window))
         windows = pd.concat(parts).groupby([*columns, "window"], sort=False)["score"]
         return windows.mean(skipna=False).reset_index()[SCORE_COLUMNS]
 

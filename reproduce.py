@@ -135,8 +135,8 @@ def main() -> None:
             return
         weights = [str(run.files.best) for run in runs]
         output = ("--output", str(options.output)) if len(runs) > 1 else ()
-        words = (*output, *files, *given_options(config, EVALUATION_KEYS))
-        call("eval.py", *weights, "--plots", *words)
+        chosen = given_options(config, EVALUATION_KEYS)
+        call("eval.py", *weights, "--plots", *output, *files, *chosen)
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:

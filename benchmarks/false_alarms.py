@@ -109,11 +109,12 @@ def main() -> None:
         print_table("hours", summarise_hours(pd.DataFrame(rows)))
 
 
-def print_table(title: str, rows: pd.DataFrame) -> None:
+def print_table(title: str, rows: pd.DataFrame, digits: int = 1) -> None:
+    """Print a table, whose first column is text, with so many digits behind the point."""
     print(f"\n## {title}\n")
     print("\n".join(markdown_header(rows.columns[0], list(rows.columns[1:]))))
     for row in rows.to_dict("split")["data"]:
-        cells = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells = [f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row]
         print(markdown_row(cells[0], cells[1:]), flush=True)
 
 

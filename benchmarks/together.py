@@ -30,12 +30,12 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE
+from benchmarks.false_alarms import print_table
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from detector import LEAST_SCORE, Detector, DetectorOutputs, Scale, load_detector, normal_scores
 from errors import UserError
 from evaluation.metrics import MAX_FPR
-from evaluation.tables import markdown_header, markdown_row
 from evaluation.thresholds import decide, find_thresholds
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS
@@ -160,21 +160,12 @@ def main() -> None:
         for machine_type in detector.classes.machine_types:
             scores = score_members(detector, outputs, clips, config, kind)
             rows = accuracy_rows(*scores, clips.recordings, machine_type)
-            print_table(f"{kind}, {machine_type}", pd.DataFrame(rows))
+            print_table(f"{kind}, {machine_type}", pd.DataFrame(rows), digits=2)
     for machine_type in detector.classes.machine_types:
         rows = []
         for kind in TOLD_KINDS:
             rows += rate_rows(detector, outputs, clips, config, kind, machine_type)
-        print_table(f"false alarms and detections, {machine_type}", pd.DataFrame(rows))
-
-
-def print_table(title: str, rows: pd.DataFrame) -> None:
-    """Print a table of percentages; the first column is text."""
-    print(f"\n## {title}\n")
-    print("\n".join(markdown_header(rows.columns[0], list(rows.columns[1:]))))
-    for row in rows.to_dict("split")["data"]:
-        cells = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
-        print(markdown_row(cells[0], cells[1:]), flush=True)
+        print_table(f"false alarms and detections, {machine_type}", pd.DataFrame(rows), digits=2)
 
 
 def score_members(

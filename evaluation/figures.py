@@ -164,13 +164,12 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
         draws["roc"] = draw_roc
         if not KINDS[result.kind].uses_bank:  # a score without centres says nothing about angles
             draws["angles"] = draw_result_angles
-    members = result.detector.members
-    if len(members) == 1:
+    is_ensemble = result.detector.is_ensemble
+    if not is_ensemble:
         draws["tastgram"] = draw_tastgram
     if len(result.recordings) > 3:  # t-SNE needs a few
         draws["embedding"] = draw_embedding
-    history = read_history(members[0].checkpoint)
-    if len(members) == 1 and len(history):
+    if not is_ensemble and len(history := read_history(result.detector.first.checkpoint)):
         draws["history"] = lambda _, path: draw_history(history, path)
     files = []
     for name, draw in draws.items():
