@@ -109,27 +109,31 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"and {labels['file']} -> {output}")
     if options.dry_run:
         return
-    if not missing and not lacks_labels:
-        print(f"{output}: complete")
-        return
-
-    session = make_session()
-    try:
-        with lock(downloads / ".lock", waits=True):
-            missing, lacks_labels = find_missing()  # another process may have downloaded them
-            for item in missing:
-                shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
-            check_space(missing, output)
-            if lacks_labels:
-                fetch_labels(session, labels, options.url, output, downloads)
-            for item in missing:
-                fetch_zip(session, item, output)
-    except requests.RequestException as error:
-        raise UserError(f"{error}; check --url, or run this again later to continue") from None
-    except OSError as error:  # such as a full disk, or a folder without write permission
-        reason = error.strerror or error
-        raise UserError(f"{output}: {reason}; fix this, and run this again to continue") from None
+    if missing or lacks_labels:
+        try:
+            with lock(downloads / ".lock", waits=True):
+                # Another process may have downloaded them.
+                fetch_all(*find_missing(), labels, options.url, output)
+        except requests.RequestException as error:
+            raise UserError(f"{error}; check --url, or run this again later to continue") from None
+        except OSError as error:  # such as a full disk, or a folder without write permission
+            reason = error.strerror or error
+            raise UserError(
+                f"{output}: {reason}; fix this, and run this again to continue"
+            ) from None
     print(f"{output}: complete")
+
+
+def fetch_all(missing: list[Zip], lacks_labels: bool, labels: dict, url: str, output: Path) -> None:
+    """Download zips and, where they are missing, the labels."""
+    session = make_session()
+    for item in missing:
+        shutil.rmtree(item.unpacking, ignore_errors=True)  # left by a run that was killed
+    check_space(missing, output)
+    if lacks_labels:
+        fetch_labels(session, labels, url, output, output / ".download")
+    for item in missing:
+        fetch_zip(session, item, output)
 
 
 def parse_options(table: dict, arguments: list[str] | None) -> argparse.Namespace:
