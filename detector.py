@@ -2,8 +2,9 @@
 
 The score of a single model is that of the detector. The scores of several, its members, are put on
 one scale and averaged: each score of a member is replaced by the one that lies at the same place
-among the normal scores of an average member. The normal scores are those of the recordings that a
-member held out of its training, so no test recording is needed.
+among the normal scores of an average member, and the mean is that of log(1 + score). The normal
+scores are those of the recordings that a member held out of its training, so no test recording is
+needed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -105,16 +106,23 @@ class DetectorScorer:
         return self.average([scorer.score_against_machines(x, machines) for scorer, x in pairs])
 
     def convert(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Return the scores of each member on the scale of an average member."""
+        """Return the scores of each member on the scale of an average member, as log(1 + score): of
+        published scores, nearly 0 or up to 40, no single one decides over the mean.
+        """
         target = Scale(*np.mean(self.scales, axis=0).tolist())
         pairs = zip(self.scales, scores, strict=True)
-        return [scale.convert(values, target) for scale, values in pairs]
+        return [torch.log1p(scale.convert(values, target)) for scale, values in pairs]
+
+    def restore(self, means: Tensor) -> Tensor:
+        """Return the scores of means of what `convert` returns."""
+        return torch.expm1(means)
 
     def average(self, scores: Sequence[Tensor]) -> Tensor:
         """Return the mean of the scores of each member, all of the same shape, on one scale."""
         if not self.scales:
             return scores[0]
-        return torch.stack(self.convert(scores)).mean(dim=0).to(self.members[0].dtype)
+        mean = torch.stack(self.convert(scores)).mean(dim=0)
+        return self.restore(mean).to(self.members[0].dtype)
 
     def average_tables(self, tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
         """Average the normal scores of each window over the members that have scored its recording.
@@ -129,7 +137,9 @@ class DetectorScorer:
             window = table.groupby(columns).cumcount()
             parts.append(table.assign(score=values.numpy(), window=window))
         windows = pd.concat(parts).groupby([*columns, "window"], sort=False)["score"]
-        return windows.mean(skipna=False).reset_index()[SCORE_COLUMNS]
+        table = windows.mean(skipna=False).reset_index()[SCORE_COLUMNS]
+        means = torch.tensor(table["score"].to_numpy(float))
+        return table.assign(score=self.restore(means).numpy())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ The checkpoints are trainings of one configuration, which differ in their seeds.
 Markdown, means over all triples of them, in percent, for each machine type and kind of score:
 
 - mean AUC, mean pAUC and lowest AUC of the machine IDs: of the members (their mean, and the best of
-  each triple), and of the triple with its scores put on one scale in several ways (SCALES)
-- false alarms and detections among the clips, with conformal thresholds from held-out recordings
+  each triple), and of the triple with its scores put on one scale and averaged in several ways
+  (WAYS)
+- false alarms and detections among the clips, with conformal thresholds from held-out recordings:
+  of the members, of the triple as a detector, and of the triple with the mean of the scores
+  themselves
 
 With --altered, the folders `test` contain normal clips alone, which no checkpoint has been trained
 on or held out: training clips that were set aside. The anomalous clips are these, altered in seven
@@ -33,7 +36,15 @@ from audio import N_SAMPLES, SAMPLE_RATE
 from benchmarks.false_alarms import print_table
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
-from detector import LEAST_SCORE, Detector, DetectorOutputs, Scale, load_detector, normal_scores
+from detector import (
+    LEAST_SCORE,
+    Detector,
+    DetectorOutputs,
+    DetectorScorer,
+    Scale,
+    load_detector,
+    normal_scores,
+)
 from errors import UserError
 from evaluation.metrics import MAX_FPR
 from evaluation.thresholds import decide, find_thresholds
@@ -96,6 +107,28 @@ SCALES: dict[str, Callable[[Sequence[np.ndarray]], Functions]] = {
     "location and spread": partial(by_scale, has_spread=True),
     "quantiles": by_quantiles,
 }
+
+# ---- Means: from the scores of each member, on one scale, to that of the detector ----
+
+MEANS: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {
+    "mean of log(1 + score)": lambda scores: np.expm1(np.mean(np.log1p(scores), axis=0)),
+    "mean of scores": lambda scores: np.mean(scores, axis=0),
+    "mean of logarithms": lambda scores: np.exp(np.mean([logs_of(x) for x in scores], axis=0)),
+    "median": lambda scores: np.median(scores, axis=0),
+}
+WAYS = [(scale, "mean of log(1 + score)") for scale in SCALES]
+WAYS += [("location and spread", mean) for mean in MEANS if mean != "mean of log(1 + score)"]
+
+
+class PlainScorer(DetectorScorer):
+    """A scorer of a detector that averages the scores themselves."""
+
+    def convert(self, scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.expm1(values) for values in super().convert(scores)]
+
+    def restore(self, means: torch.Tensor) -> torch.Tensor:
+        return means
+
 
 # ---- Altered clips ----
 
@@ -194,15 +227,15 @@ def accuracy_rows(
     means = np.array([alone[triple].mean(axis=0) for triple in triples])
     best = np.array([alone[triple].max(axis=0) for triple in triples])
     rows = [row_of("members", means.mean(axis=0)), row_of("best member", best.mean(axis=0))]
-    for name, find in SCALES.items():
+    for scale, mean in WAYS:
         together = []
         for triple in triples:
-            functions = find([normal[number] for number in triple])
+            functions = SCALES[scale]([normal[number] for number in triple])
             pairs = zip(functions, triple, strict=True)
-            mean = np.mean([function(scores[number]) for function, number in pairs], axis=0)
-            together.append(accuracies(of_type, mean[is_type]))
+            combined = MEANS[mean]([function(scores[number]) for function, number in pairs])
+            together.append(accuracies(of_type, combined[is_type]))
         values = np.array(together)
-        row = row_of(name, values.mean(axis=0))
+        row = row_of(f"{scale}, {mean}", values.mean(axis=0))
         row["above members"] = f"{(values[:, 0] > means[:, 0]).sum()} of {len(triples)}"
         row["above best"] = f"{(values[:, 0] >= best[:, 0]).sum()} of {len(triples)}"
         rows.append(row)
@@ -236,15 +269,19 @@ def rate_rows(
     means over the IDs of a machine type that have a threshold, of each member and of each triple.
     """
     numbers = range(len(detector.members))
+    ways = {"members": (1, DetectorScorer), "together": (SIZE, DetectorScorer)}
+    ways["mean of scores"] = (SIZE, PlainScorer)
     for rate in RATES:
         asked = config.model_copy(update={"false_alarms": rate})
         row: dict[str, object] = {"score": f"{kind}, asked: {100 * rate:g} %"}
-        for name, size in (("members", 1), ("together", SIZE)):
+        for name, (size, scorer_class) in ways.items():
             rates = []
             for chosen in itertools.combinations(numbers, size):
                 part = Detector(tuple(detector.members[number] for number in chosen))
                 of_part = DetectorOutputs(tuple(outputs.members[number] for number in chosen))
-                shares = measure_rates(part, of_part, clips, asked, kind)
+                scorer = part.scorer(kind, config.neighbours)
+                scorer = scorer_class(scorer.members, scorer.scales)
+                shares = measure_rates(part, of_part, clips, asked, scorer)
                 rates.append(shares.loc[machine_type])
             for title, value in pd.DataFrame(rates).mean().items():
                 row[f"{name}: {title}"] = 100 * value
@@ -252,12 +289,15 @@ def rate_rows(
 
 
 def measure_rates(
-    detector: Detector, outputs: DetectorOutputs, clips: ClipSet, config: Config, kind: str
+    detector: Detector,
+    outputs: DetectorOutputs,
+    clips: ClipSet,
+    config: Config,
+    scorer: DetectorScorer,
 ) -> pd.DataFrame:
     """Return for each machine type the share of normal and of anomalous clips that are called
     anomalous, means over the IDs with a threshold, and the share of these IDs.
     """
-    scorer = detector.scorer(kind, config.neighbours)
     thresholds = find_thresholds(detector, scorer, config)["threshold"]
     scores = scorer.score_clips(outputs, clips.machines).numpy()
     table = clips.recordings.assign(score=scores).join(thresholds, on=MACHINE_COLUMNS)

@@ -136,13 +136,14 @@ def test_normal_scores_are_averaged_over_the_members_that_have_them(members):
     tables = [table_of({"a": [1.0], "b": [2.0, 3.0]}), table_of({"b": [4.0, 9.0], "c": [5.0]})]
     averages = scorer.average_tables(tables)
     assert averages["recording"].tolist() == ["a", "b", "b", "c"]
-    assert averages["score"].tolist() == pytest.approx([1.0, 3.0, 6.0, 5.0])
+    expected = [1.0, 15**0.5 - 1, 40**0.5 - 1, 5.0]  # 1 + score: sqrt(3 x 5) and sqrt(4 x 10)
+    assert averages["score"].tolist() == pytest.approx(expected)
     empty = table_of({})
     assert len(scorer.average_tables([empty, empty])) == 0
     tables[1].loc[0, "score"] = np.nan
     scores = scorer.average_tables(tables)["score"].tolist()
     assert np.isnan(scores[1]), "a score that is missing in one member is not that of the others"
-    assert scores[2] == pytest.approx(6.0)
+    assert scores[2] == pytest.approx(expected[2])
 
 
 def test_calibrations_with_different_recordings_are_not_used(capsys):
