@@ -42,7 +42,7 @@ from evaluation.thresholds import drop_incomplete
 from inference import load_model
 
 CPU = torch.device("cpu")
-OTHERS = ("angle", "spectrum")
+OTHERS = ("angle", "nearest", "spectrum")
 FAN = ("--machine_type", "fan", "--machine_id", "0")
 
 
@@ -242,7 +242,7 @@ def test_export_py_writes_one_file(copied, call):
 
 @pytest.mark.parametrize(
     "kind",
-    ["published", "nearest", *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)],
+    ["published", *(pytest.param(x, marks=pytest.mark.slow) for x in OTHERS)],
 )
 def test_the_graph_for_onnx_has_its_scores(kind, pair, data_root):
     config = load_config(data_root=str(data_root), scoring=kind)

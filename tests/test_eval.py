@@ -459,7 +459,7 @@ def test_a_clip_has_the_lowest_score_over_the_attributes_of_its_section(sections
     assert held_out.tolist() == pytest.approx(lowest.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("scoring", ["published", "nearest"])
+@pytest.mark.parametrize("scoring", ["published", pytest.param("nearest", marks=pytest.mark.slow)])
 def test_a_single_recording_scores_as_in_the_evaluation_of_its_section(sections, call, scoring):
     root = sections / "data"
     options = ("--scoring", scoring, "--score_dtype", "float64")

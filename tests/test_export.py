@@ -140,12 +140,10 @@ def without_tracing(exported, monkeypatch):
         ({}, PUBLISHED),
         ({"mode": "cross_entropy", "input": "sgram"}, PUBLISHED),
         ({"scoring": "angle", "sub_centers": 3}, PUBLISHED),
-        ({"scoring": "angle", "mode": "cross_entropy"}, PUBLISHED),
         ({"scoring": "published"}, BY_ATTRIBUTES),
         ({"scoring": "nearest"}, BY_ATTRIBUTES),
         ({"scoring": "nearest", "neighbours": 1}, TWO_FANS),
         ({"mode": "os_scl", "input": list(CHANNELS)}, PUBLISHED),
-        ({"mode": "os_scl", "input": "specnet", "scoring": "angle"}, PUBLISHED),
     ],
     ids=name_parameter,
 )

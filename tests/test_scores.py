@@ -318,7 +318,14 @@ def test_the_bank_is_that_of_a_fresh_computation(trained, data_root):
         assert torch.allclose(kept.spectrum.float(), outputs.spectrum, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["angle", "nearest", "spectrum"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nearest",
+        pytest.param("angle", marks=pytest.mark.slow),
+        pytest.param("spectrum", marks=pytest.mark.slow),
+    ],
+)
 def test_thresholds_and_decisions_are_of_the_same_kind_of_score(
     kind, lively_model, data_root, test_clips
 ):

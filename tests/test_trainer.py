@@ -186,7 +186,7 @@ def test_where_nothing_can_be_compiled_the_step_is_the_same(monkeypatch, capfd):
     ("mode", "channels"),
     [
         pytest.param("arcface", PUBLISHED_CHANNELS, marks=SLOW),
-        ("noisy_arcmix", PUBLISHED_CHANNELS),
+        pytest.param("noisy_arcmix", PUBLISHED_CHANNELS, marks=SLOW),
         pytest.param("os_scl", tuple(CHANNELS), marks=SLOW),
     ],
 )

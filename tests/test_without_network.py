@@ -109,7 +109,7 @@ def test_each_normal_recording_is_scored_against_the_others(folder, tmp_path):
         assert torch.allclose(held_out.scores[rows], scores, rtol=2e-3)
 
 
-@pytest.mark.parametrize("n_windows", [1, 3])
+@pytest.mark.parametrize("n_windows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_thresholds_hold_the_rate_of_false_alarms(n_windows):
     """Over 100 folders of 19 recordings with normally distributed spectra, which vary from one
     recording to another more than from window to window.
