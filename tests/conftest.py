@@ -244,11 +244,18 @@ def trained_copy(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "trained"))
 
 
+@pytest.fixture(scope="session")
+def lively_run(trained, tmp_path_factory) -> Path:
+    """The tiny run with weights that tell clips apart, and held-out scores of every machine."""
+    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("lively") / "trained"))
+    make_lively(folder)
+    return folder
+
+
 @pytest.fixture
-def lively(trained_copy) -> Path:
-    """A copy of the tiny run in which clips differ, with held-out scores of every machine."""
-    make_lively(trained_copy)
-    return trained_copy
+def lively(lively_run, tmp_path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(lively_run, tmp_path / "trained"))
 
 
 @pytest.fixture(scope="session")

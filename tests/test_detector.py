@@ -15,7 +15,6 @@ from conftest import (
     MACHINES,
     change_checkpoint,
     clips_of,
-    make_lively,
     tone,
     write_clip,
 )
@@ -47,12 +46,10 @@ FAN = ("--machine_type", "fan", "--machine_id", "0")
 
 
 @pytest.fixture(scope="module")
-def members(trained, tmp_path_factory) -> Path:
+def members(lively_run, tmp_path_factory) -> Path:
     """A folder with two checkpoints, a.pth and b.pth, of other seeds, weights and scales."""
     folder = tmp_path_factory.mktemp("members")
-    shutil.copytree(trained, folder / "run")
-    make_lively(folder / "run")
-    run = folder / "run" / "run.pth"
+    run = lively_run / "run.pth"
     change_checkpoint(run, folder / "a.pth")
     held_out = Checkpoint.load(run).held_out
     files = [file.replace("held_out", "others") for file in held_out.files]

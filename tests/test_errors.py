@@ -31,12 +31,13 @@ def test_a_script_says_what_to_do(fails, tmp_path):
     fails(tmp_path.read_text, match="Is a directory; name a file instead of a folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "status", "message"),
     [
         ("> /dev/full", "2", "error: standard output: No space left on device; free some space"),
-        pytest.param("| head -n 1 > /dev/null", "141", "", marks=pytest.mark.slow),
-        pytest.param(">&-", "0", "", marks=pytest.mark.slow),
+        ("| head -n 1 > /dev/null", "141", ""),
+        (">&-", "0", ""),
     ],
     ids=["full disk", "pipe that ends", "closed"],
 )

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import reference
 import torch
-from conftest import clips_in_memory, make_bank, make_lively, tone, write_clip
+from conftest import clips_in_memory, make_bank, tone, write_clip
 from mutations import broken, without_length
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -101,14 +101,13 @@ def name_parameter(value: dict | Classes) -> str:
 
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory) -> Path:
+def exported(lively_run, tmp_path_factory) -> Path:
     """A folder with a checkpoint that tells clips apart, `run.pth`, and its export, `run.onnx`.
 
     The file `output` holds what export.py printed.
     """
     folder = tmp_path_factory.mktemp("exported")
-    (folder / "run.pth").write_bytes((trained / "run.pth").read_bytes())
-    make_lively(folder)
+    shutil.copy(lively_run / "run.pth", folder)
     config = load_config(device="cpu")
     traced = onnx_file.export(ScoringGraph(load_detector([folder / "run.pth"], config), config))
     onnx.save(traced, folder / "traced.onnx")

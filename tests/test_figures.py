@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import clips_of, make_lively
+from conftest import clips_of
 from evaluated import change_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -48,12 +47,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def result(trained, data_root, tmp_path_factory) -> Result:
+def result(lively_run, data_root) -> Result:
     """An evaluation of the tiny run with lively weights and held-out scores."""
-    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("result") / "trained"))
-    make_lively(folder)
     config = load_config(score_dtype="float64", threshold="quantile", false_alarms=0.2)
-    detector = load_detector([folder / "run.pth"], config)
+    detector = load_detector([lively_run / "run.pth"], config)
     clips = clips_of(data_root, "test")
     outputs = detector.run(clips, config, CPU)
     (result,) = evaluate(detector, clips, outputs, config, "test", ["published"])

@@ -2,14 +2,13 @@
 
 import ast
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, change_checkpoint, clips_of, make_bank, make_lively
+from conftest import CLASSES, change_checkpoint, clips_of, make_bank
 
 from checkpoint import Checkpoint, HeldOut
 from classes import Classes, MachineClass
@@ -41,11 +40,8 @@ def test_clips(data_root) -> ClipSet:
 
 
 @pytest.fixture(scope="module")
-def lively_model(trained, tmp_path_factory) -> Model:
-    """The tiny run with weights that tell clips apart, and with held-out scores."""
-    folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("lively") / "trained"))
-    make_lively(folder)
-    return load_model(folder / "run.pth", load_config())
+def lively_model(lively_run) -> Model:
+    return load_model(lively_run / "run.pth", load_config())
 
 
 # ---- The kinds of score ----
