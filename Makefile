@@ -37,8 +37,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(MAKE) --jobs=2 lint pytest
 
+# Without TorchScript, of which PyTorch's modules for oneDNN are made: compiling them in each test
+# takes a tenth of the time. make test-slow has it.
 pytest: .venv/installed
-	$(PYTEST)
+	PYTORCH_JIT=0 $(PYTEST)
 
 test-slow: lint
 	$(PYTEST) -m "slow or not slow"

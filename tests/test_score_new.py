@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import tone, write_clip
 from test_without_network import hum
 
@@ -14,6 +15,7 @@ from examples import score_new
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_each_recording_is_logged_once(tmp_path):
     for number in range(12):
         write_clip(tmp_path / "normal" / f"{number}.wav", hum(number))

@@ -103,6 +103,7 @@ def test_a_resumed_run_must_see_the_same_clips(trained, tmp_path, fails):
     fails(train.main, *options, "--resume", match=message)
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_with_given_weights(trained, tmp_path, data_root, call, fails):
     keys = {"seed": 1, "lr": 1e-9, "weight_decay": 0, "init_from": trained / "run.pth"}
     options = arguments(tmp_path, data_root, **keys)
