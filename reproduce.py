@@ -269,6 +269,12 @@ class Job:
         with self.lock.hold():
             return True
 
+    def remove_claim(self) -> None:
+        """Remove the claim of a process that died while its train.py finished the run."""
+        if self.claim.is_held() and self.claim.take():
+            with self.claim.hold():
+                pass
+
     @property
     def holder(self) -> str:
         """The process that trains the run, as in "process 17 on host"."""
@@ -280,15 +286,16 @@ def train_all(runs: Sequence[Run], train: Callable[[Run], None]) -> None:
     finished.
     """
     jobs = [Job(run) for run in runs]
+    left = jobs
     waits_for: list[str] = []
-    while jobs := [job for job in jobs if not job.run.is_finished()]:
-        trained = next((job for job in jobs if job.train_if_free(train)), None)
+    while left := [job for job in left if not job.run.is_finished()]:
+        trained = next((job for job in left if job.train_if_free(train)), None)
         if trained:
-            jobs.remove(trained)
+            left.remove(trained)
             continue
-        names = [job.run.name for job in jobs]
+        names = [job.run.name for job in left]
         if names != waits_for:
-            holders = ", ".join(f"{job.run.name} ({job.holder})" for job in jobs)
+            holders = ", ".join(f"{job.run.name} ({job.holder})" for job in left)
             notice(
                 f"no run is left to begin; waiting for {holders}, to continue a run whose process "
                 "dies and to write the report. If this device is needed elsewhere, stop this "
@@ -296,6 +303,8 @@ def train_all(runs: Sequence[Run], train: Callable[[Run], None]) -> None:
             )
         waits_for = names
         time.sleep(POLL)
+    for job in jobs:
+        job.remove_claim()
 
 
 class Report:

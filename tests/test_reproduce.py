@@ -276,6 +276,7 @@ def test_several_processes_share_the_runs(kills_group, tmp_path, data_root):
         assert killed.poll() is None, killed.stdout.read()
         time.sleep(0.02)
     (os.killpg if kills_group else os.kill)(killed.pid, signal.SIGKILL)
+    killed.wait()  # until then it is a process that the others see
     processes.append(start(folder, data_root, *recipes))
     outputs = [process.communicate(timeout=900)[0] for process in processes[1:]]
     assert [process.returncode for process in processes[1:]] == [0, 0, 0], outputs
