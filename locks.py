@@ -71,6 +71,13 @@ class Lock:
             raise UserError(explain(error, self.path)) from None
         return True
 
+    def clear(self) -> bool:
+        """Remove the file, unless a process holds the lock; return whether none does."""
+        if not self.take():
+            return False
+        with self.hold():
+            return True
+
     def is_held(self) -> bool:
         """Whether a process has taken the lock, even if it has died since."""
         return self.path.exists()

@@ -253,7 +253,9 @@ class Job:
         """Train the run, if it is not finished and no other process trains it. Returns whether it
         was.
         """
-        is_free = self.is_free()  # first: the time without a refresh counts from the first attempt
+        is_free = (
+            self.lock.clear()
+        )  # first: the time without a refresh counts from the first attempt
         if not self.claim.take():
             return False
         with self.claim.hold():
@@ -261,19 +263,6 @@ class Job:
                 return False
             train(self.run)
             return True
-
-    def is_free(self) -> bool:
-        """Whether no train.py has the lock of the run."""
-        if not self.lock.take():
-            return False
-        with self.lock.hold():
-            return True
-
-    def remove_claim(self) -> None:
-        """Remove the claim of a process that died while its train.py finished the run."""
-        if self.claim.is_held() and self.claim.take():
-            with self.claim.hold():
-                pass
 
     @property
     def holder(self) -> str:
@@ -304,7 +293,8 @@ def train_all(runs: Sequence[Run], train: Callable[[Run], None]) -> None:
         waits_for = names
         time.sleep(POLL)
     for job in jobs:
-        job.remove_claim()
+        if job.claim.is_held():  # by a process that died while its train.py finished the run
+            job.claim.clear()
 
 
 class Report:

@@ -116,8 +116,9 @@ MEANS: dict[str, Callable[[Sequence[np.ndarray]], np.ndarray]] = {
     "mean of logarithms": lambda scores: np.exp(np.mean([logs_of(x) for x in scores], axis=0)),
     "median": lambda scores: np.median(scores, axis=0),
 }
-WAYS = [(scale, "mean of log(1 + score)") for scale in SCALES]
-WAYS += [("location and spread", mean) for mean in MEANS if mean != "mean of log(1 + score)"]
+MEAN, *OTHER_MEANS = MEANS
+WAYS = [(scale, MEAN) for scale in SCALES]
+WAYS += [("location and spread", mean) for mean in OTHER_MEANS]
 
 
 class PlainScorer(DetectorScorer):
@@ -189,15 +190,20 @@ def main() -> None:
     if options.altered:
         clips = alter_clips(clips)
     outputs = detector.run(clips, config, device)
+    rates = {}
     for kind in TOLD_KINDS:
+        scores = score_members(detector, outputs, clips, config, kind)
         for machine_type in detector.classes.machine_types:
-            scores = score_members(detector, outputs, clips, config, kind)
             rows = accuracy_rows(*scores, clips.recordings, machine_type)
             print_table(f"{kind}, {machine_type}", pd.DataFrame(rows), digits=2)
+        for rate in RATES:
+            asked = config.model_copy(update={"false_alarms": rate})
+            name = f"{kind}, asked: {100 * rate:g} %"
+            rates[name] = average_rates(detector, outputs, clips, asked, kind)
     for machine_type in detector.classes.machine_types:
-        rows = []
-        for kind in TOLD_KINDS:
-            rows += rate_rows(detector, outputs, clips, config, kind, machine_type)
+        rows = [
+            {"score": name} | (100 * x.loc[machine_type]).to_dict() for name, x in rates.items()
+        ]
         print_table(f"false alarms and detections, {machine_type}", pd.DataFrame(rows), digits=2)
 
 
@@ -257,35 +263,26 @@ def accuracies(recordings: pd.DataFrame, scores: np.ndarray) -> tuple[float, flo
     return float(np.mean(aucs)), float(np.mean(paucs)), min(aucs)
 
 
-def rate_rows(
-    detector: Detector,
-    outputs: DetectorOutputs,
-    clips: ClipSet,
-    config: Config,
-    kind: str,
-    machine_type: str,
-) -> Iterator[dict[str, object]]:
-    """Yield the rows of false alarms and detections of a kind of score, for each rate asked for:
-    means over the IDs of a machine type that have a threshold, of each member and of each triple.
+def average_rates(
+    detector: Detector, outputs: DetectorOutputs, clips: ClipSet, config: Config, kind: str
+) -> pd.DataFrame:
+    """Return for each machine type what `measure_rates` does, for a kind of score: the mean over
+    the members and, with two ways to average the scores, over the triples.
     """
-    numbers = range(len(detector.members))
     ways = {"members": (1, DetectorScorer), "together": (SIZE, DetectorScorer)}
     ways["mean of scores"] = (SIZE, PlainScorer)
-    for rate in RATES:
-        asked = config.model_copy(update={"false_alarms": rate})
-        row: dict[str, object] = {"score": f"{kind}, asked: {100 * rate:g} %"}
-        for name, (size, scorer_class) in ways.items():
-            rates = []
-            for chosen in itertools.combinations(numbers, size):
-                part = Detector(tuple(detector.members[number] for number in chosen))
-                of_part = DetectorOutputs(tuple(outputs.members[number] for number in chosen))
-                scorer = part.scorer(kind, config.neighbours)
-                scorer = scorer_class(scorer.members, scorer.scales)
-                shares = measure_rates(part, of_part, clips, asked, scorer)
-                rates.append(shares.loc[machine_type])
-            for title, value in pd.DataFrame(rates).mean().items():
-                row[f"{name}: {title}"] = 100 * value
-        yield row
+    averages = []
+    for name, (size, scorer_class) in ways.items():
+        rates = []
+        for chosen in itertools.combinations(range(len(detector.members)), size):
+            part = Detector(tuple(detector.members[number] for number in chosen))
+            of_part = DetectorOutputs(tuple(outputs.members[number] for number in chosen))
+            scorer = part.scorer(kind, config.neighbours)
+            scorer = scorer_class(scorer.members, scorer.scales)
+            rates.append(measure_rates(part, of_part, clips, config, scorer))
+        average = pd.concat(rates).groupby(level="machine_type").mean()
+        averages.append(average.add_prefix(f"{name}: "))
+    return pd.concat(averages, axis=1)
 
 
 def measure_rates(

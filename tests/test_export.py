@@ -38,6 +38,7 @@ from model import CHANNELS, EMBEDDING_SIZE, PUBLISHED_CHANNELS
 from model.tastgram import N_MELS
 
 ROOT = Path(export_script.__file__).parent
+SLOW = pytest.mark.slow
 SCORER = ROOT / "examples" / "score_onnx.py"
 # Every choice of published channels; each published head with one, two and three of them
 MODES_OF_CHOICES = ("arcface", "cross_entropy", "noisy_arcmix")
@@ -139,10 +140,14 @@ def without_tracing(exported, monkeypatch):
         ({}, PUBLISHED),
         ({"mode": "cross_entropy", "input": "sgram"}, PUBLISHED),
         ({"scoring": "angle", "sub_centers": 3}, PUBLISHED),
+        pytest.param({"scoring": "angle", "mode": "cross_entropy"}, PUBLISHED, marks=SLOW),
         ({"scoring": "published"}, BY_ATTRIBUTES),
         ({"scoring": "nearest"}, BY_ATTRIBUTES),
         ({"scoring": "nearest", "neighbours": 1}, TWO_FANS),
         ({"mode": "os_scl", "input": list(CHANNELS)}, PUBLISHED),
+        pytest.param(
+            {"mode": "os_scl", "input": "specnet", "scoring": "angle"}, PUBLISHED, marks=SLOW
+        ),
     ],
     ids=name_parameter,
 )
