@@ -3,6 +3,7 @@
 Requires numpy alone.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,22 +49,51 @@ def find_alarms(
     """Return the alarms of a recording whose windows start at these seconds and have these scores
     `(windows,)`, from first to last.
     """
-    is_above = scores > threshold
-    n_above = min(rule.n_above, len(scores))
-    stretches: list[list[int]] = []  # of the numbers of the first and the last window
-    for first, span in enumerate(cut_into_spans(is_above, rule)):
-        if span.sum() < n_above:
-            continue
-        above = first + np.flatnonzero(span)
-        if stretches and above[0] <= stretches[-1][1] + 1:  # they share a window, or adjoin
-            stretches[-1][1] = int(above[-1])
-        else:
-            stretches.append([int(above[0]), int(above[-1])])
+    tracker = AlarmTracker(rule._replace(n_above=min(rule.n_above, len(scores))), threshold)
     alarms = []
-    for first, last in stretches:
-        highest = float(scores[first : last + 1].max())
-        alarms.append(Alarm(starts[first], starts[last] + SECONDS, highest))
-    return alarms
+    for start, score in zip(starts, scores.tolist(), strict=True):
+        ended = tracker.add(start, score)
+        if ended:
+            alarms.append(ended)
+    return alarms + ([tracker.alarm] if tracker.alarm else [])
+
+
+class AlarmTracker:
+    """Finds alarms while the windows arrive.
+
+    Attributes:
+        alarm: The alarm that the windows so far have raised; None without one, or once it is over.
+    """
+
+    def __init__(self, rule: AlarmRule, threshold: float) -> None:
+        self.rule, self.threshold = rule, threshold
+        self.alarm: Alarm | None = None
+        self.span: deque[tuple[float, float]] = deque(maxlen=rule.span)  # starts and scores
+        self.n_after = 0  # windows after the last one of the alarm
+
+    def add(self, start: float, score: float) -> Alarm | None:
+        """Add the next window. Returns the alarm that is over with it, if one is: no later span
+        includes its last window. A score of NaN counts as one below the threshold.
+        """
+        self.span.append((start, score))
+        self.n_after += 1
+        above = [number for number, (_, score) in enumerate(self.span) if score > self.threshold]
+        if len(above) >= self.rule.n_above:
+            self.extend_alarm([self.span[number] for number in above])
+            self.n_after = len(self.span) - 1 - above[-1]
+        elif self.alarm and self.n_after >= self.rule.span - 1:
+            ended, self.alarm = self.alarm, None
+            return ended
+        return None
+
+    def extend_alarm(self, above: Sequence[tuple[float, float]]) -> None:
+        """Begin an alarm, or continue it, with the windows of a span above the threshold."""
+        scores = [score for _, score in above]
+        first = above[0][0]
+        if self.alarm:
+            first = self.alarm.start
+            scores.append(self.alarm.score)
+        self.alarm = Alarm(first, above[-1][0] + SECONDS, max(scores))
 
 
 def cut_into_spans(values: np.ndarray, rule: AlarmRule) -> np.ndarray:

@@ -102,14 +102,17 @@ def find_starts(n_frames: int, rate: int, hop: float | None) -> list[float]:
 
 def check_properties(audio: Audio, channel: int) -> None:
     """Raise `UserError` if no window of the channel can be read from an open recording."""
-    if not 1_000 <= audio.rate <= 1_000_000:
-        raise UserError(f"unreadable: the header gives a sample rate of {audio.rate} Hz")
+    check_format(audio.rate, audio.channels, channel)
     if audio.n_frames == 0:
         raise UserError("empty: no samples")
-    if channel >= audio.channels:
-        count = f"{audio.channels} channels, counted from 0"
-        if audio.channels == 1:
-            count = "a single channel"
+
+
+def check_format(rate: int, channels: int, channel: int) -> None:
+    """Raise `UserError` for an impossible sample rate, or for a channel that is missing."""
+    if not 1_000 <= rate <= 1_000_000:
+        raise UserError(f"unreadable: the header gives a sample rate of {rate} Hz")
+    if channel >= channels:
+        count = f"{channels} channels, counted from 0" if channels > 1 else "a single channel"
         raise UserError(f"no channel {channel}: it has {count}")
 
 
@@ -242,11 +245,18 @@ def decode(audio: Audio, out: np.ndarray, start: float, channel: int) -> None:
         )
     if not audio.is_checked and not np.isfinite(samples).all():
         raise UserError("not finite: it holds NaN or infinite samples")
-    if audio.rate != SAMPLE_RATE:
-        samples = resample(samples, audio.rate)
+    out[:] = make_window(samples, audio.rate)
+
+
+def make_window(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Return the window that consists of up to 10 s of samples at `rate` in Hz, int16 or in
+    [-1, 1): int16 `(N_SAMPLES,)`. Fewer samples are repeated.
+    """
+    if rate != SAMPLE_RATE:
+        samples = resample(samples, rate)
     if samples.dtype != np.int16:
         samples = np.clip(scale(samples), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-    out[:] = samples if len(samples) == N_SAMPLES else np.resize(samples, N_SAMPLES)
+    return samples if len(samples) == N_SAMPLES else np.resize(samples, N_SAMPLES)
 
 
 def scale(samples: np.ndarray) -> np.ndarray:

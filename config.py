@@ -28,12 +28,13 @@ from pydantic import (
 
 from alarms import AlarmRule
 from audio import Windows, choose_windows
+from command_line import OneLineParser
 from errors import UserError
 from evaluation.scores import KINDS
 from losses import MODES
 from model import CHANNELS
 from names import MACHINE_TYPE, format_id, is_machine_id
-from utils import OneLineParser, suggest
+from utils import suggest
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 CHANNEL_NAMES = tuple(CHANNELS)

@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import RunFiles
+from command_line import OneLineParser
 from config import EVALUATION_KEYS, Config, check_effect, parse_command_line
 from dataloader import ClipSet, load_clips
 from detector import Detector, DetectorOutputs, join_models
@@ -64,7 +65,7 @@ from evaluation.tables import write_result
 from evaluation.thresholds import explain_thresholds
 from inference import Model, load_model
 from locks import lock
-from utils import OneLineParser, check_writable, notice, run_script, use_device
+from utils import check_writable, notice, run_script, use_device
 
 COMPARISON = Path("check_points/comparison")
 

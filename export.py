@@ -30,10 +30,11 @@ scale to silence. If a score differs from that of eval.py by more than 0.1 perce
 from argparse import Namespace
 from pathlib import Path
 
+from command_line import OneLineParser
 from config import SCORING_KEYS, Config, check_effect, parse_command_line
 from detector import load_detector
 from errors import UserError
-from utils import OneLineParser, check_writable, replace_file, run_script, use_device
+from utils import check_writable, replace_file, run_script, use_device
 
 
 def export(config: Config, options: Namespace) -> None:

@@ -157,25 +157,29 @@ class Wav(Audio):
     def read(self, count: int) -> np.ndarray:
         count, frame_size = min(count, self.n_left), self.format.frame_size
         self.n_left -= count
-        data = self.file.read(count * frame_size)
-        values = np.frombuffer(data, "u1", len(data) // frame_size * frame_size)
-        return self.convert(values).reshape(-1, self.channels)
+        return convert(self.file.read(count * frame_size), self.format, self.byte_order)
 
-    def convert(self, values: np.ndarray) -> np.ndarray:
-        """Convert bytes `(n,)` to samples: int16, or float64 in [-1, 1)."""
-        dtype = f"{self.byte_order}{self.format.dtype}"
-        if self.is_int16:
-            return values.view(dtype).astype(np.int16, copy=False)
-        if self.format.sample_size == 1:
-            return values / 128.0 - 1.0
-        if self.format.encoding == FLOAT:
-            return values.view(dtype).astype(np.float64)
-        if self.format.sample_size == 3:
+
+def convert(data: bytes, form: Format, byte_order: str = "<") -> np.ndarray:
+    """Convert the bytes of uncompressed samples to samples `(n, channels)`: int16, or float64 in
+    [-1, 1). An incomplete sample at their end is left out.
+    """
+    values = np.frombuffer(data, "u1", len(data) // form.frame_size * form.frame_size)
+    dtype = f"{byte_order}{form.dtype}"
+    if form.dtype == "i2":
+        samples = values.view(dtype).astype(np.int16, copy=False)
+    elif form.sample_size == 1:
+        samples = values / 128.0 - 1.0
+    elif form.encoding == FLOAT:
+        samples = values.view(dtype).astype(np.float64)
+    else:
+        if form.sample_size == 3:
             wide = np.zeros((len(values) // 3, 4), dtype=np.uint8)
-            place = slice(1, 4) if self.byte_order == "<" else slice(0, 3)
+            place = slice(1, 4) if byte_order == "<" else slice(0, 3)
             wide[:, place] = values.reshape(-1, 3)
             values = wide.ravel()
-        return values.view(f"{self.byte_order}i4") / 2.0**31
+        samples = values.view(f"{byte_order}i4") / 2.0**31
+    return samples.reshape(-1, form.channels)
 
 
 def read_wav_header(file: BinaryIO) -> WavHeader | None:
@@ -267,10 +271,16 @@ def find_audio_size(file: BinaryIO, start: int, end: int, stated: int, byte_orde
         return 0 if has_chunks(file, start, end, byte_order) else available
     if stated <= available:
         return stated
-    # A program that writes to a pipe states a size near the largest that 31 or 32 bits hold.
-    if min(abs(stated - 2**31), 2**32 - stated) < 2**16:
+    if is_unknown_size(stated):
         return available
     raise UserError(f"truncated: it has {available} of {stated} bytes of audio")
+
+
+def is_unknown_size(stated: int) -> bool:
+    """Whether a stated number of bytes of audio is that of a program that writes to a pipe: 0, or
+    one near the largest that 31 or 32 bits hold.
+    """
+    return stated == 0 or min(abs(stated - 2**31), 2**32 - stated) < 2**16
 
 
 def has_chunks(file: BinaryIO, start: int, end: int, byte_order: str) -> bool:
@@ -423,10 +433,18 @@ def explain_unreadable(
         bits = ((start[20] & 1) << 4 | start[21] >> 4) + 1  # in the block STREAMINFO
         if bits not in (8, 16, 24):
             return f"unreadable: FLAC with {bits} bits; convert it to FLAC with 16 or 24 bits"
-    for signature, name in SIGNATURES.items():
-        if re.match(re.escape(signature).replace(rb"\.", b"."), start, re.DOTALL):
-            return f"unreadable: it is {name}, neither WAV nor FLAC; convert it to FLAC"
+    name = find_signature(start)
+    if name:
+        return f"unreadable: it is {name}, neither WAV nor FLAC; convert it to FLAC"
     return (
         f"unreadable: neither WAV nor FLAC, or damaged: {name_reason(error)}; replace it, or "
         "convert it to FLAC"
     )
+
+
+def find_signature(start: bytes) -> str | None:
+    """Return the name of the format of SIGNATURES that a file with these first bytes has."""
+    for signature, name in SIGNATURES.items():
+        if re.match(re.escape(signature).replace(rb"\.", b"."), start, re.DOTALL):
+            return name
+    return None

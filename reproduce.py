@@ -47,6 +47,7 @@ import pandas as pd
 
 from checkpoint import Checkpoint, RunFiles, check_configuration, load_newest
 from classes import Classes
+from command_line import OneLineParser
 from config import (
     EVALUATION_KEYS,
     TRAINING_KEYS,
@@ -59,7 +60,7 @@ from config import (
 from errors import UserError
 from locks import Lock, lock
 from recordings import find_classes, find_recordings
-from utils import OneLineParser, check_writable, notice, run_script
+from utils import check_writable, notice, run_script
 
 ROOT = Path(__file__).resolve().parent
 MODES_OF_PAPER = ("noisy_arcmix", "arcmix", "arcface", "cross_entropy")

@@ -63,6 +63,7 @@ from typing import Any
 from audio import Windows
 from checkpoint import RunFiles
 from classes import Machine
+from command_line import OneLineParser
 from config import (
     MODEL_KEYS,
     SCORING_KEYS,
@@ -87,7 +88,7 @@ from evaluation.thresholds import explain_thresholds, find_thresholds, threshold
 from evaluation.without_network import load_folder
 from names import format_id, is_audio
 from recordings import MACHINE_COLUMNS
-from utils import OneLineParser, check_writable, notice, run_script, use_device
+from utils import check_writable, notice, run_script, use_device
 
 CHECK_POINTS = Path("check_points")  # the folder of figures without a checkpoint is there
 

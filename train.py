@@ -15,6 +15,7 @@ weights with `python eval.py`. For several GPUs, see train_ddp.py.
 from pathlib import Path
 
 from checkpoint import Checkpoint, RunFiles, find_checkpoint, lock_run
+from command_line import OneLineParser
 from config import TRAINING_KEYS, Config, check_effect, parse_command_line
 from dataloader import check_clips, load_clips
 from distributed import barrier, from_main, is_main, planned_processes
@@ -22,7 +23,7 @@ from errors import UserError
 from evaluation.tables import clear_results
 from recordings import find_classes
 from trainer import Trainer
-from utils import OneLineParser, remove_files, run_script, use_device
+from utils import remove_files, run_script, use_device
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> None:

@@ -1,6 +1,5 @@
 """Exit status, random numbers, device and precision, atomic writing of files."""
 
-import argparse
 import contextlib
 import csv
 import ctypes
@@ -10,7 +9,6 @@ import functools
 import getpass
 import glob
 import io
-import itertools
 import os
 import platform
 import re
@@ -22,7 +20,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -32,32 +30,6 @@ import distributed
 from errors import UserError, explain, give_reason
 
 # ---- Errors, notices, exit status ----
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser without abbreviated options that raises `UserError` for a mistake, such as
-    an option that is given twice, unless it collects values.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        given = set()
-        for word in itertools.takewhile(lambda word: word != "--", words):
-            option = word.split("=")[0]
-            if option in given:
-                raise UserError(f"command line: {option} is given twice; leave one out")
-            action = self._option_string_actions.get(option)
-            if action and not isinstance(action, argparse._AppendAction):
-                given.add(option)
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

@@ -18,9 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.throughput import CLASSES, print_machine, random_clips, train_epochs
+from command_line import OneLineParser
 from config import load_config
 from trainer import Trainer
-from utils import OneLineParser, run_script
+from utils import run_script
 
 CPU = torch.device("cpu")
 ROUNDS = 5

@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE, read_recording
+from command_line import OneLineParser
 from config import Config, load_config, parse_command_line
 from dataloader import ClipSet, check_clips, make_clips
 from model import FrontEnd, LogMel
 from model.tastgram import POWER_FLOOR
 from recordings import find_classes, find_recordings
 from trainer import Trainer
-from utils import OneLineParser, run_script, versions
+from utils import run_script, versions
 
 FULL_SIZE = 36_283  # training clips of DCASE 2020 Task 2, development and additional
 BATCH = 64

@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import FIRST_WINDOW, N_SAMPLES, SAMPLE_RATE, SECONDS
 from classes import Machine
+from command_line import OneLineParser
 from config import parse_command_line
 from dataloader import ClipSet, load_clips
 from evaluation.difference import Difference, NormalClips, find_difference, measure_spread
@@ -36,7 +37,7 @@ from model import FrontEnd, levels_of, spectrum_of
 from model.tastgram import N_BANDS, band_edges
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_classes
-from utils import OneLineParser, run_script
+from utils import run_script
 
 NOISES = (6, 10, 15)  # dB above the level of the band
 GAINS = (-6, -3, 3, 6)  # dB

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alarms import AlarmRule, find_alarms
 from audio import SAMPLE_RATE, SECONDS, Windows
 from classes import Machine
+from command_line import OneLineParser
 from config import Config, parse_command_line
 from dataloader import load_clips, make_clips
 from detector import score_held_out
@@ -52,7 +53,7 @@ from evaluation.thresholds import (
 from inference import Model, load_model, run_model, with_bank
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 RATES = (0.2, 0.1, 0.05)
 FEW, DRAWS = 4, 5  # held-out recordings of an ID, and how often they are drawn

@@ -26,12 +26,13 @@ from benchmarks.throughput import (
     train_epochs,
     untrained_model,
 )
+from command_line import OneLineParser
 from config import Config, load_config
 from evaluation.tables import markdown_header, markdown_row
 from inference import build_network, run_model
 from model import FrontEnd
 from trainer import Trainer
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("parameters", "multiply-adds (G)", "training (clips/s)", "scoring (clips/s)")

@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import OneLineParser
 from config import parse_command_line
 from dataloader import ClipSet, cut_into_batches, load_clips
 from model import FrontEnd
 from model.tastgram import temporal_gate
 from recordings import find_classes
-from utils import OneLineParser, run_script
+from utils import run_script
 
 BATCH = 16
 

@@ -54,13 +54,14 @@ from benchmarks.throughput import (
     train_epochs,
     untrained_model,
 )
+from command_line import OneLineParser
 from config import Config, load_config
 from dataloader import ClipSet
 from errors import UserError
 from inference import Model, run_model
 from sampling import Sampler
 from trainer import Trainer, Validation
-from utils import OneLineParser, run_script, use_device, write_text
+from utils import run_script, use_device, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 # Losses of the first steps on a CPU, by batch size and precision

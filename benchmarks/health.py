@@ -31,13 +31,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE
 from checkpoint import Checkpoint, RunFiles, read_history
+from command_line import OneLineParser
 from dataloader import load_clips
 from errors import UserError
 from evaluation.figures import COLOURS, LINES, PAGE, figure
 from evaluation.tables import markdown_header, markdown_row
 from names import AVERAGE, MEAN
 from trainer import Trainer, Validation
-from utils import OneLineParser, make_folder, run_script, write_text
+from utils import make_folder, run_script, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -38,10 +38,11 @@ from benchmarks.throughput import (
     seconds,
     train_epochs,
 )
+from command_line import OneLineParser
 from config import load_config
 from distributed import is_main, join, leave
 from trainer import Trainer
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 8  # of the run that is stopped in its second epoch

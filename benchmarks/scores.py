@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import Checkpoint, RunFiles
 from classes import Classes, Machine
+from command_line import OneLineParser
 from config import Config, parse_command_line
 from dataloader import load_clips
 from errors import UserError
@@ -41,7 +42,7 @@ from names import MEAN, MIN
 from reproduce import RECIPES, add_seeds, plan_runs
 from train import train
 from trainer import Trainer
-from utils import OneLineParser, run_script, use_device, write_csv, write_text
+from utils import run_script, use_device, write_csv, write_text
 
 NEIGHBOURS = (1, 2, 4, 8)
 PENALTIES = (0.0, 0.1, 0.3)  # cosine distance added to clips of other IDs

@@ -55,6 +55,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import Checkpoint, check_configuration
 from classes import Classes
+from command_line import OneLineParser
 from config import Config, make_config, parse_command_line
 from dataloader import ClipSet, check_clips, load_clips
 from detector import Detector
@@ -68,7 +69,7 @@ from names import SUMMARY_ROWS
 from recordings import find_classes
 from reproduce import add_recipes, load_recipe, name_recipes
 from trainer import Trainer
-from utils import OneLineParser, check_writable, run_script, use_device, write_csv, write_text
+from utils import check_writable, run_script, use_device, write_csv, write_text
 
 METRICS = ("AUC", "pAUC")
 

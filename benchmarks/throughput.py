@@ -33,6 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES
 from checkpoint import Checkpoint
+from command_line import OneLineParser
 from config import Config, load_config
 from dataloader import ClipSet, cut_into_batches
 from errors import UserError
@@ -43,7 +44,7 @@ from model.tastgram import POWER_FLOOR
 from recordings import MACHINE_COLUMNS, find_classes
 from sampling import draw_mix
 from trainer import Averages, Trainer
-from utils import OneLineParser, keep_freed_memory, run_script, set_up_numerics, versions
+from utils import keep_freed_memory, run_script, set_up_numerics, versions
 
 CLASSES = find_classes(load_config())  # the 41 machines of the published recipe
 STAGES = ("front end", "training step", "validation", "scoring")

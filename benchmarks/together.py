@@ -34,6 +34,7 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import N_SAMPLES, SAMPLE_RATE
 from benchmarks.false_alarms import print_table
+from command_line import OneLineParser
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from detector import (
@@ -50,7 +51,7 @@ from evaluation.metrics import MAX_FPR
 from evaluation.thresholds import decide, find_thresholds
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 SIZE = 3  # members scored together
 RATES = (0.1, 0.2)  # of false alarms that are asked for

@@ -37,6 +37,7 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alarms import format_time
 from audio import SAMPLE_RATE, SECONDS, Windows
+from command_line import OneLineParser
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from detector import Detector, load_detector
@@ -44,7 +45,7 @@ from evaluation.result import evaluate
 from evaluation.scores import over_windows
 from names import ANOMALOUS, NORMAL
 from recordings import MACHINE_COLUMNS, find_recordings
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINED, GROUPINGS = 3, 1000

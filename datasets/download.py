@@ -43,9 +43,10 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import OneLineParser
 from errors import UserError
 from locks import lock
-from utils import OneLineParser, run_script, write_text
+from utils import run_script, write_text
 
 TABLE = Path(__file__).resolve().with_name("dcase2020_task2.yaml")
 

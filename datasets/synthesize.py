@@ -48,9 +48,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import OneLineParser
 from errors import UserError, explain
 from locks import lock
-from utils import OneLineParser, run_script
+from utils import run_script
 
 RATE = 16000  # Hz
 SAMPLES = 10 * RATE

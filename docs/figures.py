@@ -28,6 +28,7 @@ from matplotlib.patches import FancyArrowPatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import SAMPLE_RATE, SECONDS
+from command_line import OneLineParser
 from config import EVALUATION_KEYS, Config, parse_command_line
 from dataloader import load_clips
 from detector import load_detector
@@ -37,7 +38,7 @@ from evaluation.figures import CONDITIONS, STYLE, draw_angles, figure, read_samp
 from evaluation.result import Result, evaluate
 from model import PUBLISHED_CHANNELS, FrontEnd
 from names import ANOMALOUS, NORMAL
-from utils import OneLineParser, run_script, use_device
+from utils import run_script, use_device
 
 DOCS = Path(__file__).resolve().parent
 MACHINE = ("slider", "00")  # of the synthetic set

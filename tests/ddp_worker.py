@@ -13,6 +13,7 @@ import torch
 from conftest import clips_in_memory
 
 from classes import Classes
+from command_line import OneLineParser
 from config import Config, parse_command_line
 from dataloader import ClipSet, load_clips
 from distributed import (
@@ -29,7 +30,6 @@ from model import FrontEnd
 from recordings import find_classes
 from sampling import Batch, divide_mix
 from trainer import Averages, Trainer
-from utils import OneLineParser
 
 CPU = torch.device("cpu")
 

@@ -9,6 +9,7 @@ import pytest
 import eval as eval_script
 import train
 from audio import Windows
+from command_line import OneLineParser
 from config import (
     DEFAULT_CONFIG,
     KEYS,
@@ -20,7 +21,6 @@ from config import (
 )
 from errors import UserError
 from names import format_id
-from utils import OneLineParser
 
 
 def parse(*words: str):
