@@ -166,6 +166,7 @@ def convert(data: bytes, form: Format, byte_order: str = "<") -> np.ndarray:
     """
     values = np.frombuffer(data, "u1", len(data) // form.frame_size * form.frame_size)
     dtype = f"{byte_order}{form.dtype}"
+    samples: np.ndarray
     if form.dtype == "i2":
         samples = values.view(dtype).astype(np.int16, copy=False)
     elif form.sample_size == 1:

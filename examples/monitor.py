@@ -1,0 +1,191 @@
+"""Listen to a machine, and say when it sounds wrong.
+
+    arecord -q -t raw -f S16_LE -r 16000 -c 1 | python monitor.py MODEL.onnx MACHINE_TYPE MACHINE_ID
+    python monitor.py press.onnx press line-3 --watch recordings/ --json >> log.jsonl
+    python monitor.py press.onnx press line-3 --start "2026-11-28 06:00" < saturday.wav
+
+The sound arrives on standard input, as raw samples or as a WAV file, or in the recordings of a
+folder. It is scored in windows of 10 s, as by score.py. A line is printed for each window: the time
+and the second of the input at which it starts, score, decision. An alarm begins when 3 of 5
+consecutive windows lie above the threshold (or what the rule in the model's file says), and is over
+when no further window extends it.
+
+A window is not scored if it is silent (its samples do not change for a second), clipped (more than
+1 percent of its samples are at full scale) or not finite. For alarms it counts as one that does not
+lie above the threshold. A line says when this begins and when there is sound again, and also when
+no sound arrives for 10 s.
+
+Reading does not wait for scoring. If a minute of sound waits, it is dropped, and a line says how
+much. Only a source that is faster than real time, such as a file, waits.
+
+--watch scores each recording in a folder once, when it has not changed for 10 s. One that is
+replaced is another one. All windows are one sequence: of recordings of 10 s, 3 of 5 make an alarm.
+A recording that cannot be scored is named with the reason. A list in the folder, which is a hidden
+file, says what was scored, so that a monitor that is started again goes on where it was.
+
+--evidence keeps the sound of each alarm from standard input as a FLAC file, from 30 s before the
+alarm. Of files that were written without --evidence nothing is removed.
+
+With --json, each line is an object with `time`, `event` and, where they apply, `start` (seconds)
+and `file`. Events are start, window (with `score` and `decision`: normal, anomalous, or the
+condition because of which it is not scored), condition (sound, silent, clipped, not finite or no
+input), alarm, alarm_end, dropped, too_short, not_scored, list_failed, evidence, evidence_removed,
+evidence_full, evidence_failed and end.
+
+SIGTERM and Ctrl-C end the monitor once the sound that has arrived is scored. The exit status is 0
+then and at the end of the input, and 2 after an error. Requires Linux or macOS, onnxruntime, numpy,
+soundfile and, for other sample rates than 16 kHz, soxr; and of this project the folder live and
+alarms.py, audio.py, command_line.py, errors.py, formats.py and names.py, which may also lie beside
+this file.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from audio import SAMPLE_RATE, SECONDS
+from command_line import OneLineParser
+from errors import UserError
+from live.evidence import Evidence
+from live.folder import Folder
+from live.log import Log
+from live.model import load_onnx
+from live.monitor import Listener, Monitor, watch
+from live.stream import FORMATS, Stream, make_format
+
+MEGABYTES = 500
+STREAM_OPTIONS = ("rate", "channels", "format", "start", "evidence", "megabytes")  # and not --watch
+
+
+def main() -> None:
+    options = parse_options()
+    signals: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *received: signals.append(received[0]))
+    # Reading begins first: a microphone does not wait until the model is loaded.
+    stream = None if options.watch else open_stream(options)
+    model = load_onnx(options.model, options.threads)
+    if options.channel is not None:
+        windows = model.windows._replace(channel=options.channel)
+        model = dataclasses.replace(model, windows=windows)
+    (number,) = model.find_machines(options.machine_type, options.machine_id)
+    monitor = Monitor(model, number, Log(options.json))
+    if stream:
+        listen(stream, monitor, options, lambda: bool(signals))
+    else:
+        folder = Folder(options.watch, model.machines[number], options.scored)
+        monitor.begin()
+        watch(folder, monitor, lambda: bool(signals))
+
+
+def open_stream(options: Namespace) -> Stream:
+    """Begin to read standard input."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("standard input: no sound; give it with | or <, or use --watch FOLDER")
+    file = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - until the end
+    return Stream(file, make_format(options.format, options.rate, options.channels))
+
+
+def listen(
+    stream: Stream, monitor: Monitor, options: Namespace, is_stopped: Callable[[], bool]
+) -> None:
+    """Monitor standard input."""
+    evidence = None
+    if options.evidence:
+        rule, machine = monitor.model.rule, monitor.model.machines[monitor.machine]
+        recent = SECONDS + monitor.hop * rule.span
+        limit = options.megabytes * 1e6
+        evidence = Evidence(options.evidence, machine, limit, recent, monitor.log)
+    monitor.begin()
+    try:
+        Listener(monitor, evidence, options.start).listen(
+            stream, monitor.model.windows.channel, is_stopped
+        )
+    finally:
+        if evidence:
+            evidence.close()
+
+
+def parse_options() -> Namespace:
+    """Parse the command line.
+
+    Raises:
+        UserError: For options that are wrong, or have no effect.
+    """
+    parser = OneLineParser(description=__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL.onnx", help="file from export.py")
+    add("machine_type", help="machine type")
+    add("machine_id", help="machine ID")
+    add("--rate", type=positive, help=f"samples per second of raw samples ({SAMPLE_RATE})")
+    add("--channels", type=positive, help="channels of raw samples (1)")
+    add("--format", choices=FORMATS, help="format of raw samples (S16_LE)")
+    add("--channel", type=natural, help="channel to score, from 0 (that of the model)")
+    add("--start", type=moment, help="when the input began, if it is a recording (it is live)")
+    add("--watch", metavar="FOLDER", type=Path, help="score the recordings in this folder")
+    add("--scored", metavar="FILE", type=Path, help="list of scored recordings (in the folder)")
+    add("--json", action="store_true", help="print JSON")
+    add("--evidence", metavar="FOLDER", type=Path, help="keep the sound of alarms in this folder")
+    add(
+        "--megabytes",
+        type=positive,
+        help=f"most that is kept of a machine; the oldest is removed ({MEGABYTES})",
+    )
+    add("--threads", type=positive, default=1, help="threads that score (1)")
+    options = parser.parse_args()
+    if not options.machine_id:
+        raise UserError("the machine ID is empty; name one")
+    unused = STREAM_OPTIONS if options.watch else ("scored",)
+    reason = "with --watch" if options.watch else "without --watch"
+    for name in unused:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} has no effect {reason}; leave it out")
+    if options.megabytes and not options.evidence:
+        raise UserError("--megabytes has no effect without --evidence; leave it out")
+    defaults = {"rate": SAMPLE_RATE, "channels": 1, "format": "S16_LE", "megabytes": MEGABYTES}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def positive(text: str) -> int:
+    """Convert an option that is a whole number from 1."""
+    if (number := natural(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return number
+
+
+def natural(text: str) -> int:
+    """Convert an option that is a whole number from 0."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+    return int(text)
+
+
+def moment(text: str) -> float:
+    """Convert an option that is a time to seconds since 1970."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(f"{text} is no time like 2026-11-28T06:00") from None
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        main()
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        status = 2
+    os._exit(status)  # lines are printed already, and a thread may still wait for sound

@@ -1,0 +1,1 @@
+"""Listening to a machine without PyTorch: the parts of examples/monitor.py."""

@@ -1,0 +1,272 @@
+"""Sound that arrives on standard input: raw samples, or a WAV file, whose header is read.
+
+A thread reads it into a queue, so that reading does not wait for scoring: a microphone does not
+wait either. If the queue is full, the sound in it is dropped. A source that is faster than real
+time, such as a recording, does wait, and nothing is dropped.
+"""
+
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from io import RawIOBase
+from typing import NamedTuple
+
+import numpy as np
+
+from audio import check_format
+from errors import UserError, give_reason
+from formats import (
+    FLOAT,
+    PCM,
+    Format,
+    convert,
+    find_signature,
+    is_unknown_size,
+    name_codec,
+    parse_format,
+)
+
+QUEUE_SECONDS = 60  # of sound that may wait for scoring
+PATIENCE = 10  # seconds without sound after which there is no input
+FASTER = 0.9  # a source is faster than real time if sound arrives in this part of its length
+MOST_DELAYED = 2  # seconds by which sound may be late; if it is later, some was not recorded
+MOST_AHEAD = 60  # seconds an hour by which a sound card may be fast
+READ_SIZE = 2**16  # bytes that are read at once
+LONGEST_CHUNK = 2**20  # bytes of a chunk in front of the audio of a WAV file
+# Encodings and bytes per sample, by the names that arecord gives them
+FORMATS = {"S16_LE": (PCM, 2), "S24_3LE": (PCM, 3), "S32_LE": (PCM, 4), "FLOAT_LE": (FLOAT, 4)}
+
+# Formats that libsndfile knows, by their first four bytes
+OTHERS = {b"fLaC": "FLAC", b"RF64": "RF64", b"FORM": "AIFF", b"ID3\x03": "MP3", b"ID3\x04": "MP3"}
+
+
+class Block(NamedTuple):
+    """Sound that was read at once."""
+
+    samples: np.ndarray  # (n,) of one channel: int16, or float64 in [-1, 1)
+    rate: int  # Hz
+    start: int  # number of the first sample in the input
+    arrived: float  # seconds since 1970
+    tick: float  # when it arrived, in seconds of a clock that nobody sets
+
+    @property
+    def end(self) -> int:
+        """The number of the sample behind the last one."""
+        return self.start + len(self.samples)
+
+
+class Chunk(NamedTuple):
+    """The bytes of a block, and its other fields."""
+
+    data: bytes
+    start: int
+    arrived: float
+    tick: float
+
+
+class Clock:
+    """Says when the sound of a stream was recorded.
+
+    Sound from a microphone was recorded just before it arrives. Of a source that is faster than
+    real time, the first sound was.
+    """
+
+    def __init__(self, began: float | None) -> None:
+        """`began` is when the input began, in seconds since 1970, if that is known."""
+        self.began = began
+        self.first_tick: float | None = None  # at which the input began
+        self.offset = 0.0  # from ticks to seconds since 1970
+        self.n_hours = 0
+
+    def add(self, block: Block) -> None:
+        """Add the next sound."""
+        second = block.end / block.rate
+        if self.first_tick is None:
+            self.first_tick = block.tick - second
+        delay = block.tick - second - self.first_tick
+        # The clock of a sound card may be seconds a day too fast; a recording is far ahead.
+        is_ahead = -delay < MOST_AHEAD and second // 3600 > self.n_hours
+        if delay > MOST_DELAYED or is_ahead:
+            self.first_tick += delay
+        self.n_hours = int(second // 3600)
+        self.offset = block.arrived - block.tick
+
+    def find_moment(self, second: float) -> float:
+        """Return when a second of the input was, in seconds since 1970."""
+        if self.began is not None:
+            return self.began + second
+        assert self.first_tick is not None, "some sound was added"
+        return self.first_tick + self.offset + second
+
+
+def make_format(name: str, rate: int, channels: int) -> Format:
+    """Return the format of raw samples, whose name is one of FORMATS."""
+    encoding, size = FORMATS[name]
+    frame_size = size * channels
+    return Format(encoding, channels, rate, rate * frame_size, frame_size, 8 * size)
+
+
+class Stream:
+    """Sound that a thread reads from a file.
+
+    Attributes:
+        form: The format of the samples, once a block has been yielded.
+        notes: At the end, what of the input was no sound or is missing.
+    """
+
+    def __init__(self, file: RawIOBase, raw: Format) -> None:
+        """Begin to read. `raw` is the format if there is no WAV header."""
+        self.file, self.form, self.byte_order = file, raw, "<"
+        self.queue: deque[Chunk] = deque()
+        self.n_queued = 0  # bytes
+        self.is_over = self.is_stopped = False
+        self.error: UserError | None = None
+        self.notes: list[str] = []
+        self.changed = threading.Condition()  # something of the above
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def blocks(self, channel: int, is_stopped: Callable[[], bool]) -> Iterator[Block | None]:
+        """Yield the blocks of a channel in order, the last one without samples, and None each
+        second while there is no input. Once `is_stopped` says so, nothing more is read, and what is
+        in the queue is yielded.
+
+        Raises:
+            UserError: If reading fails, or the input is no sound or lacks the channel.
+        """
+        last = time.monotonic()
+        while True:
+            chunk = self.take(is_stopped())
+            if chunk:
+                last = time.monotonic()
+                check_format(self.form.rate, self.form.channels, channel)
+                samples = convert(chunk.data, self.form, self.byte_order)[:, channel]
+                yield Block(samples.copy(), self.form.rate, *chunk[1:])
+            elif self.is_over or self.is_stopped:
+                break
+            elif time.monotonic() - last > PATIENCE:
+                yield None
+        if self.error:
+            raise self.error
+
+    def take(self, is_stopped: bool) -> Chunk | None:
+        """Take a chunk from the queue, or wait up to a second for one, unless reading stops."""
+        with self.changed:
+            if not (self.queue or self.is_over or is_stopped):
+                self.changed.wait(1.0)
+            self.is_stopped = is_stopped
+            chunk = self.queue.popleft() if self.queue else None
+            if chunk:
+                self.n_queued -= len(chunk.data)
+            self.changed.notify()
+            return chunk
+
+    # ---- In the thread that reads ----
+
+    def run(self) -> None:
+        """Read the input to its end."""
+        error = None
+        try:
+            self.read()
+        except UserError as reason:
+            error = UserError(f"standard input: {reason}")
+        except OSError as reason:
+            error = UserError(f"standard input: {give_reason(reason)}")
+        with self.changed:
+            self.error, self.is_over = error, True
+            self.changed.notify()
+
+    def read(self) -> None:
+        """Put the samples of the input into the queue."""
+        self.form, self.byte_order, size, begin = read_header(self.file, self.form)
+        frame_size = self.form.frame_size
+        start, rest = 0, b""
+        for data in self.read_audio(begin, size):
+            rest += data
+            n_frames = len(rest) // frame_size
+            if n_frames:
+                self.put(rest[: n_frames * frame_size], start)
+            start += n_frames
+            rest = rest[n_frames * frame_size :]
+        if rest:
+            self.notes.append(f"it ends within a sample: bytes left out: {len(rest)}")
+        self.put(b"", start)  # shows what was dropped before the end
+
+    def read_audio(self, data: bytes, size: int | None) -> Iterator[bytes]:
+        """Yield the bytes of the audio: `data`, and then what the file still has, together `size`
+        bytes (None: to its end).
+        """
+        n_behind = 0
+        while data or (data := self.file.read(READ_SIZE) or b""):
+            audio = data[:size]
+            n_behind += len(data) - len(audio)
+            if size is not None:
+                size -= len(audio)
+            yield audio
+            data = b""
+        if size:
+            self.notes.append(f"it is truncated: bytes missing: {size}")
+        if n_behind:
+            self.notes.append(f"bytes behind the audio of its WAV header, left out: {n_behind}")
+
+    def put(self, data: bytes, start: int) -> None:
+        """Put a chunk into the queue. If this is full, wait, or drop the sound in it."""
+        with self.changed:
+            if self.is_stopped:
+                return
+            while self.is_full() and self.is_ahead() and not self.is_stopped:
+                self.changed.wait(0.1)
+            if self.is_full():
+                self.queue.clear()
+                self.n_queued = 0
+            self.queue.append(Chunk(data, start, time.time(), time.monotonic()))
+            self.n_queued += len(data)
+            self.changed.notify()
+
+    def is_full(self) -> bool:
+        return self.n_queued >= QUEUE_SECONDS * self.form.bytes_per_second
+
+    def is_ahead(self) -> bool:
+        """Whether the sound in the queue has arrived in less time than it lasts."""
+        seconds = time.monotonic() - self.queue[0].tick
+        return seconds < FASTER * self.n_queued / self.form.bytes_per_second
+
+
+def read_header(file: RawIOBase, raw: Format) -> tuple[Format, str, int | None, bytes]:
+    """Read the header of a WAV file, if there is one.
+
+    Returns the format and the byte order of the samples, the bytes of audio (None: all), and those
+    that were read.
+
+    Raises:
+        UserError: If the samples are compressed, or the file has another format.
+    """
+    start = read_exactly(file, 12)
+    byte_order = {b"RIFF": "<", b"RIFX": ">"}.get(start[:4])
+    if byte_order is None or start[8:] != b"WAVE":
+        name = OTHERS.get(start[:4]) or find_signature(start)
+        if name:
+            raise UserError(f"it is {name}, neither raw samples nor WAV; decode it first")
+        return raw, "<", None, start
+    form = None
+    while len(header := read_exactly(file, 8)) == 8:
+        name, size = struct.unpack(f"{byte_order}4sI", header)
+        if name == b"data" and form:
+            return form, byte_order, None if is_unknown_size(size) else size, b""
+        if size > LONGEST_CHUNK:
+            break
+        chunk = read_exactly(file, size + size % 2)  # chunks are padded to even lengths
+        if name == b"fmt ":
+            form = parse_format(chunk[:40], byte_order)
+            if form and not form.dtype:
+                raise UserError(name_codec(form))
+    raise UserError("damaged: no audio follows its WAV header")
+
+
+def read_exactly(file: RawIOBase, count: int) -> bytes:
+    """Read a number of bytes, or all that are left if these are fewer."""
+    data = b""
+    while len(data) < count and (more := file.read(count - len(data))):
+        data += more
+    return data
