@@ -110,7 +110,7 @@ def check_properties(audio: Audio, channel: int) -> None:
 def check_format(rate: int, channels: int, channel: int) -> None:
     """Raise `UserError` for an impossible sample rate, or for a channel that is missing."""
     if not 1_000 <= rate <= 1_000_000:
-        raise UserError(f"unreadable: the header gives a sample rate of {rate} Hz")
+        raise UserError(f"unreadable: a sample rate of {rate} Hz")
     if channel >= channels:
         count = f"{channels} channels, counted from 0" if channels > 1 else "a single channel"
         raise UserError(f"no channel {channel}: it has {count}")

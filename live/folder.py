@@ -44,7 +44,7 @@ class Folder:
         self.lock = lock_file(
             self.list.with_name(f"{self.list.name}.lock"),
             f"another monitor watches it for {' '.join(machine)}",
-            "end that one",
+            "end that one, or choose another list with --scored",
         )
         self.scored: dict[str, Version] = {}  # by the name of the file
         self.n_lines = 0

@@ -4,7 +4,7 @@ import fcntl
 from pathlib import Path
 from typing import TextIO
 
-from errors import UserError, explain
+from errors import UserError
 
 
 def lock_file(path: Path, holder: str, remedy: str) -> TextIO:
@@ -20,5 +20,5 @@ def lock_file(path: Path, holder: str, remedy: str) -> TextIO:
     except BlockingIOError:
         raise UserError(f"{path.parent}: {holder}; {remedy}") from None
     except OSError as error:
-        raise UserError(explain(error, path)) from None
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
     return file

@@ -126,8 +126,10 @@ class Monitor:
     ) -> None:
         """Print the condition of the sound if it has changed."""
         if condition != self.condition:
-            text = f"{ADVICE[condition]} ({reason})" if reason else ADVICE[condition]
-            self.log.write("condition", text, moment, file, start, condition=condition)
+            text, fields = ADVICE[condition], {"condition": condition}
+            if reason:
+                text, fields = f"{text} ({reason})", fields | {"reason": reason}
+            self.log.write("condition", text, moment, file, start, **fields)
         self.condition = condition
 
     # ---- Alarms ----
@@ -203,7 +205,9 @@ class Listener:
         """Add the next sound, and report the windows that are complete with it."""
         self.rate = block.rate
         self.clock.add(block)
-        if self.cutter and block.start != self.cutter.end:
+        if not self.cutter:
+            self.cutter = Cutter(0, block.rate, self.monitor.hop)
+        if block.start != self.cutter.end:
             self.finish()
             start = self.cutter.end / block.rate
             seconds = block.start / block.rate - start
@@ -214,8 +218,6 @@ class Listener:
                 start=start,
                 seconds=seconds,
             )
-            self.cutter = None
-        if not self.cutter:
             self.cutter = Cutter(block.start, block.rate, self.monitor.hop)
         if self.evidence:
             self.evidence.add(block)

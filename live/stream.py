@@ -29,6 +29,7 @@ from formats import (
 )
 
 QUEUE_SECONDS = 60  # of sound that may wait for scoring
+WAIT = 1.0  # seconds until a monitor that waits for sound looks whether it is stopped
 PATIENCE = 10  # seconds without sound after which there is no input
 FASTER = 0.9  # a source is faster than real time if sound arrives in this part of its length
 MOST_DELAYED = 2  # seconds by which sound may be late; if it is later, some was not recorded
@@ -43,9 +44,12 @@ OTHERS = {b"fLaC": "FLAC", b"RF64": "RF64", b"FORM": "AIFF", b"ID3\x03": "MP3", 
 
 
 class Block(NamedTuple):
-    """Sound that was read at once."""
+    """Sound that was read at once.
 
-    samples: np.ndarray  # (n,) of one channel: int16, or float64 in [-1, 1)
+    Its samples are int16, or float64 in [-1, 1): `(n, channels)` in the queue, `(n,)` behind it.
+    """
+
+    samples: np.ndarray
     rate: int  # Hz
     start: int  # number of the first sample in the input
     arrived: float  # seconds since 1970
@@ -55,15 +59,6 @@ class Block(NamedTuple):
     def end(self) -> int:
         """The number of the sample behind the last one."""
         return self.start + len(self.samples)
-
-
-class Chunk(NamedTuple):
-    """The bytes of a block, and its other fields."""
-
-    data: bytes
-    start: int
-    arrived: float
-    tick: float
 
 
 class Clock:
@@ -112,15 +107,14 @@ class Stream:
     """Sound that a thread reads from a file.
 
     Attributes:
-        form: The format of the samples, once a block has been yielded.
         notes: At the end, what of the input was no sound or is missing.
     """
 
     def __init__(self, file: RawIOBase, raw: Format) -> None:
         """Begin to read. `raw` is the format if there is no WAV header."""
-        self.file, self.form, self.byte_order = file, raw, "<"
-        self.queue: deque[Chunk] = deque()
-        self.n_queued = 0  # bytes
+        self.file, self.raw = file, raw
+        self.queue: deque[Block] = deque()
+        self.n_queued = 0  # samples of each channel
         self.is_over = self.is_stopped = False
         self.error: UserError | None = None
         self.notes: list[str] = []
@@ -128,8 +122,8 @@ class Stream:
         threading.Thread(target=self.run, daemon=True).start()
 
     def blocks(self, channel: int, is_stopped: Callable[[], bool]) -> Iterator[Block | None]:
-        """Yield the blocks of a channel in order, the last one without samples, and None each
-        second while there is no input. Once `is_stopped` says so, nothing more is read, and what is
+        """Yield the blocks of a channel in order, the last one without samples, and None now and
+        then while there is no input. Once `is_stopped` says so, nothing more is read, and what is
         in the queue is yielded.
 
         Raises:
@@ -137,12 +131,11 @@ class Stream:
         """
         last = time.monotonic()
         while True:
-            chunk = self.take(is_stopped())
-            if chunk:
+            block = self.take(is_stopped())
+            if block:
                 last = time.monotonic()
-                check_format(self.form.rate, self.form.channels, channel)
-                samples = convert(chunk.data, self.form, self.byte_order)[:, channel]
-                yield Block(samples.copy(), self.form.rate, *chunk[1:])
+                check_format(block.rate, block.samples.shape[1], channel)
+                yield block._replace(samples=block.samples[:, channel].copy())
             elif self.is_over or self.is_stopped:
                 break
             elif time.monotonic() - last > PATIENCE:
@@ -150,17 +143,17 @@ class Stream:
         if self.error:
             raise self.error
 
-    def take(self, is_stopped: bool) -> Chunk | None:
-        """Take a chunk from the queue, or wait up to a second for one, unless reading stops."""
+    def take(self, is_stopped: bool) -> Block | None:
+        """Take a block from the queue, or wait a moment for one, unless reading stops."""
         with self.changed:
             if not (self.queue or self.is_over or is_stopped):
-                self.changed.wait(1.0)
+                self.changed.wait(WAIT)
             self.is_stopped = is_stopped
-            chunk = self.queue.popleft() if self.queue else None
-            if chunk:
-                self.n_queued -= len(chunk.data)
+            block = self.queue.popleft() if self.queue else None
+            if block:
+                self.n_queued -= len(block.samples)
             self.changed.notify()
-            return chunk
+            return block
 
     # ---- In the thread that reads ----
 
@@ -179,19 +172,19 @@ class Stream:
 
     def read(self) -> None:
         """Put the samples of the input into the queue."""
-        self.form, self.byte_order, size, begin = read_header(self.file, self.form)
-        frame_size = self.form.frame_size
+        form, byte_order, size, begin = read_header(self.file, self.raw)
+        check_format(form.rate, form.channels, 0)
         start, rest = 0, b""
         for data in self.read_audio(begin, size):
             rest += data
-            n_frames = len(rest) // frame_size
-            if n_frames:
-                self.put(rest[: n_frames * frame_size], start)
-            start += n_frames
-            rest = rest[n_frames * frame_size :]
+            samples = convert(rest, form, byte_order)
+            rest = rest[len(samples) * form.frame_size :]
+            self.put(samples, form.rate, start)
+            start += len(samples)
         if rest:
             self.notes.append(f"it ends within a sample: bytes left out: {len(rest)}")
-        self.put(b"", start)  # shows what was dropped before the end
+        # The end of the last block shows what was dropped before it.
+        self.put(np.zeros((0, form.channels), np.int16), form.rate, start)
 
     def read_audio(self, data: bytes, size: int | None) -> Iterator[bytes]:
         """Yield the bytes of the audio: `data`, and then what the file still has, together `size`
@@ -210,27 +203,27 @@ class Stream:
         if n_behind:
             self.notes.append(f"bytes behind the audio of its WAV header, left out: {n_behind}")
 
-    def put(self, data: bytes, start: int) -> None:
-        """Put a chunk into the queue. If this is full, wait, or drop the sound in it."""
+    def put(self, samples: np.ndarray, rate: int, start: int) -> None:
+        """Put a block into the queue. If this is full, wait, or drop the sound in it."""
         with self.changed:
+            while self.is_full(rate) and self.is_ahead(rate) and not self.is_stopped:
+                self.changed.wait(0.1)
             if self.is_stopped:
                 return
-            while self.is_full() and self.is_ahead() and not self.is_stopped:
-                self.changed.wait(0.1)
-            if self.is_full():
+            if self.is_full(rate):
                 self.queue.clear()
                 self.n_queued = 0
-            self.queue.append(Chunk(data, start, time.time(), time.monotonic()))
-            self.n_queued += len(data)
+            self.queue.append(Block(samples, rate, start, time.time(), time.monotonic()))
+            self.n_queued += len(samples)
             self.changed.notify()
 
-    def is_full(self) -> bool:
-        return self.n_queued >= QUEUE_SECONDS * self.form.bytes_per_second
+    def is_full(self, rate: int) -> bool:
+        return self.n_queued >= QUEUE_SECONDS * rate
 
-    def is_ahead(self) -> bool:
+    def is_ahead(self, rate: int) -> bool:
         """Whether the sound in the queue has arrived in less time than it lasts."""
         seconds = time.monotonic() - self.queue[0].tick
-        return seconds < FASTER * self.n_queued / self.form.bytes_per_second
+        return seconds < FASTER * self.n_queued / rate
 
 
 def read_header(file: RawIOBase, raw: Format) -> tuple[Format, str, int | None, bytes]:
