@@ -1,4 +1,4 @@
-"""export.py and examples/score_onnx.py: the file gives the scores of eval.py; errors."""
+"""export.py and its examples: the file gives the scores of eval.py and score.py; errors."""
 
 import contextlib
 import io
@@ -40,6 +40,7 @@ from model.tastgram import N_MELS
 ROOT = Path(export_script.__file__).parent
 SLOW = pytest.mark.slow
 SCORER = ROOT / "examples" / "score_onnx.py"
+MONITOR = ROOT / "examples" / "monitor.py"
 # Every choice of published channels; each published head with one, two and three of them
 MODES_OF_CHOICES = ("arcface", "cross_entropy", "noisy_arcmix")
 CHOICES = [{"mode": "cross_entropy"}]
@@ -269,9 +270,9 @@ def test_every_kind_of_model_passes_the_comparison(keys, classes):
 # ---- Scoring without PyTorch ----
 
 
-def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
-    """Run the example where only the packages that it names can be imported."""
-    packages = "torch torchaudio librosa pandas scipy sklearn yaml onnx onnxscript"
+def without_packages(example: Path, *words: str | Path) -> list[str]:
+    """Return the command of an example where only the packages that it names can be imported."""
+    packages = "torch torchaudio librosa pandas scipy sklearn yaml onnx onnxscript filelock"
     code = (
         "import sys, runpy\n"
         f"for name in {packages.split()}:\n"
@@ -279,8 +280,12 @@ def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, SCORER, file, *words]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=file.parent)
+    return [sys.executable, "-c", code, str(example), *map(str, words)]
+
+
+def print_score(file: Path, *words: str) -> subprocess.CompletedProcess:
+    command = without_packages(SCORER, file, *words)
+    return subprocess.run(command, capture_output=True, text=True, cwd=file.parent)
 
 
 def rounded(line: str) -> str:
@@ -506,3 +511,47 @@ def test_training_and_evaluation_do_without_the_packages():
         "train_ddp, train, eval"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050])
+def test_the_monitor_prints_the_windows_and_alarms_of_score(rate, exported, tmp_path, call):
+    """It is stopped by SIGTERM when all sound has arrived."""
+    sound = np.concatenate([tone(seed, 17.03, rate) for seed in range(3)])
+    file = write_clip(tmp_path / "new.wav", sound, rate)
+    machine = ("--machine_type", "fan", "--machine_id", "2")
+    words = (exported / "run.pth", file, *machine, "--json", "--timeline")
+    (row,) = json.loads(call(score_script.main, *words)[1])
+    command = without_packages(MONITOR, exported / "run.onnx", "fan", "2", "--json")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False)
+    with process:
+        process.stdin.write(file.read_bytes())
+        process.stdin.flush()
+        n_lines = len(row["windows"])  # all but the last, and the first line
+        lines = [process.stdout.readline() for _ in range(n_lines)]
+        process.terminate()
+        lines += process.stdout.readlines()
+    assert process.returncode == 0
+    found = [json.loads(line) for line in lines]
+    windows = [event for event in found if event["event"] == "window"]
+    for key in ("start", "decision"):
+        assert [event[key] for event in windows] == [window[key] for window in row["windows"]]
+    expected = np.array([window["score"] for window in row["windows"]])
+    assert is_close(np.array([event["score"] for event in windows]), expected)
+    alarms = [event["start"] for event in found if event["event"] == "alarm"]
+    assert alarms == [alarm["start"] for alarm in row["alarms"]]
+    assert found[-1]["reason"] == "stopped"
+
+
+def test_errors_of_the_monitor_are_one_line(exported):
+    for words, message in (
+        (("fan", "7"), "was not trained on this machine; use one of fan 00, fan 02, valve 01"),
+        (("fan", ""), "the machine ID is empty; name one"),
+        (("fan", "2", "--rat", "1"), "unrecognized arguments: --rat 1"),
+        (("fan", "2"), "standard input: no sound"),
+    ):
+        command = without_packages(MONITOR, exported / "run.onnx", *words)
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert process.returncode == 2
+        assert process.stderr.startswith("error: ")
+        assert process.stderr.count("\n") == 1
+        assert message in process.stderr
