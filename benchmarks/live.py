@@ -29,7 +29,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -128,12 +127,13 @@ def monitor_day(options: Namespace, day: Path) -> list[dict]:
     assert process.stdin
     assert process.stdout
     begin = time.perf_counter()
-    copying = threading.Thread(target=copy, args=(day, process.stdin))
+    memory: list[float] = []
+    copying = threading.Thread(target=copy, args=(day, process, memory))
     copying.start()
     lines = process.stdout.readlines()
     seconds = time.perf_counter() - begin
     copying.join()
-    _, status, usage = os.wait4(process.pid, 0)
+    status = process.wait()
     (options.output / "day.jsonl").write_bytes(b"".join(lines))
     events = [json.loads(line) for line in lines]
     windows = select(events, "window")
@@ -141,16 +141,25 @@ def monitor_day(options: Namespace, day: Path) -> list[dict]:
     speed = len(windows) / seconds
     print(f"status {status}, {len(windows)} windows in {seconds:.0f} s on one core: ", end="")
     print(f"{speed:.1f} a second, or {speed * hop:.0f} machines at a hop of {hop:g} s")
-    print(f"memory: {usage.ru_maxrss / 1e3:.0f} MB")
+    print(f"memory: {memory[0]:.0f} MB at most")
     others = [event for event in events if event["event"] not in ("start", "window", "end")]
     print("other events:", dict(Counter(event["event"] for event in others)))
     return events
 
 
-def copy(file: Path, pipe: IO[bytes]) -> None:
-    """Copy a file into a pipe, and close it."""
-    with file.open("rb") as source, pipe:
+def copy(file: Path, process: subprocess.Popen, memory: list[float]) -> None:
+    """Copy a file into the standard input of a process, read its memory, and end the input."""
+    assert process.stdin
+    with file.open("rb") as source, process.stdin as pipe:
         shutil.copyfileobj(source, pipe)
+        memory.append(read_memory(process.pid, "VmHWM"))
+
+
+def read_memory(process: int, field: str) -> float:
+    """Return a field of the memory of a process, in MB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+)", status)
+    return int(kilobytes) / 1e3
 
 
 def select(events: Sequence[dict], name: str) -> list[dict]:
@@ -285,9 +294,7 @@ def play(
             pipe.write(wav.read(BLOCK, dtype="int16").tobytes())
             pipe.flush()
             if (number + 1) % (n_blocks // 10) == 0:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                (kilobytes,) = re.findall(r"RssAnon:\s+(\d+)", status)
-                memory.append(int(kilobytes) / 1e3)
+                memory.append(read_memory(process.pid, "RssAnon"))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Log:
             UserError: If standard output cannot be written.
         """
         moment = time.time() if moment is None else moment
-        shown = datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
+        precision = "milliseconds" if self.as_json else "seconds"
+        shown = datetime.fromtimestamp(moment).astimezone().isoformat(timespec=precision)
         place = {"file": file, "start": start}
         if self.as_json:
             given = {name: value for name, value in place.items() if value is not None}

@@ -1,0 +1,215 @@
+"""Look back on the days of a monitor: windows above the threshold, and alarms.
+
+    python monitor_days.py log.jsonl
+    python monitor_days.py log.jsonl --picture day.png --day 2026-11-28
+    python monitor_days.py log.jsonl --threshold 0.9 --alarm_windows 5 --alarm_span 8
+
+The logs are files of lines from `monitor.py --json`. A row is printed for each day: windows that
+were scored, how many of them lie above the threshold and their share, the median score, alarms and
+how long they last together, windows that were not scored, and seconds of sound that were dropped.
+If the share grows over days, machine, microphone or room have changed.
+
+Alarms are found anew in the scores, with the threshold and the rule of the monitor, or with those
+that are given, so that these can be tried out. The picture shows a day (by default the last): its
+windows, the threshold and the alarms.
+
+Requires numpy and, of this project, alarms.py, audio.py, command_line.py, errors.py and formats.py,
+which may also lie beside this file; for the picture also matplotlib.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alarms import Alarm, AlarmRule, AlarmTracker, format_time
+from command_line import OneLineParser
+from errors import UserError, explain
+
+BLUE, RED = "#0072B2", "#D55E00"
+COLUMNS = ["day", "windows", "above", "share", "median", "alarms", "alarmed", "unscored", "dropped"]
+WIDTH = 10  # characters of a column
+
+
+@dataclass
+class Day:
+    """What a monitor printed on a day.
+
+    Attributes:
+        moments: When each window starts.
+        scores: Of the windows; NaN for one that was not scored.
+        threshold: The last one.
+        alarms: Those that begin on the day. Their times are in seconds since 1970.
+        dropped: Seconds of sound.
+    """
+
+    moments: list[datetime] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    threshold: float = math.nan
+    alarms: list[Alarm] = field(default_factory=list)
+    dropped: float = 0.0
+
+
+class Days:
+    """The days of a monitor by date, which grow with each event."""
+
+    def __init__(self, options: Namespace) -> None:
+        """Use threshold and rule of the options in place of those of the monitor."""
+        self.options = options
+        self.by_date: dict[str, Day] = {}
+        self.tracker: AlarmTracker | None = None
+        self.zone: tzinfo | None = None  # of the last window
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Add an event."""
+        date = event["time"][:10]
+        if event["event"] == "start":
+            self.start(event)
+        elif event["event"] == "dropped":
+            self.by_date.setdefault(date, Day()).dropped += event["seconds"]
+        elif event["event"] == "window" and self.tracker:
+            score = math.nan if event["score"] is None else event["score"]
+            moment = datetime.fromisoformat(event["time"])
+            self.zone = moment.tzinfo
+            day = self.by_date.setdefault(date, Day())
+            day.moments.append(moment)
+            day.scores.append(score)
+            day.threshold = self.tracker.threshold
+            self.add_alarm(self.tracker.add(moment.timestamp(), score))
+
+    def start(self, event: dict[str, Any]) -> None:
+        """Begin with a monitor that was started (again).
+
+        Raises:
+            UserError: If no windows can meet the rule.
+        """
+        given = self.options
+        threshold = event["threshold"] if given.threshold is None else given.threshold
+        rule = AlarmRule(
+            given.alarm_windows or event["alarm_windows"], given.alarm_span or event["alarm_span"]
+        )
+        if not 1 <= rule.n_above <= rule.span:
+            raise UserError(
+                f"an alarm cannot be {rule.n_above} of {rule.span} windows; change --alarm_windows "
+                "or --alarm_span"
+            )
+        self.finish()
+        self.tracker = AlarmTracker(rule, threshold)
+
+    def finish(self) -> None:
+        """Add the alarm that is not over, if there is one."""
+        self.add_alarm(self.tracker.alarm if self.tracker else None)
+
+    def add_alarm(self, alarm: Alarm | None) -> None:
+        """Add an alarm, if there is one, to the day on which it began."""
+        if alarm:
+            began = datetime.fromtimestamp(alarm.start, self.zone)
+            self.by_date[began.date().isoformat()].alarms.append(alarm)
+
+
+def read_logs(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the events of logs. Lines that are not JSON, such as the last one of a monitor that was
+    killed, are left out.
+    """
+    for path in paths:
+        try:
+            with path.open() as file:
+                for line in file:
+                    with contextlib.suppress(json.JSONDecodeError):
+                        yield json.loads(line)
+        except OSError as error:
+            raise UserError(explain(error, path)) from None
+        except UnicodeError:
+            raise UserError(f"{path}: not a log; give the lines of monitor.py --json") from None
+
+
+def print_days(days: dict[str, Day]) -> None:
+    """Print a row for each day."""
+    print(*(column.rjust(WIDTH) for column in COLUMNS))
+    for date, day in days.items():
+        scores = [score for score in day.scores if not math.isnan(score)]
+        n_above = sum(score > day.threshold for score in scores)
+        seconds = sum(alarm.end - alarm.start for alarm in day.alarms)
+        cells = [date, str(len(scores)), str(n_above)]
+        cells += (
+            [f"{n_above / len(scores):.2%}", f"{statistics.median(scores):.4g}"]
+            if scores
+            else ["-", "-"]
+        )
+        cells += [
+            str(len(day.alarms)),
+            format_time(round(seconds)),
+            str(len(day.scores) - len(scores)),
+        ]
+        cells.append(f"{day.dropped:.0f}")
+        print(*(cell.rjust(WIDTH) for cell in cells))
+
+
+def draw_day(date: str, days: dict[str, Day], path: Path) -> None:
+    """Draw the scores of a day, its threshold, and the alarms of all days that reach into it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"--picture needs matplotlib ({error}); pip install matplotlib") from None
+    drawn = Figure(figsize=(7.2, 2.4), dpi=200, layout="constrained")
+    axis = drawn.subplots()
+    day = days[date]
+    first = day.moments[0]
+    midnight = first.timestamp() - 3600 * first.hour - 60 * first.minute - first.second
+    for number, alarm in enumerate(x for other in days.values() for x in other.alarms):
+        begin, end = ((second - midnight) / 3600 for second in (alarm.start, alarm.end))
+        axis.axvspan(begin, end, color=RED, alpha=0.3, label=None if number else "alarm")
+    hours = [(moment.timestamp() - midnight) / 3600 for moment in day.moments]
+    colours = [RED if score > day.threshold else BLUE for score in day.scores]
+    axis.scatter(hours, day.scores, s=1, c=colours, linewidths=0)
+    axis.axhline(day.threshold, color="black", linewidth=0.8, linestyle="--", label="threshold")
+    axis.set(title=date, xlabel="hour", ylabel="score")
+    axis.set_xlim(hours[0], hours[-1])
+    if hours[-1] - hours[0] > 12:
+        axis.set(xlim=(0, 24), xticks=range(0, 25, 3))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper right", frameon=False, fontsize=7)
+    try:
+        drawn.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def main() -> None:
+    parser = OneLineParser(description=__doc__)
+    add = parser.add_argument
+    add("logs", nargs="+", type=Path, metavar="LOG", help="lines from monitor.py --json")
+    add("--threshold", type=float, help="threshold (that of the monitor)")
+    add("--alarm_windows", type=int, help="windows that make an alarm (as in the monitor)")
+    add("--alarm_span", type=int, help="among so many consecutive ones (as in the monitor)")
+    add("--picture", metavar="FILE.png", type=Path, help="draw a day")
+    add("--day", metavar="DATE", help="the day to draw, such as 2026-11-28 (the last)")
+    options = parser.parse_args()
+    days = Days(options)
+    for event in read_logs(options.logs):
+        days.add(event)
+    days.finish()
+    if not days.by_date:
+        raise UserError(f"{options.logs[0]}: no windows; give the lines of monitor.py --json")
+    print_days(days.by_date)
+    if options.picture:
+        date = options.day or max(days.by_date)
+        if date not in days.by_date:
+            raise UserError(f"--day {date}: no windows; the last day is {max(days.by_date)}")
+        draw_day(date, days.by_date, options.picture)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
