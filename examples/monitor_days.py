@@ -4,14 +4,20 @@
     python monitor_days.py log.jsonl --picture day.png --day 2026-11-28
     python monitor_days.py log.jsonl --threshold 0.9 --alarm_windows 5 --alarm_span 8
 
-The logs are files of lines from `monitor.py --json`. A row is printed for each day: windows that
-were scored, how many of them lie above the threshold and their share, the median score, alarms and
-how long they last together, windows that were not scored, and seconds of sound that were dropped.
-If the share grows over days, machine, microphone or room have changed.
+The logs are files of lines from `monitor.py --json`. A row is printed for each day:
 
-Alarms are found anew in the scores, with the threshold and the rule of the monitor, or with those
-that are given, so that these can be tried out. The picture shows a day (by default the last): its
-windows, the threshold and the alarms.
+    windows    that were scored
+    above      windows above the threshold; if their share grows over days, then machine,
+    share      microphone or room have changed
+    median     score of a window
+    level      a threshold that is not below it raises no alarm within the day
+    alarms     that began on the day, and for how long there was an alarm
+    unscored   windows whose sound was silent, clipped or not finite
+    dropped    seconds of sound
+
+Alarms and levels follow from the scores, with the threshold and the rule of the monitor or with
+those that are given, so that others can be tried out. The picture shows a day: its windows, the
+threshold and the alarms.
 
 Requires numpy and, of this project, alarms.py, audio.py, command_line.py, errors.py and formats.py,
 which may also lie beside this file; for the picture also matplotlib.
@@ -20,7 +26,6 @@ which may also lie beside this file; for the picture also matplotlib.
 import contextlib
 import json
 import math
-import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -29,14 +34,27 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alarms import Alarm, AlarmRule, AlarmTracker, format_time
+from alarms import Alarm, AlarmRule, AlarmTracker, find_level, format_time
 from command_line import OneLineParser
 from errors import UserError, explain
 
 BLUE, RED = "#0072B2", "#D55E00"
-COLUMNS = ["day", "windows", "above", "share", "median", "alarms", "alarmed", "unscored", "dropped"]
-WIDTH = 10  # characters of a column
+COLUMNS = [
+    "day",
+    "windows",
+    "above",
+    "share",
+    "median",
+    "level",
+    "alarms",
+    "in alarm",
+    "unscored",
+    "dropped",
+]
+WIDTH = 8  # characters of a column
 
 
 @dataclass
@@ -46,7 +64,7 @@ class Day:
     Attributes:
         moments: When each window starts.
         scores: Of the windows; NaN for one that was not scored.
-        threshold: The last one.
+        threshold, rule: The last ones.
         alarms: Those that begin on the day. Their times are in seconds since 1970.
         dropped: Seconds of sound.
     """
@@ -54,6 +72,7 @@ class Day:
     moments: list[datetime] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     threshold: float = math.nan
+    rule: AlarmRule = AlarmRule(1, 1)
     alarms: list[Alarm] = field(default_factory=list)
     dropped: float = 0.0
 
@@ -82,7 +101,7 @@ class Days:
             day = self.by_date.setdefault(date, Day())
             day.moments.append(moment)
             day.scores.append(score)
-            day.threshold = self.tracker.threshold
+            day.threshold, day.rule = self.tracker.threshold, self.tracker.rule
             self.add_alarm(self.tracker.add(moment.timestamp(), score))
 
     def start(self, event: dict[str, Any]) -> None:
@@ -133,24 +152,23 @@ def read_logs(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def print_days(days: dict[str, Day]) -> None:
     """Print a row for each day."""
-    print(*(column.rjust(WIDTH) for column in COLUMNS))
+    print(COLUMNS[0].ljust(10), *(column.rjust(WIDTH) for column in COLUMNS[1:]))
     for date, day in days.items():
-        scores = [score for score in day.scores if not math.isnan(score)]
-        n_above = sum(score > day.threshold for score in scores)
-        seconds = sum(alarm.end - alarm.start for alarm in day.alarms)
-        cells = [date, str(len(scores)), str(n_above)]
-        cells += (
-            [f"{n_above / len(scores):.2%}", f"{statistics.median(scores):.4g}"]
-            if scores
-            else ["-", "-"]
-        )
-        cells += [
-            str(len(day.alarms)),
-            format_time(round(seconds)),
-            str(len(day.scores) - len(scores)),
-        ]
-        cells.append(f"{day.dropped:.0f}")
-        print(*(cell.rjust(WIDTH) for cell in cells))
+        print(date, *(cell.rjust(WIDTH) for cell in describe(day)))
+
+
+def describe(day: Day) -> list[str]:
+    """Return the cells of a day, for the columns behind the first."""
+    scores = np.array(day.scores)
+    scored = scores[~np.isnan(scores)]
+    n_above = int((scored > day.threshold).sum())
+    cells = [str(len(scored)), str(n_above), "-", "-", "-"]
+    if len(scored):
+        level = find_level(np.nan_to_num(scores, nan=-np.inf), day.rule)
+        cells[2:] = f"{n_above / len(scored):.2%}", f"{np.median(scored):.4g}", f"{level:.4g}"
+    seconds = sum(alarm.end - alarm.start for alarm in day.alarms)
+    cells += [str(len(day.alarms)), format_time(round(seconds))]
+    return [*cells, str(len(scores) - len(scored)), f"{day.dropped:.0f}"]
 
 
 def draw_day(date: str, days: dict[str, Day], path: Path) -> None:
