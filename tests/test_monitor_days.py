@@ -63,7 +63,7 @@ def test_a_row_for_each_day(tmp_path, run):
         ["2026-11-29", "4", "2", "50.00%", "2", "1", "0", "0:00:00", "0", "0"],
     ]
     assert run(log, "--threshold", "3")[0][6:8] == ["1", "0:00:20"]
-    assert run(log, "--alarm_windows", "1", "--alarm_span", "1")[1][6:8] == ["2", "0:00:20"]
+    assert run(log, "--alarm_windows", "1", "--alarm_span", "1")[1][6:8] == ["1", "0:00:10"]
 
 
 def test_there_is_no_alarm_at_the_level_of_a_day(tmp_path, run):
