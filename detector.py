@@ -181,13 +181,15 @@ class Detector:
 
     @property
     def mode(self) -> str:
-        """The modes of all members."""
-        return ", ".join(dict.fromkeys(model.config.mode for model in self.members))
+        """The modes of all members; empty without a network."""
+        names = dict.fromkeys(model.config.mode for model in self.members if model.network)
+        return ", ".join(names)
 
     @property
     def channels(self) -> list[str]:
-        """The input channels of all members."""
-        return list(dict.fromkeys(name for x in self.members for name in x.config.input))
+        """The input channels of all members; none without a network."""
+        names = (name for x in self.members if x.network for name in x.config.input)
+        return list(dict.fromkeys(names))
 
     @property
     def classes(self) -> Classes:

@@ -62,10 +62,8 @@ from typing import Any
 
 from audio import Windows
 from checkpoint import RunFiles
-from classes import Machine
 from command_line import OneLineParser
 from config import (
-    MODEL_KEYS,
     SCORING_KEYS,
     Config,
     check_effect,
@@ -85,12 +83,10 @@ from evaluation.single import (
     score_recordings,
 )
 from evaluation.thresholds import explain_thresholds, find_thresholds, threshold_of
-from evaluation.without_network import load_folder
-from names import format_id, is_audio
+from evaluation.without_network import CHECK_POINTS, check_keys, load_folder, name_machine
+from names import is_audio
 from recordings import MACHINE_COLUMNS
 from utils import check_writable, notice, run_script, use_device
-
-CHECK_POINTS = Path("check_points")  # the folder of figures without a checkpoint is there
 
 
 def score(config: Config, options: Namespace) -> None:
@@ -102,7 +98,7 @@ def score(config: Config, options: Namespace) -> None:
     files, problems = find_files(options.recordings)
     device = use_device(config.device)
     if options.normal:
-        machine = name_machine(options)
+        machine = name_machine(options.normal, options.machine_type, options.machine_id)
         model = load_folder(options.normal, machine, choose_window(config), config, device)
         detector, candidates = Detector((model,)), [machine]
     else:
@@ -153,12 +149,6 @@ def choose_windows(detector: Detector, config: Config, kinds: Sequence[str]) -> 
     windows = detector.windows(config, "test", choose_window(config))
     check_effect(config, windows, kinds)
     return windows
-
-
-def name_machine(options: Namespace) -> Machine:
-    """Return the name of the machine of --normal: as given, or that of the folder."""
-    name = options.machine_id or options.normal.resolve().name
-    return options.machine_type or "machine", format_id(name).replace("/", "_")
 
 
 def find_pictures(options: Namespace) -> Path:
@@ -291,11 +281,7 @@ def check_normal(config: Config, options: Namespace) -> None:
         raise UserError("the recordings to score are missing; name them beside --normal")
     if options.recordings[0].suffix == ".pth":
         raise UserError(f"{options.recordings[0]}: --normal needs no checkpoint; leave it out")
-    names = sorted(config.given & {*MODEL_KEYS, "data_root", "eval_precision"})
-    if "scoring" in config.given and config.scoring != "spectrum":
-        names.append("scoring")
-    if names:
-        raise UserError(f"{names[0]} has no effect with --normal; leave it out")
+    check_keys(config)
 
 
 def check_calibration(config: Config, options: Namespace) -> None:

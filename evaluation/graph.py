@@ -12,7 +12,8 @@ from model import CHANNELS, FrontEnd, fold_batch_norm, spectrum_of
 
 class ScoringGraph(nn.Module):
     """Waveform `(N, T)` in [-1, 1) -> anomaly scores `(N, M)`, one for each machine in the order of
-    the classes, and embedding `(N, E)`, of several members side by side; float32.
+    the classes, and embedding `(N, E)`, of several members side by side and empty without a
+    network; float32.
 
     The scores are of the kind that `scoring` names, computed in float64 as those that the decisions
     of `eval.py` rest on. Batch norms are folded into the convolutions before them.
@@ -23,11 +24,11 @@ class ScoringGraph(nn.Module):
         self.front_end = FrontEnd(CHANNELS)
         self.networks = nn.ModuleList()
         for model in detector.members:
-            assert model.network
-            network = fold_batch_norm(model.network).cpu()
-            self.networks.append(
-                network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            )
+            if model.network:
+                network = fold_batch_norm(model.network).cpu()
+                self.networks.append(
+                    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+                )
         replace_prelus(self.networks)
         self.scorer = detector.scorer(config.scoring, config.neighbours)
         self.machines = detector.classes.machines
@@ -39,6 +40,9 @@ class ScoringGraph(nn.Module):
         for network in self.networks:
             similarity, embedding = network(**inputs)
             members.append(Outputs(similarity, embedding, spectrum))
+        if not members:
+            nothing = spectrum[:, :0]  # a tensor of its own would fix N
+            members.append(Outputs(nothing, nothing, spectrum))
         outputs = DetectorOutputs(tuple(members))
         scores = self.scorer.score_against_machines(outputs, self.machines)
         return scores.float(), outputs.embedding

@@ -131,7 +131,7 @@ def describe(detector: Detector, config: Config) -> dict[str, str]:
         "input": json.dumps(detector.channels),
         "scoring": config.scoring,
         "version": versions()["commit"],
-        "weights_sha256": ", ".join(model.weights_sha256 for model in detector.members),
+        "weights_sha256": ", ".join(x.weights_sha256 for x in detector.members if x.network),
     }
 
 

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, HeldOut
 from classes import Classes, Machine
-from config import Config
+from config import MODEL_KEYS, Config
 from dataloader import ClipSet, make_clips
 from errors import UserError
 from evaluation.calibration import walk_audio
 from evaluation.scores import Outputs, StoredClips
 from inference import Model, make_bank, run_model
-from names import ANOMALOUS, parse_name
+from names import ANOMALOUS, format_id, parse_name
 from recordings import MACHINE_COLUMNS
 from utils import notice
+
+CHECK_POINTS = Path("check_points")  # where files that are named after the folder are written
 
 
 def load_folder(
@@ -48,6 +50,21 @@ def load_folder(
     scores = score_against_others(model, outputs, clips, config.neighbours)
     held_out = HeldOut(clips.files_in(folder.parent), clips.labels, scores)
     return replace(model, checkpoint=replace(model.checkpoint, held_out=held_out))
+
+
+def name_machine(folder: Path, machine_type: str | None, machine_id: str | None) -> Machine:
+    """Return the name of the machine of a folder: as given, or that of the folder."""
+    name = machine_id or folder.resolve().name
+    return machine_type or "machine", format_id(name).replace("/", "_")
+
+
+def check_keys(config: Config) -> None:
+    """Raise `UserError` for a key on the command line that has no effect without a network."""
+    names = sorted(config.given & {*MODEL_KEYS, "data_root", "eval_precision"})
+    if "scoring" in config.given and config.scoring != "spectrum":
+        names.append("scoring")
+    if names:
+        raise UserError(f"{names[0]} has no effect with --normal; leave it out")
 
 
 def list_normal(folder: Path) -> list[Path]:

@@ -113,7 +113,7 @@ def exported(lively_run, tmp_path_factory) -> Path:
     config = load_config(device="cpu")
     traced = onnx_file.export(ScoringGraph(load_detector([folder / "run.pth"], config), config))
     onnx.save(traced, folder / "traced.onnx")
-    options = Namespace(checkpoint=[folder / "run.pth"], output=None)
+    options = Namespace(checkpoint=[folder / "run.pth"], output=None, normal=None)
     with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "export", lambda graph: traced)
         export_script.export(config, options)
@@ -265,6 +265,42 @@ def test_every_kind_of_model_passes_the_comparison(keys, classes):
     expected = expected_scores(model, clips, config)
     assert is_close(scores, expected)
     assert ranks(scores) == ranks(expected)
+
+
+# ---- Without a network ----
+
+
+def test_a_folder_of_normal_recordings_can_be_exported(tmp_path, call, monkeypatch):
+    """It scores as score.py --normal does."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        write_clip(Path("normal") / "press3" / f"{number}.wav", tone(number % 3))
+    file = write_clip(Path("new.wav"), tone(5, 17.0))
+    status, output, errors = call(export_script.main, "--normal", "normal/press3")
+    assert status == 0, errors
+    exported = Path("check_points", "press3.onnx")
+    assert output.startswith(f"{exported}: 0.6 MB, 1 machine ID, spectrum scores, which differ")
+    assert run(exported, np.zeros((3, 160_000), np.float32))[1].shape == (3, 0)
+    about = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+    empty = {"mode": "", "input": "[]", "weights_sha256": "", "scoring": "spectrum"}
+    assert {key: about[key] for key in empty} == empty
+    _, expected, _ = call(score_script.main, "--normal", "normal/press3", file)
+    process = print_score(tmp_path / exported, str(tmp_path / file), "machine", "press3")
+    line = expected.splitlines()[0].replace(str(file), str(tmp_path / file))
+    assert rounded(process.stdout) == rounded(line) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--normal", "x", "a.pth"), "a.pth: --normal needs no checkpoint; leave it out"),
+        (("--normal", "x", "--scoring", "nearest"), "scoring has no effect with --normal"),
+        (("--normal", "x", "--mode", "arcface"), "unknown option|mode has no effect with --normal"),
+        (("a.pth", "--machine_id", "2"), "--machine_id have no effect without --normal"),
+    ],
+)
+def test_options_that_have_no_effect(words, match, fails):
+    fails(export_script.main, *words, match=match)
 
 
 # ---- Scoring without PyTorch ----
