@@ -81,7 +81,7 @@ class AlarmTracker:
         if len(above) >= self.rule.n_above:
             self.extend_alarm([self.span[number] for number in above])
             self.n_after = len(self.span) - 1 - above[-1]
-        elif self.alarm and self.n_after >= self.rule.span - 1:
+        if self.alarm and self.n_after >= max(1, self.rule.span - 1):
             ended, self.alarm = self.alarm, None
             return ended
         return None

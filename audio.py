@@ -110,7 +110,7 @@ def check_properties(audio: Audio, channel: int) -> None:
 def check_format(rate: int, channels: int, channel: int) -> None:
     """Raise `UserError` for an impossible sample rate, or for a channel that is missing."""
     if not 1_000 <= rate <= 1_000_000:
-        raise UserError(f"unreadable: a sample rate of {rate} Hz")
+        raise UserError(f"unreadable: a sample rate of {rate} Hz is not in 1,000 to 1,000,000")
     if channel >= channels:
         count = f"{channels} channels, counted from 0" if channels > 1 else "a single channel"
         raise UserError(f"no channel {channel}: it has {count}")
@@ -266,8 +266,10 @@ def scale(samples: np.ndarray) -> np.ndarray:
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Resample from `rate` in Hz to SAMPLE_RATE, as librosa.resample does. Returns float64."""
-    import soxr  # most data sets do not need it
-
+    try:
+        import soxr  # most data sets do not need it
+    except ImportError as error:
+        raise UserError(f"soxr is missing, which resamples ({error}); pip install soxr") from None
     if samples.dtype == np.int16:
         samples = samples / FULL_SCALE
     samples = np.clip(samples, -1.0, 1.0)  # or a peak beyond would spread to the samples around it

@@ -8,7 +8,7 @@ The sound arrives on standard input, as raw samples or as a WAV file, or in the 
 folder. It is scored in windows of 10 s, as by score.py. A line is printed for each window: the time
 and the second of the input at which it starts, score, decision. An alarm begins when 3 of 5
 consecutive windows lie above the threshold (or what the rule in the model's file says), and is over
-when no further window extends it.
+when no further window extends it. An input of fewer windows has no alarm.
 
 A window is not scored if it is silent (its samples do not change for a second), clipped (more than
 1 percent of its samples are at full scale) or not finite. For alarms it counts as one that does not
@@ -16,38 +16,45 @@ lie above the threshold. A line says when this begins and when there is sound ag
 no sound arrives for 10 s.
 
 Reading does not wait for scoring. If a minute of sound waits, it is dropped, and a line says how
-much. Only a source that is faster than real time, such as a file, waits.
+much; windows before and behind it still count as consecutive. A file waits, and so does a pipe that
+is faster than real time. Times are those at which sound arrives, unless --start says when the input
+began; a file begins when it is read.
 
---watch scores each recording in a folder once, when it has not changed for 10 s. One that is
-replaced is another one. All windows are one sequence: of recordings of 10 s, 3 of 5 make an alarm.
-A recording that cannot be scored is named with the reason. A list in the folder, which is a hidden
-file, says what was scored, so that a monitor that is started again goes on where it was.
+--watch scores the recordings in a folder, without the folders in it, once each, when they have not
+changed for 10 s. A replaced file is scored again. All windows are one sequence: of recordings of
+10 s, 3 of 5 make an alarm. A recording that cannot be scored is named with the reason, and again
+after a new start. A hidden file in the folder lists what was scored, so that a monitor that is
+started again goes on where it was.
 
 --evidence keeps the sound of each alarm from standard input as a FLAC file, from 30 s before the
-alarm. Of files that were written without --evidence nothing is removed.
+alarm until it is known to be over.
 
 With --json, each line is an object with `time`, `event` and, where they apply, `start` (seconds)
-and `file`. Events are start, window (with `score` and `decision`: normal, anomalous, or the
-condition because of which it is not scored), condition (sound, silent, clipped, not finite or no
-input), alarm, alarm_end, dropped, too_short, not_scored, list_failed, evidence, evidence_removed,
-evidence_full, evidence_failed and end.
+and `file`. Events are start; window, with `score` and `decision`: normal, anomalous, or the
+condition because of which it is not scored; condition: sound, silent, clipped, not finite or no
+input; alarm and alarm_end; dropped, not_scored and list_failed; evidence, evidence_removed and
+evidence_end; end.
 
-SIGTERM and Ctrl-C end the monitor once the sound that has arrived is scored. The exit status is 0
-then and at the end of the input, and 2 after an error. Requires Linux or macOS, onnxruntime, numpy,
-soundfile and, for other sample rates than 16 kHz, soxr; and of this project the folder live and
-alarms.py, audio.py, command_line.py, errors.py, formats.py and names.py, which may also lie beside
-this file.
+SIGTERM and Ctrl-C end the monitor once the sound that has arrived is scored; a second one ends it
+at once. The exit status is 0 then and at the end of the input, and 2 after an error. Requires Linux
+or macOS, onnxruntime, numpy, soundfile and, for other sample rates than 16 kHz, soxr; and of this
+project the folder live and alarms.py, audio.py, command_line.py, errors.py, formats.py and
+names.py, which may also lie beside this file.
 """
 
 import argparse
-import dataclasses
+import io
 import os
+import re
 import signal
+import stat
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from audio import SAMPLE_RATE, SECONDS
@@ -67,14 +74,17 @@ STREAM_OPTIONS = ("rate", "channels", "format", "start", "evidence", "megabytes"
 def main() -> None:
     options = parse_options()
     signals: list[int] = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *received: signals.append(received[0]))
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     # Reading begins first: a microphone does not wait until the model is loaded.
     stream = None if options.watch else open_stream(options)
-    model = load_onnx(options.model, options.threads)
-    if options.channel is not None:
-        windows = model.windows._replace(channel=options.channel)
-        model = dataclasses.replace(model, windows=windows)
+    model = load_onnx(options.model, n_threads=1)
     (number,) = model.find_machines(options.machine_type, options.machine_id)
     monitor = Monitor(model, number, Log(options.json))
     if stream:
@@ -86,11 +96,15 @@ def main() -> None:
 
 
 def open_stream(options: Namespace) -> Stream:
-    """Begin to read standard input."""
+    """Begin to read standard input. A file begins now, unless --start is given."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("standard input: no sound; give it with | or <, or use --watch FOLDER")
-    file = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - until the end
-    return Stream(file, make_format(options.format, options.rate, options.channels))
+    os.set_blocking(0, True)  # a pipe from another program may be set otherwise
+    is_recording = stat.S_ISREG(os.fstat(0).st_mode)
+    if is_recording and options.start is None:
+        options.start = time.time()
+    raw = make_format(options.format, options.rate, options.channels)
+    return Stream(io.FileIO(0, closefd=False), raw, is_recording)
 
 
 def listen(
@@ -100,9 +114,9 @@ def listen(
     evidence = None
     if options.evidence:
         rule, machine = monitor.model.rule, monitor.model.machines[monitor.machine]
-        recent = SECONDS + monitor.hop * rule.span
+        delay = SECONDS + monitor.hop * rule.span
         limit = options.megabytes * 1e6
-        evidence = Evidence(options.evidence, machine, limit, recent, monitor.log)
+        evidence = Evidence(options.evidence, machine, limit, delay, monitor.log)
     monitor.begin()
     try:
         Listener(monitor, evidence, options.start).listen(
@@ -127,7 +141,6 @@ def parse_options() -> Namespace:
     add("--rate", type=positive, help=f"samples per second of raw samples ({SAMPLE_RATE})")
     add("--channels", type=positive, help="channels of raw samples (1)")
     add("--format", choices=FORMATS, help="format of raw samples (S16_LE)")
-    add("--channel", type=natural, help="channel to score, from 0 (that of the model)")
     add("--start", type=moment, help="when the input began, if it is a recording (it is live)")
     add("--watch", metavar="FOLDER", type=Path, help="score the recordings in this folder")
     add("--scored", metavar="FILE", type=Path, help="list of scored recordings (in the folder)")
@@ -138,7 +151,6 @@ def parse_options() -> Namespace:
         type=positive,
         help=f"most that is kept of a machine; the oldest is removed ({MEGABYTES})",
     )
-    add("--threads", type=positive, default=1, help="threads that score (1)")
     options = parser.parse_args()
     if not options.machine_id:
         raise UserError("the machine ID is empty; name one")
@@ -157,32 +169,29 @@ def parse_options() -> Namespace:
 
 
 def positive(text: str) -> int:
-    """Convert an option that is a whole number from 1."""
-    if (number := natural(text)) == 0:
+    """Convert an option that is a whole number from 1 to a billion."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return number
-
-
-def natural(text: str) -> int:
-    """Convert an option that is a whole number from 0."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     return int(text)
 
 
 def moment(text: str) -> float:
     """Convert an option that is a time to seconds since 1970."""
     try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError, OSError):
+        given = datetime.fromisoformat(text)
+        if not 1970 < given.year < 9000:
+            raise ValueError
+        return given.timestamp()
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is no time like 2026-11-28T06:00") from None
 
 
 if __name__ == "__main__":
     status = 0
     try:
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if sys.stdout is None:
+            raise UserError("standard output is closed; give a place for the lines")
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         main()
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -12,7 +12,7 @@ The logs are files of lines from `monitor.py --json`. A row is printed for each 
     median     score of a window
     level      a threshold that is not below it raises no alarm within the day
     alarms     that began on the day, and for how long there was an alarm
-    unscored   windows whose sound was silent, clipped or not finite
+    unscored   windows that were silent, clipped or not finite, and recordings that were not scored
     dropped    seconds of sound
 
 Alarms and levels follow from the scores, with the threshold and the rule of the monitor or with
@@ -66,6 +66,7 @@ class Day:
         scores: Of the windows; NaN for one that was not scored.
         threshold, rule: The last ones.
         alarms: Those that begin on the day. Their times are in seconds since 1970.
+        n_unscored: Recordings that were not scored.
         dropped: Seconds of sound.
     """
 
@@ -74,6 +75,7 @@ class Day:
     threshold: float = math.nan
     rule: AlarmRule = AlarmRule(1, 1)
     alarms: list[Alarm] = field(default_factory=list)
+    n_unscored: int = 0
     dropped: float = 0.0
 
 
@@ -94,6 +96,8 @@ class Days:
             self.start(event)
         elif event["event"] == "dropped":
             self.by_date.setdefault(date, Day()).dropped += event["seconds"]
+        elif event["event"] == "not_scored":
+            self.by_date.setdefault(date, Day()).n_unscored += 1
         elif event["event"] == "window" and self.tracker:
             score = math.nan if event["score"] is None else event["score"]
             moment = datetime.fromisoformat(event["time"])
@@ -131,19 +135,19 @@ class Days:
         """Add an alarm, if there is one, to the day on which it began."""
         if alarm:
             began = datetime.fromtimestamp(alarm.start, self.zone)
-            self.by_date[began.date().isoformat()].alarms.append(alarm)
+            self.by_date.setdefault(began.date().isoformat(), Day()).alarms.append(alarm)
 
 
-def read_logs(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the events of logs. Lines that are not JSON, such as the last one of a monitor that was
-    killed, are left out.
+def read_logs(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the events of logs, each with its place. Lines that are not JSON, such as the last one
+    of a monitor that was killed, are left out.
     """
     for path in paths:
         try:
             with path.open() as file:
-                for line in file:
+                for number, line in enumerate(file, 1):
                     with contextlib.suppress(json.JSONDecodeError):
-                        yield json.loads(line)
+                        yield f"{path}, line {number}", json.loads(line)
         except OSError as error:
             raise UserError(explain(error, path)) from None
         except UnicodeError:
@@ -165,10 +169,19 @@ def describe(day: Day) -> list[str]:
     cells = [str(len(scored)), str(n_above), "-", "-", "-"]
     if len(scored):
         level = find_level(np.nan_to_num(scores, nan=-np.inf), day.rule)
-        cells[2:] = f"{n_above / len(scored):.2%}", f"{np.median(scored):.4g}", f"{level:.4g}"
+        cells[2:] = f"{n_above / len(scored):.2%}", f"{np.median(scored):.4g}", round_up(level)
     seconds = sum(alarm.end - alarm.start for alarm in day.alarms)
     cells += [str(len(day.alarms)), format_time(round(seconds))]
-    return [*cells, str(len(scores) - len(scored)), f"{day.dropped:.0f}"]
+    n_unscored = len(scores) - len(scored) + day.n_unscored
+    return [*cells, str(n_unscored), f"{day.dropped:.0f}"]
+
+
+def round_up(level: float) -> str:
+    """Format a level with four digits, rounded up, so that it is one of a threshold, too."""
+    if level <= 0:
+        return f"{level:.4g}"
+    unit = 10.0 ** (math.floor(math.log10(level)) - 3)
+    return f"{math.ceil(level / unit - 1e-9) * unit:.4g}"
 
 
 def draw_day(date: str, days: dict[str, Day], path: Path) -> None:
@@ -212,15 +225,20 @@ def main() -> None:
     add("--day", metavar="DATE", help="the day to draw, such as 2026-11-28 (the last)")
     options = parser.parse_args()
     days = Days(options)
-    for event in read_logs(options.logs):
-        days.add(event)
+    for place, event in read_logs(options.logs):
+        try:
+            days.add(event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{place}: not a line from monitor.py --json") from None
     days.finish()
     if not days.by_date:
         raise UserError(f"{options.logs[0]}: no windows; give the lines of monitor.py --json")
     print_days(days.by_date)
     if options.picture:
         date = options.day or max(days.by_date)
-        if date not in days.by_date:
+        if date not in days.by_date or not days.by_date[date].moments:
             raise UserError(f"--day {date}: no windows; the last day is {max(days.by_date)}")
         draw_day(date, days.by_date, options.picture)
 

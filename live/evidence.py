@@ -37,8 +37,9 @@ class Evidence:
         """
         self.folder, self.limit, self.log = folder, limit, log
         self.prefix = "_".join(machine) + "_"
-        self.memory = LEAD + delay  # seconds
+        self.memory = LEAD + delay  # seconds of sound in front of a block
         self.recent: deque[Block] = deque()
+        self.n_recent = 0  # samples
         self.alarm_start: float | None = None
         self.file: soundfile.SoundFile | None = None
         self.path = folder
@@ -55,21 +56,23 @@ class Evidence:
 
     def add(self, block: Block) -> None:
         """Add the next sound."""
+        enough = self.memory * block.rate
+        while self.recent and self.n_recent - len(self.recent[0].samples) >= enough:
+            self.n_recent -= len(self.recent.popleft().samples)
         self.recent.append(block)
-        while block.end - self.recent[0].end >= self.memory * block.rate:
-            self.recent.popleft()
+        self.n_recent += len(block.samples)
         self.write(block)
 
-    def follow(self, alarm: Alarm | None, moment: float) -> None:
-        """Begin a file if there is a new alarm, and end it if there is none. `moment` is when the
-        alarm began, in seconds since 1970.
+    def follow(self, alarm: Alarm | None, began: float) -> None:
+        """Begin a file if there is a new alarm, and end it if there is none. `began` is when the
+        input began, in seconds since 1970.
         """
         if alarm is None:
             self.close()
             self.alarm_start = None
         elif alarm.start != self.alarm_start:
             self.alarm_start = alarm.start
-            self.open(moment)
+            self.open(began + alarm.start)
             for block in self.recent:
                 first = round((alarm.start - LEAD) * block.rate) - block.start
                 self.write(block._replace(samples=block.samples[max(0, first) :]))
@@ -118,21 +121,23 @@ class Evidence:
         for path in sorted(files.keys() - {self.path}, key=lambda path: files[path].st_mtime):
             if size <= self.limit:
                 return
-            path.unlink()
+            path.unlink(missing_ok=True)
             size -= files[path].st_size
             text = "removed, since all files together have reached the limit"
             self.log.write("evidence_removed", text, file=str(path))
         if size > self.limit:
-            self.close()
-            text = "has reached the limit, and ends before the alarm"
-            self.log.write("evidence_full", text, file=str(self.path))
+            self.end("it has reached the limit")
 
     def give_up(self, error: Exception) -> None:
-        """Print why the sound of this alarm cannot be kept, and close its file."""
-        reason = getattr(error, "error_string", "") or str(error)
-        text = f"cannot be written ({reason.strip(' .')}); is the disk full?"
-        self.log.write("evidence_failed", text, file=str(self.path), reason=reason)
+        """Say that the sound of this alarm cannot be kept."""
+        reason = explain(error) if isinstance(error, OSError) else "its disk may be full"
+        self.end(f"it cannot be written: {reason}")
+
+    def end(self, reason: str) -> None:
+        """End the file before the alarm is over, and print why."""
         self.close()
+        text = f"no more of this alarm is kept: {reason}"
+        self.log.write("evidence_end", text, file=str(self.path), reason=reason)
 
     def close(self) -> None:
         """Close the file of the alarm, if there is one."""

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from errors import UserError, explain
 from live.lock import lock_file
-from names import is_audio
+from names import list_audio
 
 SETTLED = 10  # seconds without a change after which a file is complete
-SPARE_LINES = 1000  # of the list of files that no longer exist
+SPARE_LINES = 1000  # of the list, for files that are gone, before it is written anew
 
 
 class Version(NamedTuple):
-    """A state of a file; a file that has been replaced has another one."""
+    """A state of a file. If the file is replaced or changed, it has a different version."""
 
     size: int  # bytes
     changed: int  # nanoseconds since 1970
@@ -48,7 +48,7 @@ class Folder:
         )
         self.scored: dict[str, Version] = {}  # by the name of the file
         self.n_lines = 0
-        self.seen: dict[str, tuple[Version, float]] = {}  # and when it was first seen so
+        self.seen: dict[str, tuple[Version, float]] = {}  # and since when it has not changed
         self.read_list()
 
     def find_complete(self) -> list[tuple[Path, Version]]:
@@ -67,33 +67,33 @@ class Folder:
             if is_new and now - seen[name][1] >= SETTLED:
                 complete.append((version.changed, name))
         self.seen = seen
-        self.scored = {name: x for name, x in self.scored.items() if name in versions}
         return [(self.folder / name, versions[name]) for _, name in sorted(complete)]
 
     def list_versions(self) -> dict[str, Version]:
         """Return the versions of the recordings in the folder, by name."""
-        versions = {}
         try:
-            paths = [path for path in self.folder.iterdir() if is_audio(path)]
+            if not self.folder.is_dir():
+                raise UserError(f"{self.folder}: the folder is gone; check the connection to it")
+            versions = {path.name: find_version(path) for path in list_audio(self.folder)}
         except OSError as error:
             raise UserError(explain(error, self.folder)) from None
-        for path in paths:
-            version = find_version(path)
-            if version:
-                versions[path.name] = version
-        return versions
+        return {name: version for name, version in versions.items() if version}
+
+    def remember(self, path: Path, version: Version) -> None:
+        """Remember a recording until the process ends."""
+        self.scored[path.name] = version
 
     # ---- The list ----
 
     def add(self, path: Path, version: Version) -> None:
-        """Add a recording to the list.
+        """Remember a recording, and add it to the list.
 
         Raises:
-            OSError: If the list cannot be written; this process remembers the recording anyway.
+            OSError: If the list cannot be written.
         """
-        self.scored[path.name] = version
+        self.remember(path, version)
         self.n_lines += 1
-        if self.n_lines > 2 * len(self.scored) + SPARE_LINES:
+        if self.n_lines > 2 * len(self.seen) + SPARE_LINES:
             self.write_list()
             return
         with self.list.open("a") as file:
@@ -117,7 +117,8 @@ class Folder:
         self.n_lines = len(lines)
 
     def write_list(self) -> None:
-        """Write the list anew, without files that no longer exist."""
+        """Forget files that are gone, and write the list anew."""
+        self.scored = {name: x for name, x in self.scored.items() if name in self.seen}
         temporary = self.list.with_name(f"{self.list.name}.new")
         rows = [json.dumps([name, *version]) for name, version in self.scored.items()]
         temporary.write_text("\n".join(rows))

@@ -4,7 +4,7 @@ import fcntl
 from pathlib import Path
 from typing import TextIO
 
-from errors import UserError
+from errors import UserError, explain
 
 
 def lock_file(path: Path, holder: str, remedy: str) -> TextIO:
@@ -20,5 +20,5 @@ def lock_file(path: Path, holder: str, remedy: str) -> TextIO:
     except BlockingIOError:
         raise UserError(f"{path.parent}: {holder}; {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+        raise UserError(explain(error, path)) from None
     return file

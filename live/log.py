@@ -15,17 +15,9 @@ class Log:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
-    def write(
-        self,
-        event: str,
-        text: str,
-        moment: float | None = None,
-        file: str | None = None,
-        start: float | None = None,
-        **fields: Any,
-    ) -> None:
-        """Print an event of a moment, in seconds since 1970 (None: now), that concerns a file or a
-        second of the input.
+    def write(self, event: str, text: str, moment: float | None = None, **fields: Any) -> None:
+        """Print an event of a moment, in seconds since 1970 (None: now). Of the fields, `file` and
+        `start` (in seconds) are the place; those that are None are left out, except `score`.
 
         Raises:
             UserError: If standard output cannot be written.
@@ -33,13 +25,13 @@ class Log:
         moment = time.time() if moment is None else moment
         precision = "milliseconds" if self.as_json else "seconds"
         shown = datetime.fromtimestamp(moment).astimezone().isoformat(timespec=precision)
-        place = {"file": file, "start": start}
         if self.as_json:
-            given = {name: value for name, value in place.items() if value is not None}
-            line = json.dumps({"time": shown, "event": event} | given | fields)
+            fields = {name: x for name, x in fields.items() if x is not None or name == "score"}
+            line = json.dumps({"time": shown, "event": event} | fields)
         else:
-            words = [file or "", "" if start is None else format_time(start)]
-            line = "\t".join([shown, " ".join(filter(None, words)) or "-", text])
+            start = fields.get("start")
+            place = [fields.get("file"), None if start is None else format_time(start)]
+            line = "\t".join([shown, " ".join(filter(None, place)) or "-", text])
         try:
             print(line, flush=True)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,10 +66,15 @@ def load_onnx(path: str, n_threads: int = 0) -> OnnxModel:
     """Load a file from export.py. `n_threads` is the number of threads; 0: one for each core.
 
     Raises:
-        UserError: If it is not such a file.
+        UserError: If it is not such a file, or if ONNX Runtime is not installed.
     """
-    import onnxruntime  # takes a second on a small computer, in which sound already arrives
+    try:
+        import onnxruntime  # takes a second on a small computer, in which sound already arrives
+    except ImportError as error:
+        raise UserError(f"onnxruntime is missing ({error}); pip install onnxruntime") from None
 
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; name one from export.py")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     try:

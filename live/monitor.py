@@ -15,7 +15,7 @@ from live.evidence import Evidence
 from live.folder import Folder, Version, find_version
 from live.log import Log
 from live.model import OnnxModel
-from live.stream import Block, Clock, Stream
+from live.stream import Block, Stream
 from live.windows import (
     CLIPPED,
     NO_INPUT,
@@ -39,12 +39,11 @@ ADVICE = {
 
 
 class Window(NamedTuple):
-    """A window of sound that was looked at."""
+    """A window of sound that was scored, or why it was not."""
 
-    start: float  # seconds, in the order of the windows
     moment: float  # at which it starts, in seconds since 1970
     file: str | None  # None: standard input
-    second: float  # of the input or the file, at which it starts
+    start: float  # second of the file or of standard input at which it starts
     condition: str
     score: float  # NaN unless the condition is SOUND
 
@@ -67,8 +66,9 @@ class Monitor:
                 "score.py --calibrate, and export again"
             )
         self.threshold = threshold
+        # Times of alarms are seconds of standard input or, in a folder, seconds since 1970.
         self.tracker = AlarmTracker(model.rule, threshold)
-        self.condition = SOUND
+        self.condition, self.reason = SOUND, ""
         self.last: Window | None = None
 
     @property
@@ -101,16 +101,19 @@ class Monitor:
 
     def report(self, window: Window) -> None:
         """Print the next window, and an alarm that begins or is over with it."""
-        place = window.moment, window.file, window.second
-        self.set_condition(window.condition, *place)
+        moment, file, start = window.moment, window.file, window.start
+        self.set_condition(window.condition, moment=moment, file=file, start=start)
         score, decision, shown = None, window.condition, "-"
         if window.condition == SOUND:
             score, shown = window.score, f"{window.score:.6g}"
             decision = "anomalous" if score > self.threshold else "normal"
-        self.log.write("window", f"{shown}\t{decision}", *place, score=score, decision=decision)
+        text = f"{shown}\t{decision}"
+        self.log.write(
+            "window", text, moment, file=file, start=start, score=score, decision=decision
+        )
         self.last = window
         before = self.tracker.alarm
-        ended = self.tracker.add(window.start, window.score)
+        ended = self.tracker.add(start if file is None else moment, window.score)
         if ended:
             self.end_alarm(ended)
         elif self.tracker.alarm and not before:
@@ -119,51 +122,50 @@ class Monitor:
     def set_condition(
         self,
         condition: str,
+        reason: str = "",
         moment: float | None = None,
         file: str | None = None,
         start: float | None = None,
-        reason: str = "",
     ) -> None:
-        """Print the condition of the sound if it has changed."""
-        if condition != self.condition:
-            text, fields = ADVICE[condition], {"condition": condition}
-            if reason:
-                text, fields = f"{text} ({reason})", fields | {"reason": reason}
-            self.log.write("condition", text, moment, file, start, **fields)
-        self.condition = condition
+        """Print the condition of the sound, if it or its reason has changed."""
+        if (condition, reason) != (self.condition, self.reason):
+            text = f"{ADVICE[condition]} ({reason})" if reason else ADVICE[condition]
+            self.log.write(
+                "condition",
+                text,
+                moment,
+                file=file,
+                start=start,
+                condition=condition,
+                reason=reason or None,
+            )
+        self.condition, self.reason = condition, reason
 
     # ---- Alarms ----
 
     def begin_alarm(self, alarm: Alarm) -> None:
         rule = self.model.rule
-        self.log.write(
-            "alarm",
+        text = (
             f"ALARM: {rule.n_above} of {rule.span} windows lie above {self.threshold:.6g}, the "
-            f"highest with {alarm.score:.6g}",
-            self.find_moment(alarm.start),
-            start=self.find_second(alarm.start),
-            score=alarm.score,
+            f"highest with {alarm.score:.6g}"
         )
+        moment, start = self.find_moment(alarm.start)
+        self.log.write("alarm", text, moment, start=start, score=alarm.score)
 
     def end_alarm(self, alarm: Alarm) -> None:
         seconds = alarm.end - alarm.start
-        self.log.write(
-            "alarm_end",
-            f"the alarm of {format_time(seconds)} is over, highest score {alarm.score:.6g}",
-            self.find_moment(alarm.end),
-            start=self.find_second(alarm.end),
-            seconds=seconds,
-            score=alarm.score,
-        )
+        text = f"the alarm of {format_time(seconds)} is over, highest score {alarm.score:.6g}"
+        moment, start = self.find_moment(alarm.end)
+        self.log.write("alarm_end", text, moment, start=start, seconds=seconds, score=alarm.score)
 
-    def find_moment(self, start: float) -> float:
-        """Return when a second in the order of the windows was, in seconds since 1970."""
-        assert self.last
-        return self.last.moment + start - self.last.start
-
-    def find_second(self, start: float) -> float | None:
-        """Return the second of standard input; None for recordings in a folder."""
-        return start if self.last and self.last.file is None else None
+    def find_moment(self, second: float) -> tuple[float, float | None]:
+        """Return a time of an alarm in seconds since 1970, and as second of standard input (None:
+        in a folder).
+        """
+        assert self.last, "an alarm consists of windows"
+        if self.last.file is not None:
+            return second, None
+        return second + self.last.moment - self.last.start, second
 
     def end(self, reason: str, notes: list[str]) -> None:
         """Print the end of an alarm that is not over, and that of the monitor."""
@@ -179,8 +181,11 @@ class Listener:
     """Takes the blocks of a stream to a monitor."""
 
     def __init__(self, monitor: Monitor, evidence: Evidence | None, began: float | None) -> None:
-        """`began` is when the input began, in seconds since 1970, if that is known."""
-        self.monitor, self.evidence, self.clock = monitor, evidence, Clock(began)
+        """`began` is when the input began, in seconds since 1970; None if it is live, so that sound
+        was recorded just before it arrives.
+        """
+        self.monitor, self.evidence, self.known_beginning = monitor, evidence, began
+        self.began = 0.0
         self.cutter: Cutter | None = None  # of the sound since something was dropped
         self.rate = SAMPLE_RATE
 
@@ -188,7 +193,7 @@ class Listener:
         """Monitor a stream until its end, or until `is_stopped` says so.
 
         Raises:
-            UserError: If there is no sound.
+            UserError: If there is no sound, or reading fails.
         """
         for block in stream.blocks(channel, is_stopped):
             if block is None:
@@ -196,56 +201,53 @@ class Listener:
             else:
                 self.add(block)
         if self.cutter and self.cutter.end:
-            self.finish()
-        elif not is_stopped():
+            self.end_stretch()
+            reason = "stopped" if is_stopped() else "end of the input"
+            self.monitor.end(str(stream.error or reason), stream.notes)
+        elif not (stream.error or is_stopped()):
             raise UserError("standard input: no sound; check the program that records")
-        self.monitor.end("stopped" if is_stopped() else "end of the input", stream.notes)
+        if stream.error:
+            raise stream.error
 
     def add(self, block: Block) -> None:
         """Add the next sound, and report the windows that are complete with it."""
-        self.rate = block.rate
-        self.clock.add(block)
+        self.rate, self.began = block.rate, block.arrived - block.end / block.rate
+        if self.known_beginning is not None:
+            self.began = self.known_beginning
         if not self.cutter:
             self.cutter = Cutter(0, block.rate, self.monitor.hop)
         if block.start != self.cutter.end:
-            self.finish()
+            self.end_stretch()
             start = self.cutter.end / block.rate
             seconds = block.start / block.rate - start
+            text = f"{seconds:.1f} s of sound dropped: scoring is slower than the sound"
             self.monitor.log.write(
-                "dropped",
-                f"{seconds:.1f} s of sound dropped: scoring is slower than the sound",
-                self.clock.find_moment(start),
-                start=start,
-                seconds=seconds,
+                "dropped", text, self.began + start, start=start, seconds=seconds
             )
             self.cutter = Cutter(block.start, block.rate, self.monitor.hop)
         if self.evidence:
             self.evidence.add(block)
         self.report(self.cutter.add(block.samples))
 
-    def finish(self) -> None:
+    def end_stretch(self) -> None:
         """Report the last window of continuous sound, or that it is too short for one."""
         assert self.cutter
-        self.report(self.cutter.finish())
+        self.report(self.cutter.cut_last())
         start = self.cutter.first / self.rate
         seconds = self.cutter.end / self.rate - start
         if 0 < seconds < SECONDS:
-            text = f"{seconds:.1f} s of sound are too short for a window"
-            moment = self.clock.find_moment(start)
-            self.monitor.log.write("too_short", text, moment, start=start, seconds=seconds)
+            reason = f"{seconds:.1f} s of sound are too short for a window"
+            moment = self.began + start
+            self.monitor.log.write("not_scored", reason, moment, start=start, reason=reason)
 
     def report(self, cuts: list[Cut]) -> None:
         """Score windows and report them."""
         for cut in cuts:
             condition, score = self.monitor.score(cut.samples, self.rate)
             start = cut.start / self.rate
-            moment = self.clock.find_moment(start)
-            window = Window(start, moment, None, start, condition, score)
-            self.monitor.report(window)
+            self.monitor.report(Window(self.began + start, None, start, condition, score))
             if self.evidence:
-                alarm = self.monitor.tracker.alarm
-                moment = self.monitor.find_moment(alarm.start) if alarm else 0.0
-                self.evidence.follow(alarm, moment)
+                self.evidence.follow(self.monitor.tracker.alarm, self.began)
 
 
 # ---- A folder ----
@@ -255,15 +257,17 @@ def watch(folder: Folder, monitor: Monitor, is_stopped: Callable[[], bool]) -> N
     """Monitor the recordings that appear in a folder, until `is_stopped` says so."""
     last = time.monotonic()
     while not is_stopped():
-        recordings = []
         try:
             recordings = folder.find_complete()
         except UserError as error:
-            monitor.set_condition(NO_INPUT, reason=str(error))
+            monitor.set_condition(NO_INPUT, str(error))
+            recordings = []
         for path, version in recordings:
+            if is_stopped():
+                break
             monitor_file(folder, path, version, monitor, is_stopped)
             last = time.monotonic()
-        if time.monotonic() - last > FOLDER_PATIENCE:
+        if time.monotonic() - last > FOLDER_PATIENCE and monitor.condition != NO_INPUT:
             monitor.set_condition(NO_INPUT)
         time.sleep(POLL)
     monitor.end("stopped", [])
@@ -287,23 +291,26 @@ def monitor_file(
                 return
     except UserError as error:
         problem = str(error).removeprefix(f"{path}: ")
-    if find_version(path) != version:
+    has_changed = find_version(path) != version
+    if has_changed:
         problem = "has changed while it was scored, and is scored again when it is complete"
+    if problem:
         monitor.log.write("not_scored", problem, file=str(path), reason=problem)
+        if not has_changed:
+            folder.remember(path, version)  # a new start tries it again
         return
     for window in windows:
         monitor.report(window)
-    if problem:
-        monitor.log.write("not_scored", problem, file=str(path), reason=problem)
     try:
         folder.add(path, version)
     except OSError as error:
-        text = f"{explain(error, folder.list)}; after a new start the file is scored again"
-        monitor.log.write("list_failed", text, file=str(path), reason=str(error))
+        reason = explain(error, folder.list)
+        text = f"{reason}; after a new start the file is scored again"
+        monitor.log.write("list_failed", text, file=str(path), reason=reason)
 
 
 def score_file(path: Path, version: Version, monitor: Monitor) -> Iterator[Window]:
-    """Score the windows of a recording. It was changed last when it ended."""
+    """Score the windows of a recording, whose last change was its end."""
     windows = monitor.model.windows
     starts = check_recording(path, windows).starts
     began = version.changed / 1e9 - starts[-1] - SECONDS
@@ -311,5 +318,4 @@ def score_file(path: Path, version: Version, monitor: Monitor) -> Iterator[Windo
     for start in starts:
         read_recording(path, samples, start, windows.channel)
         condition, score = monitor.score(samples, SAMPLE_RATE)
-        moment = began + start
-        yield Window(moment, moment, str(path), start, condition, score)
+        yield Window(began + start, str(path), start, condition, score)

@@ -1,8 +1,8 @@
 """Sound that arrives on standard input: raw samples, or a WAV file, whose header is read.
 
 A thread reads it into a queue, so that reading does not wait for scoring: a microphone does not
-wait either. If the queue is full, the sound in it is dropped. A source that is faster than real
-time, such as a recording, does wait, and nothing is dropped.
+wait either. If the queue is full, the sound in it is dropped. A recording does wait, and so does
+any source that is faster than real time.
 """
 
 import struct
@@ -29,16 +29,13 @@ from formats import (
 )
 
 QUEUE_SECONDS = 60  # of sound that may wait for scoring
-WAIT = 1.0  # seconds until a monitor that waits for sound looks whether it is stopped
 PATIENCE = 10  # seconds without sound after which there is no input
+WAIT = 1.0  # seconds until a monitor that waits for sound looks whether it is stopped
 FASTER = 0.9  # a source is faster than real time if sound arrives in this part of its length
-MOST_DELAYED = 2  # seconds by which sound may be late; if it is later, some was not recorded
-MOST_AHEAD = 60  # seconds an hour by which a sound card may be fast
 READ_SIZE = 2**16  # bytes that are read at once
 LONGEST_CHUNK = 2**20  # bytes of a chunk in front of the audio of a WAV file
 # Encodings and bytes per sample, by the names that arecord gives them
 FORMATS = {"S16_LE": (PCM, 2), "S24_3LE": (PCM, 3), "S32_LE": (PCM, 4), "FLOAT_LE": (FLOAT, 4)}
-
 # Formats that libsndfile knows, by their first four bytes
 OTHERS = {b"fLaC": "FLAC", b"RF64": "RF64", b"FORM": "AIFF", b"ID3\x03": "MP3", b"ID3\x04": "MP3"}
 
@@ -61,41 +58,6 @@ class Block(NamedTuple):
         return self.start + len(self.samples)
 
 
-class Clock:
-    """Says when the sound of a stream was recorded.
-
-    Sound from a microphone was recorded just before it arrives. Of a source that is faster than
-    real time, the first sound was.
-    """
-
-    def __init__(self, began: float | None) -> None:
-        """`began` is when the input began, in seconds since 1970, if that is known."""
-        self.began = began
-        self.first_tick: float | None = None  # at which the input began
-        self.offset = 0.0  # from ticks to seconds since 1970
-        self.n_hours = 0
-
-    def add(self, block: Block) -> None:
-        """Add the next sound."""
-        second = block.end / block.rate
-        if self.first_tick is None:
-            self.first_tick = block.tick - second
-        delay = block.tick - second - self.first_tick
-        # The clock of a sound card may be seconds a day too fast; a recording is far ahead.
-        is_ahead = -delay < MOST_AHEAD and second // 3600 > self.n_hours
-        if delay > MOST_DELAYED or is_ahead:
-            self.first_tick += delay
-        self.n_hours = int(second // 3600)
-        self.offset = block.arrived - block.tick
-
-    def find_moment(self, second: float) -> float:
-        """Return when a second of the input was, in seconds since 1970."""
-        if self.began is not None:
-            return self.began + second
-        assert self.first_tick is not None, "some sound was added"
-        return self.first_tick + self.offset + second
-
-
 def make_format(name: str, rate: int, channels: int) -> Format:
     """Return the format of raw samples, whose name is one of FORMATS."""
     encoding, size = FORMATS[name]
@@ -108,17 +70,20 @@ class Stream:
 
     Attributes:
         notes: At the end, what of the input was no sound or is missing.
+        error: At the end, why reading failed, if it did.
     """
 
-    def __init__(self, file: RawIOBase, raw: Format) -> None:
-        """Begin to read. `raw` is the format if there is no WAV header."""
-        self.file, self.raw = file, raw
+    def __init__(self, file: RawIOBase, raw: Format, is_recording: bool = False) -> None:
+        """Begin to read. `raw` is the format if there is no WAV header. A recording waits for
+        scoring, however slow this is.
+        """
+        self.file, self.raw, self.is_recording = file, raw, is_recording
         self.queue: deque[Block] = deque()
         self.n_queued = 0  # samples of each channel
         self.is_over = self.is_stopped = False
-        self.error: UserError | None = None
         self.notes: list[str] = []
-        self.changed = threading.Condition()  # something of the above
+        self.error: UserError | None = None
+        self.changed = threading.Condition()  # notified when one of these has changed
         threading.Thread(target=self.run, daemon=True).start()
 
     def blocks(self, channel: int, is_stopped: Callable[[], bool]) -> Iterator[Block | None]:
@@ -127,24 +92,24 @@ class Stream:
         in the queue is yielded.
 
         Raises:
-            UserError: If reading fails, or the input is no sound or lacks the channel.
+            UserError: If the input lacks the channel.
         """
         last = time.monotonic()
         while True:
-            block = self.take(is_stopped())
+            block, is_last = self.take(is_stopped())
             if block:
                 last = time.monotonic()
                 check_format(block.rate, block.samples.shape[1], channel)
                 yield block._replace(samples=block.samples[:, channel].copy())
-            elif self.is_over or self.is_stopped:
-                break
+            elif is_last:
+                return
             elif time.monotonic() - last > PATIENCE:
                 yield None
-        if self.error:
-            raise self.error
 
-    def take(self, is_stopped: bool) -> Block | None:
-        """Take a block from the queue, or wait a moment for one, unless reading stops."""
+    def take(self, is_stopped: bool) -> tuple[Block | None, bool]:
+        """Take a block from the queue, or wait a moment for one, unless reading stops. Returns the
+        block and, without one, whether none will follow.
+        """
         with self.changed:
             if not (self.queue or self.is_over or is_stopped):
                 self.changed.wait(WAIT)
@@ -153,7 +118,7 @@ class Stream:
             if block:
                 self.n_queued -= len(block.samples)
             self.changed.notify()
-            return block
+            return block, self.is_over or is_stopped
 
     # ---- In the thread that reads ----
 
@@ -184,33 +149,30 @@ class Stream:
         if rest:
             self.notes.append(f"it ends within a sample: bytes left out: {len(rest)}")
         # The end of the last block shows what was dropped before it.
-        self.put(np.zeros((0, form.channels), np.int16), form.rate, start)
+        self.put(convert(b"", form, byte_order), form.rate, start)
 
     def read_audio(self, data: bytes, size: int | None) -> Iterator[bytes]:
         """Yield the bytes of the audio: `data`, and then what the file still has, together `size`
         bytes (None: to its end).
         """
-        n_behind = 0
-        while data or (data := self.file.read(READ_SIZE) or b""):
-            audio = data[:size]
-            n_behind += len(data) - len(audio)
+        while size != 0 and (data or (data := self.file.read(READ_SIZE) or b"")):
+            audio, data = data[:size], data[len(data) if size is None else size :]
             if size is not None:
                 size -= len(audio)
             yield audio
-            data = b""
         if size:
             self.notes.append(f"it is truncated: bytes missing: {size}")
-        if n_behind:
-            self.notes.append(f"bytes behind the audio of its WAV header, left out: {n_behind}")
+        elif size == 0 and (data or self.file.read(READ_SIZE)):
+            self.notes.append("more follows the audio of its WAV header, and was left out")
 
     def put(self, samples: np.ndarray, rate: int, start: int) -> None:
         """Put a block into the queue. If this is full, wait, or drop the sound in it."""
         with self.changed:
-            while self.is_full(rate) and self.is_ahead(rate) and not self.is_stopped:
+            while self.is_full(rate) and self.may_wait(rate) and not self.is_stopped:
                 self.changed.wait(0.1)
             if self.is_stopped:
                 return
-            if self.is_full(rate):
+            if self.is_full(rate) and len(samples):
                 self.queue.clear()
                 self.n_queued = 0
             self.queue.append(Block(samples, rate, start, time.time(), time.monotonic()))
@@ -220,10 +182,12 @@ class Stream:
     def is_full(self, rate: int) -> bool:
         return self.n_queued >= QUEUE_SECONDS * rate
 
-    def is_ahead(self, rate: int) -> bool:
-        """Whether the sound in the queue has arrived in less time than it lasts."""
+    def may_wait(self, rate: int) -> bool:
+        """Whether the source can wait: a recording, or one whose sound in the queue has arrived in
+        less time than it lasts.
+        """
         seconds = time.monotonic() - self.queue[0].tick
-        return seconds < FASTER * self.n_queued / rate
+        return self.is_recording or seconds < FASTER * self.n_queued / rate
 
 
 def read_header(file: RawIOBase, raw: Format) -> tuple[Format, str, int | None, bytes]:

@@ -13,16 +13,17 @@ SILENT_SECONDS = 1  # for which the samples do not change; no microphone is that
 
 
 class Cut(NamedTuple):
-    """A window of sound."""
+    """A window of a stream."""
 
     start: int  # number of its first sample
     samples: np.ndarray  # (n,) int16, or float64 in [-1, 1)
 
 
 class Cutter:
-    """Cuts sound into the windows that `audio.find_starts` finds in a recording of it.
+    """Cuts continuous sound into the windows that `audio.find_starts` finds in a recording of it.
 
     Attributes:
+        first: The number of the first sample.
         end: The number of the sample behind the last one.
     """
 
@@ -46,9 +47,9 @@ class Cutter:
         self.samples = samples[-self.size :]
         return cuts
 
-    def finish(self) -> list[Cut]:
+    def cut_last(self) -> list[Cut]:
         """Return the window that ends with the last sample, unless `add` has returned it or the
-        sound is shorter.
+        sound is shorter than a window.
         """
         start = self.end - self.size
         is_cut = start == self.next - self.step

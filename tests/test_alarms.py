@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from alarms import AlarmRule, describe_windows, find_alarms, find_level, format_time
+from alarms import AlarmRule, cut_into_spans, describe_windows, find_alarms, find_level, format_time
 
 RULE = AlarmRule(3, 5)
 
@@ -43,6 +43,34 @@ def stretches(pattern: str, rule: AlarmRule = RULE) -> list[tuple[int, int]]:
 )
 def test_alarms_of_three_of_five_windows(pattern, expected):
     assert stretches(pattern) == expected
+
+
+def find_alarms_at_once(scores: np.ndarray, threshold: float, rule: AlarmRule) -> list[tuple]:
+    """Find the stretches of alarms from all windows at once, as first and last window."""
+    is_above = scores > threshold
+    n_above = min(rule.n_above, len(scores))
+    stretches: list[list[int]] = []
+    for first, span in enumerate(cut_into_spans(is_above, rule)):
+        if span.sum() < n_above:
+            continue
+        above = first + np.flatnonzero(span)
+        if stretches and above[0] <= stretches[-1][1] + 1:  # they share a window, or adjoin
+            stretches[-1][1] = int(above[-1])
+        else:
+            stretches.append([int(above[0]), int(above[-1])])
+    return [(first, last + 10, scores[first : last + 1].max()) for first, last in stretches]
+
+
+def test_alarms_window_by_window_are_those_of_all_windows_at_once():
+    rng = np.random.default_rng(0)
+    for span in range(1, 8):
+        for n_above in range(1, span + 1):
+            rule = AlarmRule(n_above, span)
+            for length in (1, 2, 5, 9, 30, 60):
+                scores = rng.random(length)
+                threshold = rng.choice([0.3, 0.5, 0.7])
+                alarms = find_alarms(list(range(length)), scores, threshold, rule)
+                assert alarms == find_alarms_at_once(scores, threshold, rule)
 
 
 def test_other_rules():

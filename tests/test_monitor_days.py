@@ -52,6 +52,7 @@ def test_a_row_for_each_day(tmp_path, run):
         *windows(0, 0, 2, 3, None, 4, 0, 0, 0, 0),
         {"time": "2026-11-28T09:00:00+01:00", "event": "dropped", "seconds": 12.4},
         {"time": "2026-11-28T09:00:00+01:00", "event": "condition", "condition": "silent"},
+        {"time": "2026-11-28T09:00:00+01:00", "event": "not_scored", "reason": "empty"},
         *windows(before_midnight, 5, 6, 7, 0.5),
         start(2.0),
         *windows(before_midnight + 100, 3, 1),
@@ -59,7 +60,7 @@ def test_a_row_for_each_day(tmp_path, run):
     with log.open("a") as file:
         file.write('{"time": "2026-')
     assert run(log) == [
-        ["2026-11-28", "10", "5", "50.00%", "1", "2", "2", "0:00:45", "1", "12"],
+        ["2026-11-28", "10", "5", "50.00%", "1", "2", "2", "0:00:45", "2", "12"],
         ["2026-11-29", "4", "2", "50.00%", "2", "1", "0", "0:00:00", "0", "0"],
     ]
     assert run(log, "--threshold", "3")[0][6:8] == ["1", "0:00:20"]
@@ -87,6 +88,7 @@ def test_a_picture(tmp_path, run):
         (["none.jsonl"], "none.jsonl: No such file or directory; check the path"),
         (["empty.jsonl"], "empty.jsonl: no windows; give the lines of monitor.py --json"),
         (["bytes.jsonl"], "bytes.jsonl: not a log; give the lines of monitor.py --json"),
+        (["other.jsonl"], "other.jsonl, line 1: not a line from monitor.py --json"),
         (["log.jsonl", "--alarm_windows", "6"], "an alarm cannot be 6 of 5 windows; change"),
         (["log.jsonl", "--picture", "x.png", "--day", "1"], "--day 1: no windows; the last day is"),
         (["log.jsonl", "--picture", "x.doc"], "x.doc: Format 'doc' is not supported"),
@@ -95,6 +97,7 @@ def test_a_picture(tmp_path, run):
 def test_errors(words, reason, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").touch()
+    Path("other.jsonl").write_text("5")
     Path("bytes.jsonl").write_bytes(b"\xff")
     write_log(Path("log.jsonl"), start(), *windows(0, 1.0, 2.0))
     with pytest.raises(UserError, match=f"^{reason}"):
