@@ -16,8 +16,8 @@ The logs are files of lines from `monitor.py --json`. A row is printed for each 
     dropped    seconds of sound
 
 Alarms and levels follow from the scores, with the threshold and the rule of the monitor or with
-those that are given, so that others can be tried out. The picture shows a day: its windows, the
-threshold and the alarms.
+those that are given, so that others can be tried out. The picture shows a day: range and median of
+the windows below the threshold, those above it as points, and the alarms.
 
 Requires numpy and, of this project, alarms.py, audio.py, command_line.py, errors.py and formats.py,
 which may also lie beside this file; for the picture also matplotlib.
@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,6 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alarms import Alarm, AlarmRule, AlarmTracker, find_level, format_time
 from command_line import OneLineParser
 from errors import UserError, explain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLUE, RED = "#0072B2", "#D55E00"
 COLUMNS = [
@@ -55,6 +58,7 @@ COLUMNS = [
     "dropped",
 ]
 WIDTH = 8  # characters of a column
+BANDS = 144  # parts of a day in the picture
 
 
 @dataclass
@@ -190,28 +194,43 @@ def draw_day(date: str, days: dict[str, Day], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"--picture needs matplotlib ({error}); pip install matplotlib") from None
-    drawn = Figure(figsize=(7.2, 2.4), dpi=200, layout="constrained")
-    axis = drawn.subplots()
     day = days[date]
     first = day.moments[0]
     midnight = first.timestamp() - 3600 * first.hour - 60 * first.minute - first.second
+    hours = (np.array([moment.timestamp() for moment in day.moments]) - midnight) / 3600
+    scores = np.array(day.scores)
+    drawn = Figure(figsize=(7.2, 2.4), dpi=150, layout="constrained")
+    axis = drawn.subplots()
     for number, alarm in enumerate(x for other in days.values() for x in other.alarms):
         begin, end = ((second - midnight) / 3600 for second in (alarm.start, alarm.end))
         axis.axvspan(begin, end, color=RED, alpha=0.3, label=None if number else "alarm")
-    hours = [(moment.timestamp() - midnight) / 3600 for moment in day.moments]
-    colours = [RED if score > day.threshold else BLUE for score in day.scores]
-    axis.scatter(hours, day.scores, s=1, c=colours, linewidths=0)
+    is_normal = scores <= day.threshold  # not those that were not scored
+    draw_bands(axis, hours[is_normal], scores[is_normal])
+    is_above = scores > day.threshold
+    axis.scatter(hours[is_above], scores[is_above], s=2, color=RED, linewidths=0)
     axis.axhline(day.threshold, color="black", linewidth=0.8, linestyle="--", label="threshold")
-    axis.set(title=date, xlabel="hour", ylabel="score")
+    axis.set(xlabel="hour", ylabel="score")
+    axis.set_title(date, loc="left", fontsize=9)
     axis.set_xlim(hours[0], hours[-1])
     if hours[-1] - hours[0] > 12:
         axis.set(xlim=(0, 24), xticks=range(0, 25, 3))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="upper right", frameon=False, fontsize=7)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=7)
     try:
         drawn.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def draw_bands(axis: "Axes", hours: np.ndarray, scores: np.ndarray) -> None:
+    """Draw the range of normal scores, and their median, in up to BANDS parts of a day."""
+    parts = [part for part in np.array_split(np.arange(len(hours)), BANDS) if len(part)]
+    if not parts:
+        return
+    middles = [hours[part].mean() for part in parts]
+    lowest, median, highest = np.transpose([np.quantile(scores[x], (0, 0.5, 1)) for x in parts])
+    axis.fill_between(middles, lowest, highest, color=BLUE, alpha=0.3, linewidth=0)
+    axis.plot(middles, median, color=BLUE, linewidth=0.8, label="median")
 
 
 def main() -> None:

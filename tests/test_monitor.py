@@ -440,6 +440,14 @@ def test_lines_for_people(capsys):
     assert lines[-1] == ["-", "end of the input"]
 
 
+def test_the_machines_of_a_model():
+    model = make_monitor().model
+    assert model.find_machines("press", "line-3") == [0]
+    assert model.find_machines("fan", "0") == [1]
+    with pytest.raises(UserError, match=r"^m.onnx was not trained on this machine; use one of pre"):
+        model.find_machines("fan", "line-3")
+
+
 def test_a_machine_without_a_threshold():
     model = make_monitor().model
     with pytest.raises(UserError, match=r"^m.onnx: no threshold for fan 00; hold out more"):

@@ -79,7 +79,7 @@ def test_a_picture(tmp_path, run):
     log = write_log(tmp_path / "log.jsonl", start(), *windows(0, 0, 2, 3, 4, None, 0))
     run(log, "--picture", tmp_path / "day.png", "--day", "2026-11-28")
     height, width, _ = matplotlib.image.imread(tmp_path / "day.png").shape
-    assert (width, height) == (1440, 480)
+    assert (width, height) == (1080, 360)
 
 
 @pytest.mark.parametrize(
