@@ -1,6 +1,6 @@
 """Alarms in a recording of several windows: stretches of windows above the threshold.
 
-Requires numpy alone.
+Requires what audio.py requires.
 """
 
 from collections import deque

@@ -7,8 +7,9 @@
 The sound arrives on standard input, as raw samples or as a WAV file, or in the recordings of a
 folder. It is scored in windows of 10 s, as by score.py. A line is printed for each window: the time
 and the second of the input at which it starts, score, decision. An alarm begins when 3 of 5
-consecutive windows lie above the threshold (or what the rule in the model's file says), and is over
-when no further window extends it. An input of fewer windows has no alarm.
+consecutive windows lie above the threshold (or what the rule in the model's file says). Its line is
+printed with the third of them, and has the time of the first. The alarm is over when the four
+windows behind its last one have not extended it. An input of fewer than three windows has no alarm.
 
 A window is not scored if it is silent (its samples do not change for a second), clipped (more than
 1 percent of its samples are at full scale) or not finite. For alarms it counts as one that does not
@@ -30,10 +31,18 @@ started again goes on where it was.
 alarm until it is known to be over.
 
 With --json, each line is an object with `time`, `event` and, where they apply, `start` (seconds)
-and `file`. Events are start; window, with `score` and `decision`: normal, anomalous, or the
-condition because of which it is not scored; condition: sound, silent, clipped, not finite or no
-input; alarm and alarm_end; dropped, not_scored and list_failed; evidence, evidence_removed and
-evidence_end; end.
+and `file`. The events are
+
+    start, end          of the monitor, with the threshold and the rule, and with the reason
+    window              with `score` and `decision`: normal, anomalous or, without a score, the
+                        condition
+    condition           has changed to sound, silent, clipped, not finite or no input
+    alarm, alarm_end    with the highest score so far
+    dropped             `seconds` of sound
+    not_scored          a recording, or sound that is too short, with the `reason`
+    list_failed         the list of recordings cannot be written
+    evidence            the `file` of an alarm; evidence_end: it ends before the alarm;
+                        evidence_removed: it was removed
 
 SIGTERM and Ctrl-C end the monitor once the sound that has arrived is scored; a second one ends it
 at once. The exit status is 0 then and at the end of the input, and 2 after an error. Requires Linux
@@ -138,18 +147,23 @@ def parse_options() -> Namespace:
     add("model", metavar="MODEL.onnx", help="file from export.py")
     add("machine_type", help="machine type")
     add("machine_id", help="machine ID")
-    add("--rate", type=positive, help=f"samples per second of raw samples ({SAMPLE_RATE})")
-    add("--channels", type=positive, help="channels of raw samples (1)")
-    add("--format", choices=FORMATS, help="format of raw samples (S16_LE)")
-    add("--start", type=moment, help="when the input began, if it is a recording (it is live)")
+    add("--rate", type=positive, help=f"sample rate of raw samples in Hz (default: {SAMPLE_RATE})")
+    add("--channels", type=positive, help="number of channels of raw samples (default: 1)")
+    add("--format", choices=FORMATS, help="format of raw samples (default: S16_LE)")
+    add("--start", type=moment, help="time at which the input began, if it is a recording")
     add("--watch", metavar="FOLDER", type=Path, help="score the recordings in this folder")
-    add("--scored", metavar="FILE", type=Path, help="list of scored recordings (in the folder)")
+    add(
+        "--scored",
+        metavar="FILE",
+        type=Path,
+        help="list of scored recordings (default: a hidden file in the folder)",
+    )
     add("--json", action="store_true", help="print JSON")
     add("--evidence", metavar="FOLDER", type=Path, help="keep the sound of alarms in this folder")
     add(
         "--megabytes",
         type=positive,
-        help=f"most that is kept of a machine; the oldest is removed ({MEGABYTES})",
+        help=f"limit of the evidence of the machine; the oldest is removed (default: {MEGABYTES})",
     )
     options = parser.parse_args()
     if not options.machine_id:
@@ -171,7 +185,7 @@ def parse_options() -> Namespace:
 def positive(text: str) -> int:
     """Convert an option that is a whole number from 1 to a billion."""
     if not re.fullmatch("[1-9][0-9]{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 
@@ -183,7 +197,9 @@ def moment(text: str) -> float:
             raise ValueError
         return given.timestamp()
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no time like 2026-11-28T06:00") from None
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a time; write it as 2026-11-28T06:00"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -6,21 +6,25 @@
 
 The logs are files of lines from `monitor.py --json`. A row is printed for each day:
 
+    starts     of the monitor
     windows    that were scored
-    above      windows above the threshold; if their share grows over days, then machine,
-    share      microphone or room have changed
-    median     score of a window
-    level      a threshold that is not below it raises no alarm within the day
-    alarms     that began on the day, and for how long there was an alarm
+    share      of them above the threshold; if it grows over days, then machine, microphone or room
+               have changed
+    median     of the scores
+    level      lowest threshold at which the day has no alarm, with this rule
+    threshold
+    rule       an alarm is so many of so many consecutive windows above the threshold
+    alarms     that began on the day
+    in alarm   time between the beginnings and the ends of these alarms
     unscored   windows that were silent, clipped or not finite, and recordings that were not scored
     dropped    seconds of sound
 
 Alarms and levels follow from the scores, with the threshold and the rule of the monitor or with
-those that are given, so that others can be tried out. The picture shows a day: range and median of
-the windows below the threshold, those above it as points, and the alarms.
+those that are given, so that others can be tried out. The picture shows the scores of a day, with
+their range and their median in parts of the day, those above the threshold, and the alarms.
 
-Requires numpy and, of this project, alarms.py, audio.py, command_line.py, errors.py and formats.py,
-which may also lie beside this file; for the picture also matplotlib.
+Requires numpy, soundfile and, of this project, alarms.py, audio.py, command_line.py, errors.py and
+formats.py, which may also lie beside this file; for the picture also matplotlib.
 """
 
 import contextlib
@@ -45,20 +49,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, RED = "#0072B2", "#D55E00"
-COLUMNS = [
-    "day",
-    "windows",
-    "above",
-    "share",
-    "median",
-    "level",
-    "alarms",
-    "in alarm",
-    "unscored",
-    "dropped",
-]
-WIDTH = 8  # characters of a column
-BANDS = 144  # parts of a day in the picture
+COLUMNS = (
+    *("starts", "windows", "share", "median", "level", "threshold", "rule"),
+    *("alarms", "in alarm", "unscored", "dropped"),
+)
+WIDTH = 9  # characters of a column
+PARTS = 96  # of a day in the picture
 
 
 @dataclass
@@ -70,6 +66,7 @@ class Day:
         scores: Of the windows; NaN for one that was not scored.
         threshold, rule: The last ones.
         alarms: Those that begin on the day. Their times are in seconds since 1970.
+        n_starts: How often the monitor was started.
         n_unscored: Recordings that were not scored.
         dropped: Seconds of sound.
     """
@@ -79,6 +76,7 @@ class Day:
     threshold: float = math.nan
     rule: AlarmRule = AlarmRule(1, 1)
     alarms: list[Alarm] = field(default_factory=list)
+    n_starts: int = 0
     n_unscored: int = 0
     dropped: float = 0.0
 
@@ -95,18 +93,19 @@ class Days:
 
     def add(self, event: dict[str, Any]) -> None:
         """Add an event."""
-        date = event["time"][:10]
-        if event["event"] == "start":
+        name, date = event["event"], event["time"][:10]
+        day = self.by_date.setdefault(date, Day())
+        if name == "start":
+            day.n_starts += 1
             self.start(event)
-        elif event["event"] == "dropped":
-            self.by_date.setdefault(date, Day()).dropped += event["seconds"]
-        elif event["event"] == "not_scored":
-            self.by_date.setdefault(date, Day()).n_unscored += 1
-        elif event["event"] == "window" and self.tracker:
+        elif name == "dropped":
+            day.dropped += event["seconds"]
+        elif name == "not_scored":
+            day.n_unscored += 1
+        elif name == "window" and self.tracker:
             score = math.nan if event["score"] is None else event["score"]
             moment = datetime.fromisoformat(event["time"])
             self.zone = moment.tzinfo
-            day = self.by_date.setdefault(date, Day())
             day.moments.append(moment)
             day.scores.append(score)
             day.threshold, day.rule = self.tracker.threshold, self.tracker.rule
@@ -120,9 +119,9 @@ class Days:
         """
         given = self.options
         threshold = event["threshold"] if given.threshold is None else given.threshold
-        rule = AlarmRule(
-            given.alarm_windows or event["alarm_windows"], given.alarm_span or event["alarm_span"]
-        )
+        n_above = event["alarm_windows"] if given.alarm_windows is None else given.alarm_windows
+        span = event["alarm_span"] if given.alarm_span is None else given.alarm_span
+        rule = AlarmRule(n_above, span)
         if not 1 <= rule.n_above <= rule.span:
             raise UserError(
                 f"an alarm cannot be {rule.n_above} of {rule.span} windows; change --alarm_windows "
@@ -160,28 +159,38 @@ def read_logs(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def print_days(days: dict[str, Day]) -> None:
     """Print a row for each day."""
-    print(COLUMNS[0].ljust(10), *(column.rjust(WIDTH) for column in COLUMNS[1:]))
+    print("day       ", *(column.rjust(WIDTH) for column in COLUMNS))
     for date, day in days.items():
         print(date, *(cell.rjust(WIDTH) for cell in describe(day)))
 
 
 def describe(day: Day) -> list[str]:
-    """Return the cells of a day, for the columns behind the first."""
+    """Return the cells of a day, for COLUMNS."""
     scores = np.array(day.scores)
     scored = scores[~np.isnan(scores)]
-    n_above = int((scored > day.threshold).sum())
-    cells = [str(len(scored)), str(n_above), "-", "-", "-"]
+    share = median = level = "-"
     if len(scored):
-        level = find_level(np.nan_to_num(scores, nan=-np.inf), day.rule)
-        cells[2:] = f"{n_above / len(scored):.2%}", f"{np.median(scored):.4g}", round_up(level)
+        share = f"{(scored > day.threshold).mean():.2%}"
+        median = f"{np.median(scored):.4g}"
+        level = round_up(find_level(np.nan_to_num(scores, nan=-np.inf), day.rule))
     seconds = sum(alarm.end - alarm.start for alarm in day.alarms)
-    cells += [str(len(day.alarms)), format_time(round(seconds))]
-    n_unscored = len(scores) - len(scored) + day.n_unscored
-    return [*cells, str(n_unscored), f"{day.dropped:.0f}"]
+    return [
+        str(day.n_starts),
+        str(len(scored)),
+        share,
+        median,
+        level,
+        f"{day.threshold:.4g}",
+        f"{day.rule.n_above}/{day.rule.span}",
+        str(len(day.alarms)),
+        format_time(round(seconds)),
+        str(len(scores) - len(scored) + day.n_unscored),
+        f"{day.dropped:.0f}",
+    ]
 
 
 def round_up(level: float) -> str:
-    """Format a level with four digits, rounded up, so that it is one of a threshold, too."""
+    """Format a level with four digits, rounded up: with a lower threshold there is an alarm."""
     if level <= 0:
         return f"{level:.4g}"
     unit = 10.0 ** (math.floor(math.log10(level)) - 3)
@@ -199,32 +208,32 @@ def draw_day(date: str, days: dict[str, Day], path: Path) -> None:
     midnight = first.timestamp() - 3600 * first.hour - 60 * first.minute - first.second
     hours = (np.array([moment.timestamp() for moment in day.moments]) - midnight) / 3600
     scores = np.array(day.scores)
-    drawn = Figure(figsize=(7.2, 2.4), dpi=150, layout="constrained")
+    drawn = Figure(figsize=(7.2, 2.4), dpi=130, layout="constrained")
     axis = drawn.subplots()
     for number, alarm in enumerate(x for other in days.values() for x in other.alarms):
         begin, end = ((second - midnight) / 3600 for second in (alarm.start, alarm.end))
         axis.axvspan(begin, end, color=RED, alpha=0.3, label=None if number else "alarm")
-    is_normal = scores <= day.threshold  # not those that were not scored
-    draw_bands(axis, hours[is_normal], scores[is_normal])
-    is_above = scores > day.threshold
-    axis.scatter(hours[is_above], scores[is_above], s=2, color=RED, linewidths=0)
     axis.axhline(day.threshold, color="black", linewidth=0.8, linestyle="--", label="threshold")
-    axis.set(xlabel="hour", ylabel="score")
+    is_scored, is_above = ~np.isnan(scores), scores > day.threshold
+    draw_ranges(axis, hours[is_scored], scores[is_scored])
+    axis.scatter(hours[is_above], scores[is_above], s=3, color=RED, linewidths=0, label="above it")
+    axis.set(ylabel="score")
     axis.set_title(date, loc="left", fontsize=9)
     axis.set_xlim(hours[0], hours[-1])
     if hours[-1] - hours[0] > 12:
         axis.set(xlim=(0, 24), xticks=range(0, 25, 3))
+    axis.xaxis.set_major_formatter(lambda hour, _: f"{hour // 1:.0f}:{hour % 1 * 60:02.0f}")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=7)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=7)
     try:
         drawn.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def draw_bands(axis: "Axes", hours: np.ndarray, scores: np.ndarray) -> None:
-    """Draw the range of normal scores, and their median, in up to BANDS parts of a day."""
-    parts = [part for part in np.array_split(np.arange(len(hours)), BANDS) if len(part)]
+def draw_ranges(axis: "Axes", hours: np.ndarray, scores: np.ndarray) -> None:
+    """Draw the range of the scores, and their median, in up to PARTS parts of a day."""
+    parts = [part for part in np.array_split(np.arange(len(hours)), PARTS) if len(part)]
     if not parts:
         return
     middles = [hours[part].mean() for part in parts]
@@ -233,16 +242,33 @@ def draw_bands(axis: "Axes", hours: np.ndarray, scores: np.ndarray) -> None:
     axis.plot(middles, median, color=BLUE, linewidth=0.8, label="median")
 
 
+def number(text: str) -> float:
+    """Convert an option that is a number."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
 def main() -> None:
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("logs", nargs="+", type=Path, metavar="LOG", help="lines from monitor.py --json")
-    add("--threshold", type=float, help="threshold (that of the monitor)")
-    add("--alarm_windows", type=int, help="windows that make an alarm (as in the monitor)")
-    add("--alarm_span", type=int, help="among so many consecutive ones (as in the monitor)")
+    add("--threshold", type=number, help="another threshold (default: that of the monitor)")
+    add(
+        "--alarm_windows",
+        type=int,
+        help="windows above the threshold that make an alarm (default: as in the monitor)",
+    )
+    add(
+        "--alarm_span",
+        type=int,
+        help="consecutive windows among which they are (default: as in the monitor)",
+    )
     add("--picture", metavar="FILE.png", type=Path, help="draw a day")
-    add("--day", metavar="DATE", help="the day to draw, such as 2026-11-28 (the last)")
+    add("--day", metavar="DATE", help="day to draw, such as 2026-11-28 (default: the last)")
     options = parser.parse_args()
+    if options.day and not options.picture:
+        raise UserError("--day has no effect without --picture; leave it out")
     days = Days(options)
     for place, event in read_logs(options.logs):
         try:
@@ -253,12 +279,13 @@ def main() -> None:
             raise UserError(f"{place}: not a line from monitor.py --json") from None
     days.finish()
     if not days.by_date:
-        raise UserError(f"{options.logs[0]}: no windows; give the lines of monitor.py --json")
+        raise UserError(f"{options.logs[0]}: no lines of monitor.py --json; name another file")
     print_days(days.by_date)
     if options.picture:
-        date = options.day or max(days.by_date)
-        if date not in days.by_date or not days.by_date[date].moments:
-            raise UserError(f"--day {date}: no windows; the last day is {max(days.by_date)}")
+        dates = [date for date, day in days.by_date.items() if day.moments]
+        date = options.day or max(dates, default="")
+        if date not in dates:
+            raise UserError(f"--day {date}: no windows; days are {', '.join(dates) or 'missing'}")
         draw_day(date, days.by_date, options.picture)
 
 

@@ -52,7 +52,8 @@ class OnnxModel:
         ]
         if not numbers:
             known = ", ".join(" ".join(machine) for machine in self.machines)
-            raise UserError(f"{self.path} was not trained on this machine; use one of {known}")
+            name = f"{machine_type} {machine_id}".strip()
+            raise UserError(f"{self.path} has no machine {name}; use one of {known}")
         return numbers
 
     def score(self, samples: np.ndarray) -> np.ndarray:

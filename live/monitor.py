@@ -62,8 +62,9 @@ class Monitor:
         threshold = model.thresholds[machine]
         if threshold is None:
             raise UserError(
-                f"{model.path}: no threshold for {self.name}; hold out more recordings or use "
-                "score.py --calibrate, and export again"
+                f"{model.path}: no threshold for {self.name}, which takes more normal recordings; "
+                "hold out more, use score.py --calibrate or add them to the folder of --normal, "
+                "and export again"
             )
         self.threshold = threshold
         # Times of alarms are seconds of standard input or, in a folder, seconds since 1970.
@@ -200,14 +201,15 @@ class Listener:
                 self.monitor.set_condition(NO_INPUT)
             else:
                 self.add(block)
+        error = stream.error
         if self.cutter and self.cutter.end:
             self.end_stretch()
-            reason = "stopped" if is_stopped() else "end of the input"
-            self.monitor.end(str(stream.error or reason), stream.notes)
-        elif not (stream.error or is_stopped()):
-            raise UserError("standard input: no sound; check the program that records")
-        if stream.error:
-            raise stream.error
+        elif not is_stopped():
+            error = error or UserError("standard input: no sound; check the program that records")
+        reason = "stopped" if is_stopped() else "end of the input"
+        self.monitor.end(str(error or reason), stream.notes)
+        if error:
+            raise error
 
     def add(self, block: Block) -> None:
         """Add the next sound, and report the windows that are complete with it."""

@@ -384,7 +384,7 @@ def test_the_example_follows_what_the_file_says(exported, tmp_path):
             tone(1, 1.0),
             16000,
             ["fan", "7"],
-            "was not trained on this machine; use one of fan 00, fan 02, valve 01",
+            "has no machine fan 7; use one of fan 00, fan 02, valve 01",
         ),
     ],
     ids=["empty", "NaN", "machine"],
@@ -422,7 +422,14 @@ def test_files_that_the_example_cannot_read(exported, tmp_path):
     refuses(exported / "traced.onnx", file, "fan", match="traced.onnx: not a file that export.py")
 
 
-@pytest.mark.parametrize("kind", ["silent", "24 bits in 4 bytes", "cut in half", "mp4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "silent",
+        "cut in half",
+        *(pytest.param(x, marks=SLOW) for x in ("24 bits in 4 bytes", "mp4")),
+    ],
+)
 def test_the_example_says_what_score_says(kind, exported, tmp_path, call):
     """Both read recordings with the same code, and refuse the same ones with the same words."""
     file = tmp_path / "new.wav"
@@ -434,7 +441,7 @@ def test_the_example_says_what_score_says(kind, exported, tmp_path, call):
     assert process.stderr == expected.replace(f"{file}\terror: ", f"error: {file}: ")
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac"])
+@pytest.mark.parametrize("ending", ["flac", pytest.param("wav", marks=SLOW)])
 def test_the_example_reads_what_score_reads(ending, exported, tmp_path, call):
     """A stereo recording at another sample rate, of which the writer did not know the length."""
     file = tmp_path / f"new.{ending}"
@@ -454,7 +461,9 @@ def test_the_example_reads_what_score_reads(ending, exported, tmp_path, call):
     assert process.stderr.count("notice: its samples") == notices.count("of 1 recordings") == 4
 
 
-@pytest.mark.parametrize("machine_id", ["2", "02", "0000000002", "2.0", "two"])
+@pytest.mark.parametrize(
+    "machine_id", ["2", "two", *(pytest.param(x, marks=SLOW) for x in ("02", "0000000002", "2.0"))]
+)
 def test_the_example_takes_the_machine_ids_that_score_takes(machine_id, exported, tmp_path, call):
     file = write_clip(tmp_path / "new.wav", tone(1, 1.0))
     words = ("--machine_type", "fan", "--machine_id", machine_id)

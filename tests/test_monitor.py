@@ -444,13 +444,13 @@ def test_the_machines_of_a_model():
     model = make_monitor().model
     assert model.find_machines("press", "line-3") == [0]
     assert model.find_machines("fan", "0") == [1]
-    with pytest.raises(UserError, match=r"^m.onnx was not trained on this machine; use one of pre"):
+    with pytest.raises(UserError, match=r"^m.onnx has no machine fan line-3; use one of press"):
         model.find_machines("fan", "line-3")
 
 
 def test_a_machine_without_a_threshold():
     model = make_monitor().model
-    with pytest.raises(UserError, match=r"^m.onnx: no threshold for fan 00; hold out more"):
+    with pytest.raises(UserError, match=r"^m.onnx: no threshold for fan 00, which takes more"):
         Monitor(model, 1, Log(as_json=True))
 
 
@@ -842,10 +842,10 @@ def test_options(monkeypatch):
         (("--watch", "x", "--evidence", "y"), "--evidence has no effect with --watch"),
         (("--scored", "x"), "--scored has no effect without --watch"),
         (("--megabytes", "5"), "--megabytes has no effect without --evidence"),
-        (("--rate", "0"), "argument --rate: 0 is not a whole number from 1"),
+        (("--rate", "0"), "argument --rate: 0 is not a positive whole number"),
         (("--megabytes", "1" + 400 * "0"), "argument --megabytes: 1000"),
-        (("--start", "9999-12-31T23:59:55"), "argument --start: 9999-12-31T23:59:55 is no time"),
-        (("--start", "noon"), "argument --start: noon is no time like 2026-11-28T06:00"),
+        (("--start", "9999-12-31T23:59:55"), "argument --start: 9999-12-31T23:59:55 is not a time"),
+        (("--start", "noon"), "argument --start: noon is not a time; write it as 2026"),
         (("--format", "S24_LE"), "argument --format: invalid choice"),
     ],
 )

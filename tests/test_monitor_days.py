@@ -60,37 +60,43 @@ def test_a_row_for_each_day(tmp_path, run):
     with log.open("a") as file:
         file.write('{"time": "2026-')
     assert run(log) == [
-        ["2026-11-28", "10", "5", "50.00%", "1", "2", "2", "0:00:45", "2", "12"],
-        ["2026-11-29", "4", "2", "50.00%", "2", "1", "0", "0:00:00", "0", "0"],
+        ["2026-11-28", "2", "10", "50.00%", "1", "2", "1", "3/5", "2", "0:00:45", "2", "12"],
+        ["2026-11-29", "0", "4", "50.00%", "2", "1", "2", "3/5", "0", "0:00:00", "0", "0"],
     ]
-    assert run(log, "--threshold", "3")[0][6:8] == ["1", "0:00:20"]
-    assert run(log, "--alarm_windows", "1", "--alarm_span", "1")[1][6:8] == ["1", "0:00:10"]
+    assert run(log, "--threshold", "3")[0][8:10] == ["1", "0:00:20"]
+    assert run(log, "--alarm_windows", "1", "--alarm_span", "1")[1][8:10] == ["1", "0:00:10"]
 
 
 def test_there_is_no_alarm_at_the_level_of_a_day(tmp_path, run):
     scores = [0.3, 0.9, 0.8, 0.1, 0.7, 0.2, 0.75, 0.72, 0.1, 0.6]
     log = write_log(tmp_path / "log.jsonl", start(), *windows(0, *scores))
-    ((*_, level, _, _, _, _),) = run(log)
-    assert run(log, "--threshold", level)[0][6] == "0"
-    assert run(log, "--threshold", float(level) - 0.001)[0][6] == "1"
+    level = run(log)[0][5]
+    assert run(log, "--threshold", level)[0][8] == "0"
+    assert run(log, "--threshold", float(level) - 0.001)[0][8] == "1"
 
 
 def test_a_picture(tmp_path, run):
     log = write_log(tmp_path / "log.jsonl", start(), *windows(0, 0, 2, 3, 4, None, 0))
     run(log, "--picture", tmp_path / "day.png", "--day", "2026-11-28")
     height, width, _ = matplotlib.image.imread(tmp_path / "day.png").shape
-    assert (width, height) == (1080, 360)
+    assert (width, height) == (936, 312)
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["none.jsonl"], "none.jsonl: No such file or directory; check the path"),
-        (["empty.jsonl"], "empty.jsonl: no windows; give the lines of monitor.py --json"),
+        (["empty.jsonl"], "empty.jsonl: no lines of monitor.py --json; name another file"),
         (["bytes.jsonl"], "bytes.jsonl: not a log; give the lines of monitor.py --json"),
         (["other.jsonl"], "other.jsonl, line 1: not a line from monitor.py --json"),
+        (["log.jsonl", "--alarm_windows", "0"], "an alarm cannot be 0 of 5 windows; change"),
+        (["log.jsonl", "--threshold", "nan"], "argument --threshold: invalid number value: 'nan'"),
+        (["log.jsonl", "--day", "2026-11-28"], "--day has no effect without --picture"),
         (["log.jsonl", "--alarm_windows", "6"], "an alarm cannot be 6 of 5 windows; change"),
-        (["log.jsonl", "--picture", "x.png", "--day", "1"], "--day 1: no windows; the last day is"),
+        (
+            ["log.jsonl", "--picture", "x.png", "--day", "1"],
+            "--day 1: no windows; days are 2026",
+        ),
         (["log.jsonl", "--picture", "x.doc"], "x.doc: Format 'doc' is not supported"),
     ],
 )
