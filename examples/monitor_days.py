@@ -1,10 +1,10 @@
 """Look back on the days of a monitor: windows above the threshold, and alarms.
 
-    python monitor_days.py log.jsonl
+    python monitor_days.py log.jsonl.1 log.jsonl
     python monitor_days.py log.jsonl --picture day.png --day 2026-11-28
     python monitor_days.py log.jsonl --threshold 0.9 --alarm_windows 5 --alarm_span 8
 
-The logs are files of lines from `monitor.py --json`. A row is printed for each day:
+The logs are files of lines from `monitor.py --json`, the oldest first. A row is printed for each day:
 
     starts     of the monitor
     windows    that were scored
@@ -102,14 +102,28 @@ class Days:
             day.dropped += event["seconds"]
         elif name == "not_scored":
             day.n_unscored += 1
-        elif name == "window" and self.tracker:
-            score = math.nan if event["score"] is None else event["score"]
-            moment = datetime.fromisoformat(event["time"])
-            self.zone = moment.tzinfo
-            day.moments.append(moment)
-            day.scores.append(score)
+        elif name == "window":
+            self.add_window(day, event)
+        if self.tracker:
             day.threshold, day.rule = self.tracker.threshold, self.tracker.rule
-            self.add_alarm(self.tracker.add(moment.timestamp(), score))
+
+    def add_window(self, day: Day, event: dict[str, Any]) -> None:
+        """Add a window to its day.
+
+        Raises:
+            UserError: If the start of the monitor, which has the threshold, is missing.
+        """
+        if not self.tracker:
+            raise UserError(
+                "the logs begin with a window, and the start of the monitor is missing, which has "
+                "the threshold; give the log before them, too"
+            )
+        score = math.nan if event["score"] is None else event["score"]
+        moment = datetime.fromisoformat(event["time"])
+        self.zone = moment.tzinfo
+        day.moments.append(moment)
+        day.scores.append(score)
+        self.add_alarm(self.tracker.add(moment.timestamp(), score))
 
     def start(self, event: dict[str, Any]) -> None:
         """Begin with a monitor that was started (again).
@@ -273,9 +287,9 @@ def main() -> None:
     for place, event in read_logs(options.logs):
         try:
             days.add(event)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{place}: not a line from monitor.py --json") from None
     days.finish()
     if not days.by_date:

@@ -88,6 +88,7 @@ def test_a_picture(tmp_path, run):
         (["none.jsonl"], "none.jsonl: No such file or directory; check the path"),
         (["empty.jsonl"], "empty.jsonl: no lines of monitor.py --json; name another file"),
         (["bytes.jsonl"], "bytes.jsonl: not a log; give the lines of monitor.py --json"),
+        (["tail.jsonl"], "the logs begin with a window, and the start of the monitor is missing"),
         (["other.jsonl"], "other.jsonl, line 1: not a line from monitor.py --json"),
         (["log.jsonl", "--alarm_windows", "0"], "an alarm cannot be 0 of 5 windows; change"),
         (["log.jsonl", "--threshold", "nan"], "argument --threshold: invalid number value: 'nan'"),
@@ -103,6 +104,7 @@ def test_a_picture(tmp_path, run):
 def test_errors(words, reason, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").touch()
+    write_log(Path("tail.jsonl"), *windows(0, 1.0))
     Path("other.jsonl").write_text("5")
     Path("bytes.jsonl").write_bytes(b"\xff")
     write_log(Path("log.jsonl"), start(), *windows(0, 1.0, 2.0))
