@@ -4,7 +4,7 @@
     python monitor_days.py log.jsonl --picture day.png --day 2026-11-28
     python monitor_days.py log.jsonl --threshold 0.9 --alarm_windows 5 --alarm_span 8
 
-The logs are files of lines from `monitor.py --json`, the oldest first. A row is printed for each day:
+The logs are files of lines from `monitor.py --json`, the oldest first. Each day has a row:
 
     starts     of the monitor
     windows    that were scored

@@ -20,8 +20,9 @@ def write_log(path: Path, *events: dict) -> Path:
     return path
 
 
-def start(threshold: float = 1.0) -> dict:
-    return {"time": MIDNIGHT.isoformat(), "event": "start", "threshold": threshold, **RULE}
+def start(threshold: float = 1.0, day: int = 28) -> dict:
+    moment = MIDNIGHT.replace(day=day).isoformat()
+    return {"time": moment, "event": "start", "threshold": threshold, **RULE}
 
 
 def windows(seconds: float, *scores: float | None) -> list[dict]:
@@ -54,7 +55,7 @@ def test_a_row_for_each_day(tmp_path, run):
         {"time": "2026-11-28T09:00:00+01:00", "event": "condition", "condition": "silent"},
         {"time": "2026-11-28T09:00:00+01:00", "event": "not_scored", "reason": "empty"},
         *windows(before_midnight, 5, 6, 7, 0.5),
-        start(2.0),
+        start(2.0, day=29),
         *windows(before_midnight + 100, 3, 1),
     )
     with log.open("a") as file:
