@@ -287,15 +287,28 @@ def test_a_microphone_does_not_wait(capsys, monkeypatch):
     assert [row["start"] for row in found[1:]] == [seconds, 65.0]
 
 
-def test_a_monitor_that_is_stopped_reads_no_more(capsys):
-    class Endless(Pieces):
-        def read(self, size: int = -1) -> bytes:
-            return noise(0.5).tobytes()[:size]
+def test_the_end_of_the_input_drops_nothing(capsys, monkeypatch):
+    microphone = Microphone(noise(60).tobytes()[: 12 + 15 * 65_536])
+    monkeypatch.setattr(stream_module, "QUEUE_SECONDS", 30)
+    monkeypatch.setattr(stream_module.time, "monotonic", lambda: microphone.now)
+    stream = Stream(microphone, RAW)
+    while not stream.is_over:
+        time.sleep(0.01)
+    assert stream.n_queued > 30 * SAMPLE_RATE
+    Listener(make_monitor(), None, 0.0).listen(stream, 0, lambda: False)
+    assert [row["event"] for row in events(capsys)] == 6 * ["window"] + ["end"]
 
+
+def test_a_monitor_that_is_stopped_takes_no_more_sound(capsys):
     stops = iter([False] * 50)
-    stream = Stream(Endless(), RAW)
+    stream = Stream(Pieces(*(1000 * [noise(1).tobytes()])), RAW)
     Listener(make_monitor(), None, 0.0).listen(stream, 0, lambda: next(stops, True))
-    assert events(capsys)[-1]["reason"] == "stopped"
+    rows = events(capsys)
+    assert rows[-1]["reason"] == "stopped"
+    assert len(rows) < 50
+    stream.queue.clear()
+    stream.put(np.zeros((9, 1), np.int16), SAMPLE_RATE, 0)
+    assert not stream.queue
 
 
 def test_what_is_dropped_divides_the_sound(capsys):
@@ -557,17 +570,18 @@ def test_alarms_of_the_same_time_have_different_files(tmp_path, capsys):
 
 
 def test_evidence_when_sound_was_dropped(tmp_path, capsys):
-    sound = np.concatenate([noise(35), noise(15, 0.2), noise(120), noise(40, 0.2)])
+    sound = np.concatenate([noise(40), noise(10, 0.2), noise(120), noise(40, 0.2)])
     listener = Listener(make_monitor(), make_evidence(tmp_path), 0.0)
     for second in (*range(50), *range(170, 210)):
         part = sound[second * SAMPLE_RATE : (second + 1) * SAMPLE_RATE]
         listener.add(Block(part, SAMPLE_RATE, second * SAMPLE_RATE, 0.0, 0.0))
     listener.evidence.close()
     alarm, file = events(capsys, "alarm", "evidence")
-    assert alarm["start"] == 30
+    assert alarm["start"] == 35
     kept = soundfile.read(file["file"], dtype="int16")[0]
     assert np.array_equal(
-        kept, np.concatenate([sound[: 50 * SAMPLE_RATE], sound[170 * SAMPLE_RATE :]])
+        kept,
+        np.concatenate([sound[5 * SAMPLE_RATE : 50 * SAMPLE_RATE], sound[170 * SAMPLE_RATE :]]),
     )
 
 
@@ -752,7 +766,7 @@ def test_recordings_of_a_folder(tmp_path, settled, capsys, monkeypatch):
 
 def test_a_stop_leaves_recordings_that_wait(tmp_path, settled, capsys, monkeypatch):
     for number in range(5):
-        write_clip(tmp_path / f"{number}.wav", noise(10))
+        write_clip(tmp_path / f"{number}.wav", noise(10 if number < 2 else 0))
     folder, monitor = Folder(tmp_path, MACHINE, None), make_monitor()
     monkeypatch.setattr(monitor_module.time, "sleep", lambda seconds: None)
     watch(folder, monitor, lambda: len(folder.scored) == 2)
