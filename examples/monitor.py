@@ -126,7 +126,7 @@ def listen(
         delay = SECONDS + monitor.hop * rule.span
         limit = options.megabytes * 1e6
         evidence = Evidence(options.evidence, machine, limit, delay, monitor.log)
-    monitor.begin()
+    monitor.begin(options.start)
     try:
         Listener(monitor, evidence, options.start).listen(
             stream, monitor.model.windows.channel, is_stopped

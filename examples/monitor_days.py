@@ -94,6 +94,8 @@ class Days:
     def add(self, event: dict[str, Any]) -> None:
         """Add an event."""
         name, date = event["event"], event["time"][:10]
+        if name not in ("start", "window", "dropped", "not_scored"):
+            return
         day = self.by_date.setdefault(date, Day())
         if name == "start":
             day.n_starts += 1

@@ -78,13 +78,14 @@ class Monitor:
         assert self.model.windows.hop is not None, "a file from export.py has all windows"
         return self.model.windows.hop
 
-    def begin(self) -> None:
-        """Print what is monitored."""
+    def begin(self, moment: float | None = None) -> None:
+        """Print what is monitored, from a moment on, in seconds since 1970 (None: now)."""
         rule = self.model.rule
         self.log.write(
             "start",
             f"{self.name}: an alarm is {rule.n_above} of {rule.span} windows above "
             f"{self.threshold:.6g}",
+            moment,
             machine=self.name,
             threshold=self.threshold,
             hop=self.hop,

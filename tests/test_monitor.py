@@ -440,9 +440,11 @@ def test_an_alarm_at_the_end_of_the_input(capsys):
 def test_lines_for_people(capsys):
     monitor = make_monitor()
     monitor.log.as_json = False
-    monitor.begin()
+    monitor.begin(0.0)
     listen(np.concatenate([noise(30, 0.2), np.zeros(160_000, np.int16)]).tobytes(), monitor=monitor)
-    lines = [line.split("\t")[1:] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    assert datetime.fromisoformat(lines[0].split("\t")[0]).timestamp() == 0
+    lines = [line.split("\t")[1:] for line in lines]
     assert lines[0] == ["-", "press line-3: an alarm is 3 of 5 windows above 0.1"]
     assert [line[0] for line in lines[1:4]] == ["0:00:00", "0:00:05", "0:00:10"]
     assert [line[2] for line in lines[1:4]] == 3 * ["anomalous"]

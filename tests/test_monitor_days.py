@@ -52,7 +52,7 @@ def test_a_row_for_each_day(tmp_path, run):
         start(),
         *windows(0, 0, 2, 3, None, 4, 0, 0, 0, 0),
         {"time": "2026-11-28T09:00:00+01:00", "event": "dropped", "seconds": 12.4},
-        {"time": "2026-11-28T09:00:00+01:00", "event": "condition", "condition": "silent"},
+        {"time": "2026-11-30T09:00:00+01:00", "event": "condition", "condition": "silent"},
         {"time": "2026-11-28T09:00:00+01:00", "event": "not_scored", "reason": "empty"},
         *windows(before_midnight, 5, 6, 7, 0.5),
         start(2.0, day=29),
