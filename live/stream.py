@@ -99,7 +99,7 @@ class Stream:
             block, is_last = self.take(is_stopped())
             if block:
                 last = time.monotonic()
-                check_format(block.rate, block.samples.shape[1], channel)
+                check_channel(block, channel)
                 yield block._replace(samples=block.samples[:, channel].copy())
             elif is_last:
                 return
@@ -188,6 +188,14 @@ class Stream:
         """
         seconds = time.monotonic() - self.queue[0].tick
         return self.is_recording or seconds < FASTER * self.n_queued / rate
+
+
+def check_channel(block: Block, channel: int) -> None:
+    """Raise `UserError` if sound lacks the channel."""
+    try:
+        check_format(block.rate, block.samples.shape[1], channel)
+    except UserError as error:
+        raise UserError(f"standard input: {error}") from None
 
 
 def read_header(file: RawIOBase, raw: Format) -> tuple[Format, str, int | None, bytes]:
