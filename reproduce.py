@@ -254,9 +254,8 @@ class Job:
         """Train the run, if it is not finished and no other process trains it. Returns whether it
         was.
         """
-        is_free = (
-            self.lock.clear()
-        )  # first: the time without a refresh counts from the first attempt
+        # First, since the time without a refresh counts from the first attempt
+        is_free = self.lock.clear()
         if not self.claim.take():
             return False
         with self.claim.hold():

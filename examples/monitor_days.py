@@ -104,7 +104,7 @@ class Days:
             day.dropped += event["seconds"]
         elif name == "not_scored":
             day.n_unscored += 1
-        elif name == "window":
+        else:
             self.add_window(day, event)
         if self.tracker:
             day.threshold, day.rule = self.tracker.threshold, self.tracker.rule
